@@ -1,0 +1,122 @@
+"""Decision spaces: what may be chosen for a kernel family, which choices are legal, and how a choice becomes TensorIR.
+
+Each family has one module per space (or one for both directions) with module-level values ``FORWARD`` and ``BACKWARD``
+of type :class:`Space`. :func:`find_space` imports a family's module when it is first asked for, and no family module
+imports TVM before :attr:`Space.build` is called, so dispatch can read choices and defaults without the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
+    from spattn_tvm.target import MachineTarget
+
+Decisions = Mapping[str, int]
+
+DIRECTIONS = ("forward", "backward")
+FAMILIES = ("cpu", "mma", "hopper")
+
+_MODULES: dict[tuple[str, str], str] = {
+    ("cpu", "forward"): "spattn_tvm.spaces.cpu",
+    ("cpu", "backward"): "spattn_tvm.spaces.cpu",
+    ("mma", "forward"): "spattn_tvm.spaces.mma_forward",
+    ("mma", "backward"): "spattn_tvm.spaces.mma_backward",
+    ("hopper", "forward"): "spattn_tvm.spaces.hopper_forward",
+    ("hopper", "backward"): "spattn_tvm.spaces.hopper_backward",
+}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The decisions of one kernel family and direction. All fields but the first two are functions.
+
+    Parameters
+    ----------
+    family : str
+        One of :data:`FAMILIES`.
+    direction : {"forward", "backward"}
+    choices : (head_dim, dtype) -> dict[str, tuple[int, ...]]
+        The values that each decision may take, for a supported head dim and dtype name.
+    illegal : (decisions, head_dim, dtype, target) -> str or None
+        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility), or None.
+    features : (decisions, problem) -> list[float]
+        What the cost model learns from; the same length for every decision of the space.
+    untuned : (head_dim, dtype, target) -> dict[str, int]
+        Legal decisions for any problem, chosen without a search.
+    build : (decisions, head_dim, dtype, target) -> tvm.IRModule
+        The kernel, exporting one function named after the direction. Imports TVM.
+    unsupported : (head_dim, dtype, target) -> str or None
+        Why no decision of the space can serve a head dim, dtype or target, or None. Asked before the others.
+    """
+
+    family: str
+    direction: str
+    choices: Callable[[int, str], dict[str, tuple[int, ...]]]
+    illegal: Callable[[Decisions, int, str, MachineTarget], str | None]
+    features: Callable[[Decisions, AttentionProblem], list[float]]
+    untuned: Callable[[int, str, MachineTarget], dict[str, int]]
+    build: Callable[[Decisions, int, str, MachineTarget], Any]
+    unsupported: Callable[[int, str, MachineTarget], str | None]
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction must be 'forward' or 'backward', got {self.direction!r}")
+
+    def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+        """Why ``decisions`` can't be used: unsupported problem, unknown or missing names, values not offered, or illegal; None if usable."""
+        reason = self.unsupported(head_dim, dtype, target)
+        if reason is not None:
+            return reason
+        choices = self.choices(head_dim, dtype)
+        if set(decisions) != set(choices):
+            missing = sorted(set(choices) - set(decisions))
+            unknown = sorted(set(decisions) - set(choices))
+            return f"decisions must name {sorted(choices)}: missing {missing}, unknown {unknown}"
+        for name, value in decisions.items():
+            if value not in choices[name]:
+                return f"{name}={value!r} is not among the choices {choices[name]}"
+        return self.illegal(decisions, head_dim, dtype, target)
+
+
+def families_for(target: MachineTarget) -> tuple[str, ...]:
+    """Families whose code runs on ``target``, the preferred one first; only families that are part of this installation."""
+    if target.kind == "cpu":
+        names: tuple[str, ...] = ("cpu",)
+    else:
+        names = ("hopper", "mma") if target.arch == "sm_90a" else ("mma",)
+    return tuple(name for name in names if any(has_space(name, direction) for direction in DIRECTIONS))
+
+
+@lru_cache(maxsize=None)
+def has_space(family: str, direction: str) -> bool:
+    """Whether the family's module for this direction is installed; nothing is imported."""
+    module = _MODULES.get((family, direction))
+    return module is not None and importlib.util.find_spec(module) is not None
+
+
+@lru_cache(maxsize=None)
+def find_space(family: str, direction: str) -> Space:
+    """The space of a family and direction; imports the family's module on first use.
+
+    Raises
+    ------
+    ValueError
+        For an unknown family or direction, or one that has no kernels yet.
+    """
+    if not has_space(family, direction):
+        known = ", ".join(f"{f} {d}" for f, d in _MODULES if has_space(f, d))
+        raise ValueError(f"no kernels of family {family!r} for direction {direction!r}; known: {known}")
+    module = importlib.import_module(_MODULES[family, direction])
+    space = getattr(module, direction.upper(), None)
+    if not isinstance(space, Space):
+        raise ValueError(f"{module.__name__} must define {direction.upper()} as a Space, found {space!r}")
+    return space

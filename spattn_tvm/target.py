@@ -1,0 +1,261 @@
+"""This machine, or a named chip, as a compilation target.
+
+A :class:`MachineTarget` names the instruction set that kernels are compiled for (``arch``) and the chip model that
+schedules were measured on (``model``). Detection reads files and, for CUDA, asks PyTorch; TVM is imported only by
+:meth:`MachineTarget.tvm_target`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+GENERIC_MODEL = "generic"
+
+# Flags of /proc/cpuinfo that each level adds, from the x86-64 psABI ("abm" is the kernel's name for LZCNT).
+_X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("x86-64-v2", frozenset("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3".split())),
+    ("x86-64-v3", frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())),
+    ("x86-64-v4", frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())),
+)
+_CPU_ARCHS = ("x86-64", *(level for level, _ in _X86_LEVELS), "aarch64")
+
+_CHIPS: dict[str, str] = {
+    "a100": "sm_80",
+    "a10": "sm_86",
+    "a40": "sm_86",
+    "rtx3090": "sm_86",
+    "l40s": "sm_89",
+    "rtx4090": "sm_89",
+    "h100": "sm_90a",
+    "h200": "sm_90a",
+    "gh200": "sm_90a",
+    "b200": "sm_100a",
+    "rtx5090": "sm_120a",
+}
+# From sm_90 on, code for the "a" variant may use the chip's own instructions (wgmma, TMA) and every chip of that
+# compute capability runs it.
+_CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+_ARCH_OF_CAPABILITY = {tuple(divmod(int(re.sub(r"\D", "", arch)), 10)): arch for arch in _CUDA_ARCHS}
+
+
+@dataclass(frozen=True)
+class MachineTarget:
+    """What a kernel is compiled for, and the chip its schedule was measured on.
+
+    Parameters
+    ----------
+    kind : {"cpu", "cuda"}
+    arch : str
+        Instruction set: ``"x86-64"``, ``"x86-64-v2"`` to ``"x86-64-v4"`` or ``"aarch64"`` on a CPU, ``"sm_80"`` and so on with CUDA.
+    model : str
+        Slug of the chip model (``"amd-25-17"``, ``"nvidia-h200"``), or ``"generic"`` when only the instruction set is known.
+    """
+
+    kind: str
+    arch: str
+    model: str = GENERIC_MODEL
+
+    def __post_init__(self) -> None:
+        known = {"cpu": _CPU_ARCHS, "cuda": _CUDA_ARCHS}.get(self.kind)
+        if known is None:
+            raise ValueError(f"target kind must be 'cpu' or 'cuda', got {self.kind!r}")
+        if self.arch not in known:
+            raise ValueError(f"unknown {self.kind} architecture {self.arch!r}; known: {', '.join(known)}")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.model):
+            raise ValueError(f"target model must be a slug of a-z, 0-9 and '-', got {self.model!r}")
+
+    @property
+    def folder(self) -> str:
+        """Folder name under ``schedules/`` and ``autotune_logs/``; :func:`parse_target` reads it back."""
+        return f"{self.kind}-{self.arch}-{self.model}"
+
+    def tvm_target(self) -> Any:
+        """The ``tvm.target.Target`` to compile with. Imports TVM."""
+        from tvm.target import Target
+
+        return Target(self.tvm_config())
+
+    def tvm_config(self) -> dict[str, Any]:
+        """The arguments of :meth:`tvm_target` as a JSON-ready dictionary, without importing TVM."""
+        if self.kind == "cuda":
+            return {"kind": "cuda", "arch": self.arch}
+        if self.arch == "aarch64":
+            return {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"]}
+        return {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.arch}
+
+    def can_run_here(self, device_index: int | None = None) -> str | None:
+        """Why code for this target can't run on this machine, or None when it can.
+
+        Parameters
+        ----------
+        device_index : int, optional
+            CUDA device to ask about; any device will do when omitted.
+        """
+        if self.kind == "cpu":
+            here = detect_cpu().arch
+            if here == self.arch:
+                return None
+            if "aarch64" in (here, self.arch) or _CPU_ARCHS.index(here) < _CPU_ARCHS.index(self.arch):
+                return f"it is compiled for {self.arch} and this CPU is {here}"
+            return None
+
+        import torch
+
+        if not torch.cuda.is_available():
+            return (
+                f"it needs a CUDA device of {self.arch} and PyTorch {torch.__version__} sees no CUDA device"
+            )
+        indices = range(torch.cuda.device_count()) if device_index is None else (device_index,)
+        seen = []
+        for index in indices:
+            capability = torch.cuda.get_device_capability(index)
+            if _cubin_runs(self.arch, capability):
+                return None
+            seen.append(
+                f"{torch.cuda.get_device_name(index)} (compute capability {capability[0]}.{capability[1]})"
+            )
+        return f"it is compiled for {self.arch} and the device is {', '.join(seen)}"
+
+
+def _cubin_runs(arch: str, capability: tuple[int, int]) -> bool:
+    """A cubin runs on its own compute capability, and unless it is an "a" variant on later minors of the same major."""
+    major, minor = divmod(int(re.sub(r"\D", "", arch)), 10)
+    if arch.endswith("a"):
+        return (major, minor) == tuple(capability)
+    return major == capability[0] and minor <= capability[1]
+
+
+def _x86_level(flags: frozenset[str]) -> str:
+    level = "x86-64"
+    for name, needed in _X86_LEVELS:
+        if not needed <= flags:
+            break
+        level = name
+    return level
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or GENERIC_MODEL
+
+
+def _parse_cpuinfo(text: str, machine: str) -> MachineTarget:
+    first = text.split("\n\n", 1)[0]
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
+    if machine in ("aarch64", "arm64"):
+        implementer, part = fields.get("CPU implementer"), fields.get("CPU part")
+        model = f"arm-{_slug(implementer)}-{_slug(part)}" if implementer and part else GENERIC_MODEL
+        return MachineTarget("cpu", "aarch64", model)
+    if machine not in ("x86_64", "amd64"):
+        raise ValueError(f"no CPU kernels for a {machine!r} machine; known: x86_64, aarch64")
+    vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(fields.get("vendor_id", ""), "")
+    vendor = vendor or _slug(fields.get("vendor_id", ""))
+    family, number = fields.get("cpu family"), fields.get("model")
+    model = f"{vendor}-{_slug(family)}-{_slug(number)}" if family and number else GENERIC_MODEL
+    return MachineTarget("cpu", _x86_level(frozenset(fields.get("flags", "").split())), model)
+
+
+@lru_cache(maxsize=1)
+def detect_cpu() -> MachineTarget:
+    """This machine's CPU.
+
+    Without ``/proc/cpuinfo`` (macOS, Windows) the answer is the lowest instruction set of the architecture.
+
+    Raises
+    ------
+    ValueError
+        On an architecture that is neither x86-64 nor aarch64.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    return _parse_cpuinfo(text, platform.machine().lower())
+
+
+def _cuda_model(name: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; a chip not in the table, a MIG slice or a laptop part keeps its whole name."""
+    slug = _slug(name)
+    if not {"mig", "laptop"} & set(slug.split("-")):
+        joined = re.sub(r"\brtx-(\d)", r"rtx\1", slug)
+        for word in joined.split("-"):
+            if word in _CHIPS:
+                return f"nvidia-{word}"
+    return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
+
+
+@lru_cache(maxsize=None)
+def detect_cuda(index: int = 0) -> MachineTarget:
+    """CUDA device ``index`` of this machine, as PyTorch sees it.
+
+    Raises
+    ------
+    RuntimeError
+        Without such a device.
+    ValueError
+        When no kernels are made for its compute capability.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RuntimeError(f"no CUDA device {index}: PyTorch {torch.__version__} sees {count} CUDA devices")
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    arch = _ARCH_OF_CAPABILITY.get((major, minor))
+    if arch is None:
+        known = ", ".join(_CUDA_ARCHS)
+        raise ValueError(f"no kernels for {name}, compute capability {major}.{minor}; known: {known}")
+    return MachineTarget("cuda", arch, _cuda_model(name))
+
+
+def parse_target(text: str) -> MachineTarget:
+    """A target from its name.
+
+    Parameters
+    ----------
+    text : str
+        ``"cpu"`` or ``"cuda"`` (this machine), an instruction set (``"cpu-x86-64-v3"``, ``"x86-64-v3"``, ``"sm_80"``), a chip
+        (``"nvidia/h200"``, ``"h200"``) or a schedule folder's name (``"cuda-sm_90a-nvidia-h200"``).
+
+    Raises
+    ------
+    ValueError
+        For a name that means nothing here; lists the known ones.
+    RuntimeError
+        For ``"cuda"`` on a machine without a CUDA device.
+    """
+    name = text.strip().lower()
+    if name == "cpu":
+        return detect_cpu()
+    if name == "cuda":
+        return detect_cuda(0)
+    chip = re.sub(r"^nvidia[/-]", "", name).replace("-", "")
+    if chip in _CHIPS:
+        return MachineTarget("cuda", _CHIPS[chip], f"nvidia-{chip}")
+    for kind, archs in (("cpu", _CPU_ARCHS), ("cuda", _CUDA_ARCHS)):
+        rest = name.removeprefix(f"{kind}-")
+        for arch in sorted(archs, key=len, reverse=True):
+            plain = arch.removesuffix("a") if kind == "cuda" else arch
+            for spelling in (arch, plain):
+                if rest == spelling:
+                    return MachineTarget(kind, arch)
+                if rest.startswith(f"{spelling}-"):
+                    try:
+                        return MachineTarget(kind, arch, rest[len(spelling) + 1 :])
+                    except ValueError:
+                        continue
+    raise ValueError(
+        f"unknown target {text!r}; known: cpu, cuda, "
+        + ", ".join(f"cpu-{arch}" for arch in _CPU_ARCHS)
+        + ", "
+        + ", ".join(_CUDA_ARCHS)
+        + ", "
+        + ", ".join(f"nvidia/{chip}" for chip in _CHIPS)
+    )
