@@ -1,8 +1,8 @@
 """This machine, or a named chip, as a compilation target.
 
-A :class:`MachineTarget` names the instruction set that kernels are compiled for (``arch``) and the chip model that
-schedules were measured on (``model``). Detection reads files and, for CUDA, asks PyTorch; TVM is imported only by
-:meth:`MachineTarget.tvm_target`.
+A :class:`MachineTarget` names the instruction set that kernels are compiled for (``arch``) and the chip
+model that schedules were measured on (``model``). Detection reads files and, for CUDA, asks PyTorch; TVM is
+imported only by :meth:`MachineTarget.tvm_target`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ GENERIC_MODEL = "generic"
 
 # Flags of /proc/cpuinfo that each level adds, from the x86-64 psABI ("abm" is the kernel's name for LZCNT).
 _X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("x86-64-v2", frozenset("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3".split())),
-    ("x86-64-v3", frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())),
-    ("x86-64-v4", frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())),
+    ("x86-64-v2", frozenset({"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"})),
+    ("x86-64-v3", frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})),
+    ("x86-64-v4", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
 )
 _CPU_ARCHS = ("x86-64", *(level for level, _ in _X86_LEVELS), "aarch64")
 
@@ -37,8 +37,8 @@ _CHIPS: dict[str, str] = {
     "b200": "sm_100a",
     "rtx5090": "sm_120a",
 }
-# From sm_90 on, code for the "a" variant may use the chip's own instructions (wgmma, TMA) and every chip of that
-# compute capability runs it.
+# From sm_90 on, code for the "a" variant may use the chip's own instructions (wgmma, TMA) and every chip of
+# that compute capability runs it.
 _CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 _ARCH_OF_CAPABILITY = {tuple(divmod(int(re.sub(r"\D", "", arch)), 10)): arch for arch in _CUDA_ARCHS}
 
@@ -51,9 +51,11 @@ class MachineTarget:
     ----------
     kind : {"cpu", "cuda"}
     arch : str
-        Instruction set: ``"x86-64"``, ``"x86-64-v2"`` to ``"x86-64-v4"`` or ``"aarch64"`` on a CPU, ``"sm_80"`` and so on with CUDA.
+        Instruction set: ``"x86-64"``, ``"x86-64-v2"`` to ``"x86-64-v4"`` or ``"aarch64"`` on a CPU,
+        ``"sm_80"`` and so on with CUDA.
     model : str
-        Slug of the chip model (``"amd-25-17"``, ``"nvidia-h200"``), or ``"generic"`` when only the instruction set is known.
+        Slug of the chip model (``"amd-25-17"``, ``"nvidia-h200"``), or ``"generic"`` when only the
+        instruction set is known.
     """
 
     kind: str
@@ -123,7 +125,7 @@ class MachineTarget:
 
 
 def _cubin_runs(arch: str, capability: tuple[int, int]) -> bool:
-    """A cubin runs on its own compute capability, and unless it is an "a" variant on later minors of the same major."""
+    """A cubin runs on its own compute capability, and unless it is an "a" variant on its major's later minors."""
     major, minor = divmod(int(re.sub(r"\D", "", arch)), 10)
     if arch.endswith("a"):
         return (major, minor) == tuple(capability)
@@ -161,7 +163,7 @@ def _parse_cpuinfo(text: str, machine: str) -> MachineTarget:
     return MachineTarget("cpu", _x86_level(frozenset(fields.get("flags", "").split())), model)
 
 
-@lru_cache(maxsize=1)
+@cache
 def detect_cpu() -> MachineTarget:
     """This machine's CPU.
 
@@ -180,7 +182,7 @@ def detect_cpu() -> MachineTarget:
 
 
 def _cuda_model(name: str) -> str:
-    """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; a chip not in the table, a MIG slice or a laptop part keeps its whole name."""
+    """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; an unknown chip, MIG slice or laptop part stays whole."""
     slug = _slug(name)
     if not {"mig", "laptop"} & set(slug.split("-")):
         joined = re.sub(r"\brtx-(\d)", r"rtx\1", slug)
@@ -190,7 +192,7 @@ def _cuda_model(name: str) -> str:
     return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def detect_cuda(index: int = 0) -> MachineTarget:
     """CUDA device ``index`` of this machine, as PyTorch sees it.
 
@@ -221,8 +223,9 @@ def parse_target(text: str) -> MachineTarget:
     Parameters
     ----------
     text : str
-        ``"cpu"`` or ``"cuda"`` (this machine), an instruction set (``"cpu-x86-64-v3"``, ``"x86-64-v3"``, ``"sm_80"``), a chip
-        (``"nvidia/h200"``, ``"h200"``) or a schedule folder's name (``"cuda-sm_90a-nvidia-h200"``).
+        ``"cpu"`` or ``"cuda"`` (this machine), an instruction set (``"cpu-x86-64-v3"``, ``"x86-64-v3"``,
+        ``"sm_80"``), a chip (``"nvidia/h200"``, ``"h200"``) or a schedule folder's name
+        (``"cuda-sm_90a-nvidia-h200"``).
 
     Raises
     ------

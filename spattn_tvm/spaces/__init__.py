@@ -1,8 +1,9 @@
-"""Decision spaces: what may be chosen for a kernel family, which choices are legal, and how a choice becomes TensorIR.
+"""Decision spaces: what may be chosen for a kernel family, what is legal, and how a choice becomes TensorIR.
 
-Each family has one module per space (or one for both directions) with module-level values ``FORWARD`` and ``BACKWARD``
-of type :class:`Space`. :func:`find_space` imports a family's module when it is first asked for, and no family module
-imports TVM before :attr:`Space.build` is called, so dispatch can read choices and defaults without the compiler.
+Each family has one module per space (or one for both directions) with module-level values ``FORWARD`` and
+``BACKWARD`` of type :class:`Space`. :func:`find_space` imports a family's module when it is first asked for,
+and no family module imports TVM before :attr:`Space.build` is called, so dispatch can read choices and defaults
+without the compiler.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Space:
     choices : (head_dim, dtype) -> dict[str, tuple[int, ...]]
         The values that each decision may take, for a supported head dim and dtype name.
     illegal : (decisions, head_dim, dtype, target) -> str or None
-        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility), or None.
+        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility), or
+        None.
     features : (decisions, problem) -> list[float]
         What the cost model learns from; the same length for every decision of the space.
     untuned : (head_dim, dtype, target) -> dict[str, int]
@@ -72,7 +74,7 @@ class Space:
             raise ValueError(f"direction must be 'forward' or 'backward', got {self.direction!r}")
 
     def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-        """Why ``decisions`` can't be used: unsupported problem, unknown or missing names, values not offered, or illegal; None if usable."""
+        """Why ``decisions`` can't be used (unsupported, unknown or missing, not offered, illegal); None if usable."""
         reason = self.unsupported(head_dim, dtype, target)
         if reason is not None:
             return reason
@@ -88,7 +90,7 @@ class Space:
 
 
 def families_for(target: MachineTarget) -> tuple[str, ...]:
-    """Families whose code runs on ``target``, the preferred one first; only families that are part of this installation."""
+    """Families of this installation whose code runs on ``target``, the preferred one first."""
     if target.kind == "cpu":
         names: tuple[str, ...] = ("cpu",)
     else:
@@ -96,14 +98,14 @@ def families_for(target: MachineTarget) -> tuple[str, ...]:
     return tuple(name for name in names if any(has_space(name, direction) for direction in DIRECTIONS))
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_space(family: str, direction: str) -> bool:
     """Whether the family's module for this direction is installed; nothing is imported."""
     module = _MODULES.get((family, direction))
     return module is not None and importlib.util.find_spec(module) is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def find_space(family: str, direction: str) -> Space:
     """The space of a family and direction; imports the family's module on first use.
 
@@ -118,5 +120,5 @@ def find_space(family: str, direction: str) -> Space:
     module = importlib.import_module(_MODULES[family, direction])
     space = getattr(module, direction.upper(), None)
     if not isinstance(space, Space):
-        raise ValueError(f"{module.__name__} must define {direction.upper()} as a Space, found {space!r}")
+        raise TypeError(f"{module.__name__} must define {direction.upper()} as a Space, found {space!r}")
     return space
