@@ -1,0 +1,42 @@
+"""Banded sparse attention (SPAttention) with tuned TVM kernels behind an ordinary PyTorch function.
+
+``banded_attention(q, k, v, layout)`` is the operator, ``BandLayout`` says which distances each head
+attends to, ``BandedAttention`` is the module and ``reference_attention`` the eager oracle.
+Names are imported on first use, so that ``import spattn_tvm`` loads neither torch nor TVM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import banded_attention
+    from .bands import BandLayout
+    from .bundle import load_bundle
+    from .nn import BandedAttention
+    from .reference import reference_attention
+
+__version__ = "0.1.0"
+
+__all__ = ["BandLayout", "BandedAttention", "banded_attention", "load_bundle", "reference_attention"]
+
+_MODULE_OF = {
+    "BandLayout": "bands",
+    "BandedAttention": "nn",
+    "banded_attention": "attention",
+    "load_bundle": "bundle",
+    "reference_attention": "reference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

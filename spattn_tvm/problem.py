@@ -1,0 +1,140 @@
+"""An attention problem: the shapes, dtype, pass and layout that a kernel is tuned and measured for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .bands import BandLayout
+
+DIRECTIONS = ("forward", "backward")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def layout_key(layout: BandLayout) -> str:
+    """Short filesystem-safe name of a layout; custom intervals enter as a hash of the layout's spec."""
+    parts = [layout.name]
+    if layout.window is not None:
+        parts.append(f"w{layout.window}")
+    if layout.context_length is not None:
+        parts.append(f"c{layout.context_length}")
+    if layout.allow_longer:
+        parts.append("longer")
+    if layout.intervals is not None:
+        parts.append(hashlib.sha256(layout.spec.encode()).hexdigest()[:10])
+    return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One pass of banded attention on inputs of one shape.
+
+    Attributes
+    ----------
+    direction : str
+        ``"forward"`` or ``"backward"``.
+    dtype : str
+        Dtype of q, k, v: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    batch, query_heads, kv_heads, length, head_dim : int
+        q is ``(batch, query_heads, length, head_dim)``, k and v ``(batch, kv_heads, length, head_dim)``.
+    layout : BandLayout
+        Its `num_heads` equals `query_heads`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        From the constructor: an unknown direction or dtype, a size below 1, heads that do not divide, a
+        layout for another number of heads or a shorter context.
+    """
+
+    direction: str
+    dtype: str
+    batch: int
+    query_heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+    layout: BandLayout
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {tuple(DTYPE_BYTES)}, got {self.dtype!r}")
+        for name in ("batch", "query_heads", "kv_heads", "length", "head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}"
+            )
+        if not isinstance(self.layout, BandLayout):
+            raise TypeError(f"layout must be a BandLayout, got {type(self.layout).__name__}")
+        if self.layout.num_heads != self.query_heads:
+            raise ValueError(
+                f"the layout has {self.layout.num_heads} heads, the problem {self.query_heads} query heads"
+            )
+        self.layout.check_length(self.length)
+
+    @property
+    def useful_flops(self) -> int:
+        """Floating-point operations of the attended pairs: ``4*D`` each forward, ``10*D`` backward."""
+        return self.batch * self.layout.useful_flops(self.length, self.head_dim, self.direction)
+
+    @property
+    def min_bytes(self) -> int:
+        """Bytes that must move if each input is read once and each output written once.
+
+        Forward: q, k, v in, o and lse out. Backward: q, k, v, o, do, lse, dlse in, dq, dk, dv out.
+        """
+        query = self.batch * self.query_heads * self.length * self.head_dim * DTYPE_BYTES[self.dtype]
+        key = self.batch * self.kv_heads * self.length * self.head_dim * DTYPE_BYTES[self.dtype]
+        row = self.batch * self.query_heads * self.length * 4
+        return 2 * query + 2 * key + row if self.direction == "forward" else 4 * query + 4 * key + 2 * row
+
+    @property
+    def key(self) -> str:
+        """Short filesystem-safe name, such as ``forward-float32-b1-h16-k16-n4096-d64-spattention-c4096``."""
+        return (
+            f"{self.direction}-{self.dtype}-b{self.batch}-h{self.query_heads}-k{self.kv_heads}"
+            f"-n{self.length}-d{self.head_dim}-{layout_key(self.layout)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values; the layout is its spec."""
+        return {
+            "direction": self.direction,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "query_heads": self.query_heads,
+            "kv_heads": self.kv_heads,
+            "length": self.length,
+            "head_dim": self.head_dim,
+            "layout": self.layout.spec,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | str) -> AttentionProblem:
+        """The problem that `to_json` wrote, given as the dict or its JSON text.
+
+        Raises
+        ------
+        ValueError
+            Unknown or missing fields, or values that the constructor refuses.
+        """
+        if isinstance(data, str):
+            data = json.loads(data)
+        if not isinstance(data, dict):
+            raise ValueError(f"a problem is a JSON object, got {data!r}")
+        names = set(cls.__dataclass_fields__)
+        if set(data) != names:
+            raise ValueError(
+                f"a problem has the fields {sorted(names)}; "
+                f"missing {sorted(names - set(data))}, unknown {sorted(set(data) - names)}"
+            )
+        return cls(**{**data, "layout": BandLayout.from_spec(data["layout"])})
