@@ -125,7 +125,7 @@ class MachineTarget:
 
 
 def _cubin_runs(arch: str, capability: tuple[int, int]) -> bool:
-    """A cubin runs on its own compute capability, and unless it is an "a" variant on its major's later minors."""
+    """A cubin runs on its own compute capability, and unless it is an "a" variant on later minors."""
     major, minor = divmod(int(re.sub(r"\D", "", arch)), 10)
     if arch.endswith("a"):
         return (major, minor) == tuple(capability)
@@ -182,7 +182,7 @@ def detect_cpu() -> MachineTarget:
 
 
 def _cuda_model(name: str) -> str:
-    """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; an unknown chip, MIG slice or laptop part stays whole."""
+    """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; unknown chips, MIG and laptop parts stay whole."""
     slug = _slug(name)
     if not {"mig", "laptop"} & set(slug.split("-")):
         joined = re.sub(r"\brtx-(\d)", r"rtx\1", slug)

@@ -2,8 +2,8 @@
 
 Each family has one module per space (or one for both directions) with module-level values ``FORWARD`` and
 ``BACKWARD`` of type :class:`Space`. :func:`find_space` imports a family's module when it is first asked for,
-and no family module imports TVM before :attr:`Space.build` is called, so dispatch can read choices and defaults
-without the compiler.
+and no family module imports TVM before :attr:`Space.build` is called, so dispatch can read choices and
+defaults without the compiler.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Space:
     choices : (head_dim, dtype) -> dict[str, tuple[int, ...]]
         The values that each decision may take, for a supported head dim and dtype name.
     illegal : (decisions, head_dim, dtype, target) -> str or None
-        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility), or
-        None.
+        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility),
+        or None.
     features : (decisions, problem) -> list[float]
         What the cost model learns from; the same length for every decision of the space.
     untuned : (head_dim, dtype, target) -> dict[str, int]
@@ -74,7 +74,7 @@ class Space:
             raise ValueError(f"direction must be 'forward' or 'backward', got {self.direction!r}")
 
     def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-        """Why ``decisions`` can't be used (unsupported, unknown or missing, not offered, illegal); None if usable."""
+        """Why ``decisions`` can't be used (unsupported, misnamed, not offered or illegal), or None."""
         reason = self.unsupported(head_dim, dtype, target)
         if reason is not None:
             return reason
