@@ -1,0 +1,323 @@
+"""The oracle: banded attention in a few lines of eager PyTorch, and masks for other implementations.
+
+Everything is computed from the definition, with a dense mask, chunk by chunk over the queries so that memory
+stays far below ``N x N`` at usual lengths. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .bands import BandLayout
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# 4 Mi scores a chunk: 32 MiB in float64, and still large enough for matrix products to dominate.
+_CHUNK_SCORES = 2**22
+
+
+def document_lengths(cu_seqlens: Tensor | Sequence[int] | None, length: int) -> list[int]:
+    """Lengths of the packed documents of a sequence of `length`; one document if `cu_seqlens` is None.
+
+    Raises
+    ------
+    ValueError
+        `cu_seqlens` is not one-dimensional, does not start at 0, decreases or does not end at `length`.
+    """
+    if cu_seqlens is None:
+        return [length]
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "cu_seqlens must be one-dimensional and int32, "
+                f"got shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
+            )
+        offsets = cu_seqlens.tolist()
+    else:
+        offsets = [int(offset) for offset in cu_seqlens]
+    lengths = [end - begin for begin, end in pairwise(offsets)]
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != length or min(lengths) < 0:
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "…", *offsets[-3:]]
+        raise ValueError(f"cu_seqlens must rise from 0 to the sequence length {length}, got {shown}")
+    return lengths
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Bands and document boundaries as tensors; `row` and `begin` are per position."""
+
+    table: Tensor  # (M, H, 4)
+    row: Tensor  # (N,) row of `table`
+    begin: Tensor  # (N,) first token of the position's document
+
+    def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The definition: may `query` of `head` attend to `key`? Broadcasts its arguments."""
+        distance = query - key
+        row = self.row[query]
+        near = (distance >= self.table[row, head, 0]) & (distance <= self.table[row, head, 1])
+        far = (distance >= self.table[row, head, 2]) & (distance <= self.table[row, head, 3])
+        return (near | far) & (key >= self.begin[query])
+
+    def mask(self, first: int, last: int, first_key: int) -> Tensor:
+        """Bool ``(H, last - first, last - first_key)`` of the queries ``[first, last)``."""
+        device = self.row.device
+        return self.allowed(
+            torch.arange(self.table.shape[1], device=device)[:, None, None],
+            torch.arange(first, last, device=device)[None, :, None],
+            torch.arange(first_key, last, device=device)[None, None, :],
+        )
+
+
+def _pack(
+    layout: BandLayout, length: int, cu_seqlens: Tensor | Sequence[int] | None, device: torch.device
+) -> _Packing:
+    lengths = document_lengths(cu_seqlens, length)
+    layout.check_length(max(lengths))
+    table = torch.tensor(layout.packed_table(lengths), dtype=torch.int64, device=device)
+    sizes = torch.tensor(lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes)
+    begin = (sizes.cumsum(0) - sizes)[document]
+    return _Packing(table, document if len(table) > 1 else torch.zeros_like(document), begin)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            "q, k, v must agree in batch, length and head_dim, and k with v in heads, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
+    if layout.num_heads != q.shape[1]:
+        raise ValueError(f"the layout has {layout.num_heads} heads, q has {q.shape[1]}")
+
+
+def _promoted(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _chunks(batch_heads: int, length: int, packing: _Packing) -> list[tuple[int, int, int]]:
+    """Query ranges and the first key that each can see: (first, last, first_key)."""
+    rows = max(16, _CHUNK_SCORES // max(1, batch_heads * length))
+    return [(first, min(first + rows, length), int(packing.begin[first])) for first in range(0, length, rows)]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (scale * (q @ k.mT)).masked_fill(~mask, -torch.inf)
+    # Rows without a key must not produce -inf - -inf, neither here nor in the gradient. The maximum cancels
+    # out of both results, so no gradient flows through it.
+    row_max = scores.detach().amax(-1, keepdim=True)
+    has_key = mask.any(-1)
+    weights = torch.exp(scores - row_max.masked_fill(~has_key[..., None], 0.0))
+    row_sum = weights.sum(-1).masked_fill(~has_key, 1.0)
+    lse = (row_max.squeeze(-1) + row_sum.log()).masked_fill(~has_key, -torch.inf)
+    return (weights @ v) / row_sum[..., None], lse
+
+
+def reference_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    layout: BandLayout,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `reference_attention` written out, for places where autograd does not record.
+
+    ``dS = P * (dP - (rowsum(do * o) - dlse))`` with ``P = exp(S - lse)`` and ``dP = do v^T``.
+
+    Parameters
+    ----------
+    q, k, v, layout, scale, cu_seqlens
+        As in `reference_attention`.
+    o, do : Tensor
+        ``(B, Hq, N, D)`` output and its gradient.
+    lse, dlse : Tensor
+        ``(B, Hq, N)`` and its gradient; None is zero.
+
+    Returns
+    -------
+    dq, dk, dv : Tensor
+        In the shapes of q, k, v, in the dtype of q promoted to at least float32.
+    """
+    _check_inputs(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    packing = _pack(layout, q.shape[2], cu_seqlens, q.device)
+    group = q.shape[1] // k.shape[1]
+    q, k, v, o, lse, do = (_promoted(tensor) for tensor in (q, k, v, o, lse, do))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    delta = (do * o).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse.to(delta.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for first, last, first_key in _chunks(q.shape[0] * q.shape[1], q.shape[2], packing):
+        rows, keys = slice(first, last), slice(first_key, last)
+        hidden = ~packing.mask(first, last, first_key)
+        scores = scale * (q[:, :, rows] @ k[:, :, keys].mT)
+        weights = torch.exp(scores - lse[:, :, rows, None]).masked_fill(hidden, 0.0)
+        dscores = weights * (do[:, :, rows] @ v[:, :, keys].mT - delta[:, :, rows, None])
+        dscores = scale * dscores.masked_fill(hidden, 0.0)
+        dq[:, :, rows] = dscores @ k[:, :, keys]
+        dk[:, :, keys] += dscores.mT @ q[:, :, rows]
+        dv[:, :, keys] += weights.mT @ do[:, :, rows]
+    return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)
+
+
+def attention_mask(
+    layout: BandLayout,
+    length: int,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The dense mask of a layout: bool ``(H, N, N)``, True where query i (row) attends to key j (column)."""
+    return _pack(layout, length, cu_seqlens, torch.device(device)).mask(0, length, 0)
+
+
+def flex_mask_mod(
+    layout: BandLayout,
+    length: int,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> MaskMod:
+    """The same mask as a ``mask_mod(b, h, q_idx, kv_idx)`` for ``create_block_mask`` of FlexAttention.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where the attention runs: the mask reads the layout's table there.
+    """
+    packing = _pack(layout, length, cu_seqlens, torch.device(device))
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return packing.allowed(h, q_idx, kv_idx)
+
+    return mask_mod
+
+
+def _positions(length: int) -> tuple[Tensor, Tensor]:
+    position = torch.arange(length)
+    return position[:, None], position[None, :]
+
+
+def longformer_mask(length: int, *, window: int | None = None, global_tokens: int | None = None) -> Tensor:
+    """Causal Longformer: the last `window` keys and the first `global_tokens` keys. Bool ``(1, N, N)``.
+
+    The defaults are the SPAttention paper's: ``min(256, N // 4)`` (at least the query's own key) and
+    ``min(16, max(1, N // 32))``.
+    """
+    query, key = _positions(length)
+    window = max(1, min(256, length // 4)) if window is None else window
+    global_tokens = min(16, max(1, length // 32)) if global_tokens is None else global_tokens
+    return ((query >= key) & ((query - key < window) | (key < global_tokens)))[None]
+
+
+def bigbird_mask(
+    length: int, *, window: int | None = None, global_tokens: int | None = None, stride: int | None = None
+) -> Tensor:
+    """Causal BigBird: Longformer's keys and each key at a multiple of `stride` behind. Bool ``(1, N, N)``.
+
+    Regular links stand for BigBird's random ones, so that the mask is the same in each run. The default
+    stride is a quarter of the window.
+    """
+    query, key = _positions(length)
+    window = max(1, min(256, length // 4)) if window is None else window
+    stride = max(1, window // 4) if stride is None else stride
+    near_or_global = longformer_mask(length, window=window, global_tokens=global_tokens)
+    return near_or_global | ((query >= key) & ((query - key) % stride == 0))[None]
+
+
+def reformer_mask(length: int, num_heads: int = 1, *, num_buckets: int | None = None) -> Tensor:
+    """Causal Reformer: the keys of the query's own bucket. Bool ``(H, N, N)``.
+
+    Reformer hashes contents; a mask can't, so position ``p`` of head ``h`` falls into bucket
+    ``(p * (2h + 1) * 2654435761 mod 2**32) * num_buckets >> 32``: fixed, close to even, and different for
+    each head. The default number of buckets is ``max(2, N // 256)``, which gives buckets of about 256 keys.
+    """
+    query, key = _positions(length)
+    num_buckets = max(2, length // 256) if num_buckets is None else num_buckets
+    factor = (2 * torch.arange(num_heads) + 1) * 2654435761 % 2**32
+    bucket = (torch.arange(length) * factor[:, None] % 2**32) * num_buckets >> 32
+    return (query >= key) & (bucket[:, :, None] == bucket[:, None, :])
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Banded attention by definition; differentiable, any strides, any device.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``(B, Hq, N, D)``, floating point.
+    k, v : Tensor
+        ``(B, Hkv, N, D)`` in the dtype of q; query head h reads key/value head ``h // (Hq // Hkv)``.
+    layout : BandLayout
+        Bands of the ``Hq`` query heads.
+    scale : float, optional
+        Factor of the scores, ``D**-0.5`` by default.
+    cu_seqlens : Tensor or sequence of int, optional
+        Boundaries ``0 … N`` of packed documents, the same for each batch row. Documents never attend to one
+        another; with a layout without context length each document has the bands of its own length.
+
+    Returns
+    -------
+    o : Tensor
+        ``(B, Hq, N, D)``; 0 for a query with no key.
+    lse : Tensor
+        ``(B, Hq, N)`` natural logarithm of the sum of exponentiated scores; -inf for a query with no key.
+
+    Both are computed and returned in the dtype of q promoted to at least float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes, heads or `cu_seqlens` that do not fit, or a sequence longer than the layout's context.
+    """
+    _check_inputs(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    packing = _pack(layout, q.shape[2], cu_seqlens, q.device)
+    group = q.shape[1] // k.shape[1]
+    q, k, v = _promoted(q), _promoted(k), _promoted(v)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    if q.numel() == 0:
+        return q * 1, q.sum(-1)
+    outputs, sums = [], []
+    chunks = _chunks(q.shape[0] * q.shape[1], q.shape[2], packing)
+    recompute = len(chunks) > 1 and torch.is_grad_enabled()
+    for first, last, first_key in chunks:
+        mask = packing.mask(first, last, first_key)
+        inputs = (q[:, :, first:last], k[:, :, first_key:last], v[:, :, first_key:last], mask, scale)
+        if recompute:
+            # Keeping each chunk's scores for the backward would be N x N again.
+            o, lse = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            o, lse = _attend(*inputs)
+        outputs.append(o)
+        sums.append(lse)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
