@@ -43,7 +43,8 @@ CASES = {
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
-    # One rounding to the storage dtype on top of float32 sums: half a unit is 2**-11 or 2**-8, inputs reach 4.
+    # One rounding to the storage dtype on top of float32 sums: half a unit is 2**-11 or 2**-8, inputs
+    # reach 4.
     tolerance = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.2e-2}[dtype]
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 

@@ -1,8 +1,10 @@
-"""The problem itself in TensorIR: naive banded attention, forward and backward, with the bands as loop bounds.
+"""The problem itself in TensorIR: naive banded attention, forward and backward, with the bands as loop
+bounds.
 
-A search tunes *this* function: its shapes, dtype and layout identify a problem in the tuning database, and its
-block ``attention`` carries the decisions as annotations. It runs, so that a test can compare it with the
-reference, but it is written to be read, not to be fast: one query after another, the row of scores kept whole.
+A search tunes *this* function: its shapes, dtype and layout identify a problem in the tuning database, and
+its block ``attention`` carries the decisions as annotations. It runs, so that a test can compare it with the
+reference, but it is written to be read, not to be fast: one query after another, the row of scores kept
+whole.
 
 The keys of query ``i`` are two ranges, far band first, clipped at the first token of the query's document, so
 that one loop of ``far_count + near_count`` steps visits exactly the attended pairs.
@@ -167,7 +169,8 @@ def _build_backward(B, HQ, HKV, N, D, dtype, documents, tables):
                     near_begin: T.let[T.int32] = T.max(first, i - bands[table, h, 1])
                     near_count: T.let[T.int32] = T.max(0, i - bands[table, h, 0] - near_begin + 1)
 
-                    # dS = P * (dP - delta): the softmax's Jacobian, and P * dlse, the derivative of lse being P.
+                    # dS = P * (dP - delta): the softmax's Jacobian, and P * dlse, the derivative of lse
+                    # being P.
                     delta[0] = T.float32(0) - dlse[vb, h, i]
                     for d in range(D):
                         delta[0] = delta[0] + T.cast(do[vb, h, i, d], "float32") * T.cast(
@@ -213,8 +216,8 @@ def build_workload(
     Parameters
     ----------
     problem : AttentionProblem
-        Its layout becomes an attribute of the function, so that two layouts of one shape are two workloads; the
-        bands themselves stay an argument.
+        Its layout becomes an attribute of the function, so that two layouts of one shape are two
+        workloads; the bands themselves stay an argument.
     documents : int
         Documents that ``cu_seqlens`` separates.
     per_document_bands : bool
@@ -224,8 +227,9 @@ def build_workload(
     -------
     IRModule
         ``forward(q, k, v, bands, cu_seqlens, scale, o, lse)`` or
-        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale, dq, dk, dv)``. Shapes and dtypes are those
-        of the kernel ABI; ``scale`` is float32 of shape (1,), dq, dk, dv have the dtype and shape of q, k, v.
+        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale, dq, dk, dv)``. Shapes and dtypes
+        are those of the kernel ABI; ``scale`` is float32 of shape (1,), dq, dk, dv have the dtype and
+        shape of q, k, v.
 
     Raises
     ------
