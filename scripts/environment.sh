@@ -42,7 +42,7 @@ build_environment() {
   rm -rf "$VENV"
   "$base" -m venv "$VENV" || stop "$base cannot make a virtual environment." \
     "Debian, Ubuntu: apt-get install python3-venv"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} -r "$REQUIREMENTS" ||
+  "$PYTHON" -m pip install -qq --disable-pip-version-check ${index[@]+"${index[@]}"} -r "$REQUIREMENTS" ||
     stop "the packages of requirements/cpu.txt could not be installed (see pip's message above)."
   echo "$stamp" >"$VENV/spattn-environment"
   echo "Environment ready after $((SECONDS - started)) s"
@@ -50,7 +50,7 @@ build_environment() {
 
 install_project() {
   local stamp="$1"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$ROOT" ||
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable "$ROOT" ||
     stop "spattn-tvm itself could not be installed (see pip's message above)."
   echo "$stamp" >"$VENV/spattn-project"
 }
