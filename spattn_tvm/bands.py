@@ -364,7 +364,7 @@ class BandLayout:
 
     def _context(self, length: int) -> int:
         length = _require_int("length", length, 0)
-        return length if self.context_length is None else self.context_length
+        return length if self.depends_on_length else self.context_length or 0
 
     # --- work ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.problem import AttentionProblem
+
+BASE = AttentionProblem("forward", "float32", 1, 16, 16, 4096, 64, BandLayout.spattention(16, 4096))
+
+
+def test_key_is_readable():
+    assert BASE.key == "forward-float32-b1-h16-k16-n4096-d64-spattention-c4096"
+    backward = dataclasses.replace(
+        BASE, direction="backward", kv_heads=4, layout=BandLayout.sliding_window(16, 256, allow_longer=False)
+    )
+    assert backward.key == "backward-float32-b1-h16-k4-n4096-d64-sliding_window-w256"
+
+
+layouts = st.one_of(
+    st.builds(BandLayout.spattention, st.just(4), st.none() | st.integers(64, 99)),
+    st.builds(lambda c: BandLayout.causal(4, c, allow_longer=True), st.integers(1, 99)),
+    st.builds(BandLayout.sliding_window, st.just(4), st.integers(1, 99), st.none() | st.integers(64, 99)),
+    st.builds(
+        lambda heads: BandLayout.custom([[pair] for pair in heads]),
+        st.lists(st.tuples(st.integers(0, 9), st.integers(9, 20)), min_size=4, max_size=4),
+    ),
+)
+problems = st.builds(
+    AttentionProblem,
+    st.sampled_from(["forward", "backward"]),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.integers(1, 3),
+    st.just(4),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 64),
+    st.integers(1, 256),
+    layouts,
+)
+
+
+@given(problems)
+def test_json_round_trip(problem):
+    assert AttentionProblem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
+    assert AttentionProblem.from_json(json.dumps(problem.to_json())) == problem
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,120}", problem.key)
+
+
+@given(problems, problems)
+def test_different_problems_have_different_keys(a, b):
+    assert (a == b) == (a.key == b.key)
+
+
+def test_useful_flops_count_pairs():
+    problem = AttentionProblem("forward", "float16", 3, 4, 2, 10, 8, BandLayout.spattention(4, 12))
+    pairs = sum(
+        any(lo <= i - j <= hi for lo, hi in head)
+        for head in problem.layout.bands(10)
+        for i in range(10)
+        for j in range(10)
+    )
+    assert problem.useful_flops == 3 * pairs * 4 * 8
+    assert dataclasses.replace(problem, direction="backward").useful_flops == 3 * pairs * 10 * 8
+
+
+def test_min_bytes_count_each_tensor_once():
+    problem = AttentionProblem("forward", "float16", 3, 4, 2, 10, 8, BandLayout.spattention(4, 12))
+    query, key, row = 3 * 4 * 10 * 8 * 2, 3 * 2 * 10 * 8 * 2, 3 * 4 * 10 * 4
+    assert problem.min_bytes == (query + key + key) + (query + row)
+    backward = dataclasses.replace(problem, direction="backward")
+    assert backward.min_bytes == (query + key + key + query + query + row + row) + (query + key + key)
+    assert dataclasses.replace(problem, dtype="float32").min_bytes == 2 * problem.min_bytes - (row)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"direction": "sideways"}, ValueError, "sideways"),
+        ({"dtype": "float64"}, ValueError, "float64"),
+        ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"length": -3}, ValueError, "length must be at least 1, got -3"),
+        ({"head_dim": 64.0}, TypeError, "head_dim must be an int, got 64.0"),
+        ({"batch": True}, TypeError, "batch must be an int, got True"),
+        ({"kv_heads": 3}, ValueError, "multiple of kv_heads, got 16 and 3"),
+        ({"length": 4097}, ValueError, "4097 is longer than the layout's context_length 4096"),
+        ({"layout": BandLayout.causal(8)}, ValueError, "layout has 8 heads, the problem 16"),
+        ({"layout": "causal:heads=16"}, TypeError, "must be a BandLayout, got str"),
+    ],
+)
+def test_bad_problems_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(BASE, **changes)
+
+
+def test_bad_json_is_refused():
+    data = BASE.to_json()
+    with pytest.raises(ValueError, match=r"missing \['dtype'\], unknown \['colour'\]"):
+        AttentionProblem.from_json({**{k: v for k, v in data.items() if k != "dtype"}, "colour": 1})
+    with pytest.raises(ValueError, match="a problem is a JSON object"):
+        AttentionProblem.from_json("[1]")
+    with pytest.raises(ValueError, match="'causal'"):
+        AttentionProblem.from_json({**data, "layout": "causal"})
