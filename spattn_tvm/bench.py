@@ -181,12 +181,13 @@ def _prepare_sdpa(backend_name: str | None) -> Callable[[AttentionProblem, torch
 
 def _prepare_flex(problem: AttentionProblem, device: torch.device) -> Attention:
     import torch
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from .reference import flex_mask_mod
 
     # Timing the backward pass alone keeps the graph, which donated buffers forbid.
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    functorch_config.donated_buffer = False
     length = problem.length
     mask_mod = flex_mask_mod(problem.layout, length, device=device)
     try:
@@ -759,7 +760,7 @@ def benchmark(
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write a report to ``folder/<target>/benchmarks/<date>.json``; `folder` is ``autotune_logs`` by habit."""
+    """Write a report to ``folder/<target>/benchmarks/<date>.json``; `folder` is ``autotune_logs``, say."""
     stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
     path = folder / report["target"] / "benchmarks" / f"{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -785,13 +786,15 @@ def tables(report: dict[str, Any]) -> list[Table]:
         if cuda:
             table.add_column("peak MiB", justify="right")
         previous = ""
+        notes: dict[str, None] = {}
         for entry in result["entries"]:
             shown = entry["pass"].replace("_", " + ") if entry["pass"] != previous else ""
             if shown and previous:
                 table.add_section()
             previous = entry["pass"]
             if entry["median_ms"] is None:
-                table.add_row(shown, entry["title"], f"{entry['status']}: {entry['reason']}")
+                table.add_row(shown, entry["title"], entry["status"])
+                notes.setdefault(f"{entry['title']}: {entry['reason']}")
                 continue
             spread = "" if entry["p25_ms"] is None else f"{entry['p25_ms']:.3g}-{entry['p75_ms']:.3g}"
             cells = [
@@ -807,5 +810,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
             if cuda:
                 cells.append(f"{entry['peak_memory_mib']:.0f}")
             table.add_row(*cells)
+        table.caption = "\n".join(notes)
+        table.caption_justify = "left"
         result_tables.append(table)
     return result_tables
