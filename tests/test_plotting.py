@@ -1,0 +1,193 @@
+"""What the pictures show: drawn shapes and bars against the masks and numbers they stand for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from spattn_tvm import plotting
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_loss_curves, plot_tuning_curve
+
+pytest.importorskip("matplotlib")
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+LAYOUTS = [
+    BandLayout.spattention(4, 24),
+    BandLayout.spattention(5, 24),
+    BandLayout.spattention(30, 24),
+    BandLayout.equal_area(3, 24),
+    BandLayout.gapped(3, 24),
+    BandLayout.exclusive(1, 24),
+    BandLayout.causal(2, 24),
+    BandLayout.custom([[(0, 2), (5, 6)], [], [(6, 90)]], 24),
+    BandLayout.sliding_window(2, 100),
+]
+
+
+@pytest.fixture
+def figure_of(monkeypatch, tmp_path):
+    """Calls a plot function, checks its PNG, and returns the figure."""
+    saved = []
+    save = plotting._save
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+
+    def draw(plot, *arguments, **keywords):
+        path = tmp_path / "new" / "picture.png"
+        arguments = [path if argument is ... else argument for argument in arguments]
+        assert plot(*arguments, **keywords) == path
+        assert path.read_bytes().startswith(PNG_MAGIC)
+        return saved[-1]
+
+    return draw
+
+
+@pytest.mark.parametrize("length", [24, 17])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.spec)
+def test_layout_picture_shows_the_bands(figure_of, layout, length):
+    from matplotlib.colors import same_color
+
+    figure = figure_of(plot_layout, layout, ..., length)
+    pairs, distances, load = figure.axes
+    colours = plotting._head_colours(layout.num_heads)
+    bands = layout.bands(length)
+    for i in range(length):
+        for j in range(i + 1):
+            viewers = [h for h, head in enumerate(bands) if any(lo <= i - j <= hi for lo, hi in head)]
+            # Inside the pair's cell, off its diagonal: where y - x is i - j + 1/2.
+            shown = [p for p in pairs.patches if p.get_path().contains_point((j + 0.25, i + 0.75))]
+            assert len(shown) == bool(viewers), (i, j)
+            if viewers:
+                expected = colours[viewers[0]] if len(viewers) == 1 else plotting._SHARED
+                assert same_color(shown[0].get_facecolor(), expected)
+    drawn = [
+        [
+            (box.x0, box.x1)
+            for box in (path.get_extents() for path in collection.get_paths())
+            if box.x1 > box.x0
+        ]
+        for collection in distances.collections
+    ]
+    assert drawn == [[(lo, min(hi + 1, length)) for lo, hi in head if lo < length] for head in bands]
+    widths = [bar.get_width() / 100 for bar in load.patches]
+    assert widths == pytest.approx(layout.load(length))
+
+
+def test_layout_picture_says_how_much_work_is_left(figure_of):
+    figure = figure_of(plot_layout, BandLayout.spattention(16, 4096), ...)
+    assert figure.get_suptitle() == (
+        "spattention: 16 heads, length 4,096 — 17.6% of the dense causal work (5.67× less)"
+    )
+    figure = figure_of(plot_layout, BandLayout.causal(1, 64), ..., 10)
+    assert figure.get_suptitle() == "causal: 1 head, length 10, context 64 — 100.0% of the dense causal work"
+
+
+def test_layout_picture_needs_a_length_that_fits(tmp_path):
+    with pytest.raises(ValueError, match="spattention:heads=4 needs a length of at least 1"):
+        plot_layout(BandLayout.spattention(4), tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a sequence of 9 is longer"):
+        plot_layout(BandLayout.spattention(4, 8), tmp_path / "a.png", 9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tuning_curve_shows_the_points_and_the_best(figure_of):
+    axes = figure_of(
+        plot_tuning_curve,
+        [("model", [(1, 900.0), (5, 400.0)]), ("none", []), ("random", [(1, 800.0), (9, 500.0)])],
+        ...,
+    ).axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[1, 900], [5, 400]],
+        [[1, 800], [9, 500]],
+    ]
+    assert {line.get_drawstyle() for line in axes.lines} == {"steps-post"}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["model: 400 µs", "random: 500 µs"]
+    assert axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
+
+
+def test_tuning_curve_of_slow_kernels_is_in_ms_and_of_wide_range_logarithmic(figure_of):
+    axes = figure_of(plot_tuning_curve, [("model", [(1, 90000.0), (5, 4000.0)])], ...).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 90], [5, 4]]
+    assert axes.get_legend().get_texts()[0].get_text() == "model: 4 ms"
+    assert axes.get_yscale() == "log"
+
+
+def test_loss_curves(figure_of):
+    curve = [(0, 8.0), (10, 2.5)]
+    axes = figure_of(plot_loss_curves, [("SPAttention", curve)], ..., y_label="bits per byte").axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 8], [10, 2.5]]
+    assert axes.get_ylabel() == "bits per byte" and axes.get_xlabel() == "training step"
+
+
+def entry(peer, pass_name, median_ms, **more):
+    return {
+        "peer": peer,
+        "title": peer.upper(),
+        "pass": pass_name,
+        "median_ms": median_ms,
+        "status": "ok",
+        **more,
+    }
+
+
+REPORT = {
+    "results": [
+        {
+            "shape": "(1,16,4096,64) float32 spattention",
+            "entries": [
+                entry("ours", "forward", 10.0, p25_ms=9.0, p75_ms=12.0, ratio_to_dense=0.25),
+                entry("sdpa", "forward", 40.0, p25_ms=None, p75_ms=None, ratio_to_dense=1.0),
+                {**entry("flex", "forward", None), "status": "not available"},
+                entry("ours", "forward_backward", 30.0),
+            ],
+        }
+    ]
+}
+
+
+@pytest.mark.parametrize("form", ["report", "rows", "file"])
+def test_benchmark_bars_are_the_medians(figure_of, tmp_path, form):
+    report = REPORT
+    if form == "rows":
+        shape = REPORT["results"][0]["shape"]
+        report = [{**row, "shape": shape} for row in REPORT["results"][0]["entries"]]
+    elif form == "file":
+        report = tmp_path / "report.json"
+        report.write_text(json.dumps(REPORT))
+    figure = figure_of(plot_benchmark, report, ...)
+    forward, both = figure.axes
+    assert figure.get_suptitle() == "(1,16,4096,64) float32 spattention"
+    assert forward.get_title(loc="left") == "forward" and both.get_title(loc="left") == "forward + backward"
+    assert [bar.get_width() for bar in forward.patches] == [10, 40]
+    assert [label.get_text() for label in forward.get_yticklabels()] == ["OURS", "SDPA", "FLEX"]
+    texts = [text.get_text() for text in forward.texts]
+    assert texts == ["10 ms  (0.25 of dense)", "40 ms", "not available"]
+    assert list(forward.lines[0].get_xdata()) == [9, 12]
+    assert [bar.get_width() for bar in both.patches] == [30]
+
+
+def test_nothing_to_plot(tmp_path):
+    for plot in (plot_tuning_curve, plot_loss_curves):
+        with pytest.raises(ValueError, match="nothing to plot"):
+            plot([("empty", [])], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_benchmark({"results": []}, tmp_path / "a.png")
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'spattn-tvm\[plot\]'"):
+        plot_layout(BandLayout.causal(1, 8), tmp_path / "a.png")
+
+
+def test_plotting_needs_neither_pyplot_nor_torch(tmp_path):
+    code = (
+        "import sys; from spattn_tvm import plotting; assert 'matplotlib' not in sys.modules; "
+        f"plotting.plot_layout(plotting.BandLayout.causal(1, 8), {str(tmp_path / 'a.svg')!r}); "
+        "assert not {'matplotlib.pyplot', 'torch', 'tvm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "<svg" in (tmp_path / "a.svg").read_text()
