@@ -1,0 +1,194 @@
+"""What this machine can run, which compilers and GPUs it has, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .target import MachineTarget, detect_cpu, detect_cuda
+
+# From 0.1.15.post1 on, tvm.ir.save_json of an integer constant crashes the process.
+FFI_VERSION = "0.1.14.post1"
+TVM_VERSION = "0.27.0.post1"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes
+    ----------
+    topic, text : str
+        What was looked at and what was found.
+    status : {"ok", "note", "missing"}
+        ``note``: something optional is absent. ``missing``: attention can't run with kernels without it.
+    remedy : str
+        How to get it; empty when nothing is wrong.
+    """
+
+    topic: str
+    text: str
+    status: str = "ok"
+    remedy: str = ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return lines[-1 if "nvcc" in command[0] else 0].strip() if lines else command[0]
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
+    for package, needed in (("torch", None), ("apache-tvm", TVM_VERSION), ("apache-tvm-ffi", FFI_VERSION)):
+        found = _version(package)
+        pinned = f"{package}=={needed}" if needed else package
+        if found is None:
+            yield Finding(package, "not installed", "missing", f"pip install {pinned}")
+        elif needed is not None and found != needed:
+            yield Finding(package, f"{found}, made for {needed}", "note", f"pip install {pinned}")
+        else:
+            yield Finding(package, found)
+    xgboost = _version("xgboost-cpu") or _version("xgboost")
+    if xgboost is None:
+        yield Finding("xgboost", "not installed: no search", "note", "pip install 'spattn-tvm[tune]'")
+    else:
+        yield Finding("xgboost", xgboost)
+    matplotlib = _version("matplotlib")
+    if matplotlib is None:
+        yield Finding("matplotlib", "not installed: no plots", "note", "pip install 'spattn-tvm[plot]'")
+    else:
+        yield Finding("matplotlib", matplotlib)
+
+
+def _compilers(has_gpu: bool) -> Iterator[Finding]:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    compiler = next((path for path in (shutil.which(name) for name in names if name) if path), None)
+    if compiler is None:
+        yield Finding(
+            "C++ compiler",
+            "none of $CXX, c++, g++, clang++",
+            "missing",
+            "links compiled kernels (exported bundles need none); Debian, Ubuntu: apt-get install g++",
+        )
+    else:
+        yield Finding("C++ compiler", f"{_first_line([compiler, '--version'])} ({compiler})")
+    nvcc = shutil.which("nvcc") or next(
+        (str(path) for path in (Path("/usr/local/cuda/bin/nvcc"),) if path.exists()), None
+    )
+    if nvcc is not None:
+        yield Finding("nvcc", f"{_first_line([nvcc, '--version'])} ({nvcc})")
+    elif has_gpu:
+        yield Finding("nvcc", "not found", "note", "compiles CUDA kernels; install the CUDA toolkit")
+    else:
+        yield Finding("nvcc", "not found; only needed to compile for CUDA")
+
+
+def _cpu() -> Iterator[Finding]:
+    try:
+        target = detect_cpu()
+    except ValueError as error:
+        yield Finding("CPU", str(error), "missing", "use impl='reference'")
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = "?"
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        threads = str(torch.get_num_threads())
+    yield Finding("CPU", f"{target.arch}, {target.model}, {cores} cores, {threads} PyTorch threads")
+
+
+def _gpus() -> list[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return [
+            Finding(
+                "GPU", f"none (PyTorch {'with CUDA ' + built if built else 'without CUDA'}); CPU kernels only"
+            )
+        ]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        text = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB"
+        )
+        try:
+            detect_cuda(index)
+            findings.append(Finding(f"GPU {index}", text))
+        except ValueError as error:
+            findings.append(Finding(f"GPU {index}", text, "note", str(error)))
+    return findings
+
+
+def _targets() -> list[MachineTarget]:
+    targets = []
+    with contextlib.suppress(ValueError):
+        targets.append(detect_cpu())
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            try:
+                targets.append(detect_cuda(index))
+            except ValueError:
+                continue
+    return list(dict.fromkeys(targets))
+
+
+def _kernels() -> Iterator[Finding]:
+    from .compiler import cache_dir
+    from .store import load_records, schedules_root
+
+    folder = cache_dir()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    yield Finding("kernel cache", f"{folder} ({size / 2**20:.1f} MiB); another one: SPATTN_CACHE_DIR")
+    root = schedules_root()
+    for target in _targets():
+        records = load_records(target.folder)
+        if records:
+            yield Finding("schedules", f"{target.folder}: {len(records)} tuned problems")
+        else:
+            others = sorted(path.name for path in root.glob("*") if path.is_dir()) if root else []
+            known = f"; shipped: {', '.join(others)}" if others else ""
+            yield Finding(
+                "schedules",
+                f"{target.folder}: none, kernels run untuned{known}",
+                "note",
+                f"spattn tune --target {target.kind} --direction both --minutes 10",
+            )
+
+
+def examine() -> list[Finding]:
+    """Everything that `spattn doctor` prints, in order; nothing is compiled and TVM is not imported."""
+    gpus = _gpus()
+    findings = [*_python(), *_compilers(any(gpu.topic != "GPU" for gpu in gpus)), *_cpu(), *gpus]
+    try:
+        findings += _kernels()
+    except ImportError as error:
+        findings.append(Finding("kernels", str(error), "missing", "see the packages above"))
+    return findings
