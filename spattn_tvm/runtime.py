@@ -1,0 +1,213 @@
+"""Loading compiled kernels with TVM's small runtime library, without TVM's compiler.
+
+A kernel library needs ``libtvm_runtime.so`` (3 MB) in the process's global symbol scope, and
+``libtvm_runtime_cuda.so`` as well when it holds GPU code. Both sit in the ``apache-tvm`` wheel and in every
+exported bundle; the ``tvm`` package itself is never imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RUNTIME_LIBRARY = "libtvm_runtime.so"
+CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"
+OPENMP_LAUNCH = "spattn_openmp_launch"
+
+_lock = threading.Lock()
+_loaded: dict[str, Path] = {}
+
+
+def _installed_runtime_folder() -> Path | None:
+    """``tvm/lib`` of an installed ``apache-tvm``, found without importing it."""
+    spec = importlib.util.find_spec("tvm")
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(root) / "lib"
+        if (folder / RUNTIME_LIBRARY).is_file():
+            return folder
+    return None
+
+
+def runtime_folder(bundle_folder: Path | None = None) -> Path:
+    """The folder whose TVM runtime library this process uses.
+
+    The first that has it wins: the one already loaded in this process, ``$SPATTN_TVM_RUNTIME`` (a folder, or
+    the library's path), the installed ``apache-tvm``, a bundle's folder. The installed one comes before a
+    bundle's because a second copy in one process breaks a later ``import tvm``.
+
+    Raises
+    ------
+    RuntimeError
+        When there is none; says how to get it.
+    """
+    if RUNTIME_LIBRARY in _loaded:
+        return _loaded[RUNTIME_LIBRARY].parent
+    tried = []
+    named = os.environ.get("SPATTN_TVM_RUNTIME")
+    # An imported tvm has loaded its own copy already.
+    if named and "tvm" not in sys.modules:
+        folder = Path(named)
+        folder = folder.parent if folder.is_file() else folder
+        if not (folder / RUNTIME_LIBRARY).is_file():
+            raise RuntimeError(f"$SPATTN_TVM_RUNTIME is {named!r}, where there is no {RUNTIME_LIBRARY}")
+        return folder
+    installed = _installed_runtime_folder()
+    if installed is not None:
+        return installed
+    tried.append("no package 'tvm' is installed")
+    if bundle_folder is not None:
+        if (bundle_folder / RUNTIME_LIBRARY).is_file():
+            return bundle_folder
+        tried.append(f"{bundle_folder} has none")
+    raise RuntimeError(
+        f"{RUNTIME_LIBRARY} not found ({'; '.join(tried)}): install it with `pip install apache-tvm`, "
+        "or set SPATTN_TVM_RUNTIME to the folder that holds it"
+    )
+
+
+def _set_thread_defaults() -> None:
+    """Settings that TVM reads when its thread pool starts; the user's own win."""
+    # Without it TVM uses half of the cores on x86, and its pool can only be narrowed after its start.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.setdefault("TVM_NUM_THREADS", str(cores))
+    # TVM would pin the calling thread, which is PyTorch's, to its first cores.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+def _load_global(folder: Path, name: str) -> None:
+    if name in _loaded:
+        return
+    path = (folder / name).resolve()
+    try:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise RuntimeError(f"can't load {path}: {error}") from error
+    _loaded[name] = path
+
+
+def _load_cudart() -> None:
+    """Make ``libcudart.so.13``, which TVM's CUDA runtime links, findable: PyTorch may bring another major
+    version.
+    """
+    try:
+        ctypes.CDLL("libcudart.so.13", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        for root in sys.path:
+            for path in glob.glob(os.path.join(glob.escape(root), "nvidia", "*", "lib", "libcudart.so.13")):
+                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+                return
+
+
+def load_runtime(*, cuda: bool = False, bundle_folder: Path | None = None) -> Path:
+    """Load TVM's runtime library into this process, once.
+
+    Parameters
+    ----------
+    cuda : bool
+        Load the CUDA part too.
+    bundle_folder : Path, optional
+        Where to look when ``apache-tvm`` is not installed.
+
+    Returns
+    -------
+    Path
+        The folder it came from.
+
+    Raises
+    ------
+    RuntimeError
+        When a library is not found or can't be loaded.
+    """
+    with _lock:
+        folder = runtime_folder(bundle_folder)
+        import tvm_ffi  # noqa: F401  (loads libtvm_ffi.so, which the runtime links)
+
+        _set_thread_defaults()
+        _load_global(folder, RUNTIME_LIBRARY)
+        if cuda and CUDA_RUNTIME_LIBRARY not in _loaded:
+            _load_cudart()
+            _load_global(folder, CUDA_RUNTIME_LIBRARY)
+        return folder
+
+
+@cache
+def _openmp_is_loaded() -> bool:
+    """Whether an OpenMP runtime is in the global scope; PyTorch puts its own there on Linux."""
+    process = ctypes.CDLL(None)
+    return hasattr(process, "GOMP_parallel") and hasattr(process, "omp_get_max_threads")
+
+
+def _use_openmp_pool(path: str) -> bool:
+    """Point a kernel library's parallel launch to the OpenMP pool that PyTorch uses; False when there is
+    none.
+
+    Two pools on the same cores starve each other: OpenMP's workers spin after each PyTorch operator while
+    TVM's want to run.
+    """
+    if os.environ.get("SPATTN_THREAD_POOL", "openmp") == "tvm" or not _openmp_is_loaded():
+        return False
+    library = ctypes.CDLL(path)
+    if not hasattr(library, OPENMP_LAUNCH):
+        return False
+    try:
+        launch = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
+    except ValueError:
+        return False
+    launch.value = ctypes.cast(getattr(library, OPENMP_LAUNCH), ctypes.c_void_p).value
+    return True
+
+
+def load_library(
+    path: str | os.PathLike[str], name: str, *, cuda: bool | None = None, bundle_folder: Path | None = None
+) -> Callable[..., Any]:
+    """A function of a compiled kernel library.
+
+    Parameters
+    ----------
+    path : path-like
+        The library.
+    name : str
+        The function it exports: ``"forward"`` or ``"backward"``.
+    cuda : bool, optional
+        Whether it holds GPU code; by default whether PyTorch sees a CUDA device.
+    bundle_folder : Path, optional
+        See :func:`load_runtime`.
+
+    Returns
+    -------
+    callable
+        Takes PyTorch tensors and numbers; launches on PyTorch's current stream. It stays valid for the life
+        of the process.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    RuntimeError
+        When it can't be loaded or exports no such function.
+    """
+    import torch  # puts OpenMP and libcudart in place before TVM's runtime asks for them
+    import tvm_ffi
+
+    resolved = Path(path).resolve()
+    if not resolved.is_file():
+        raise FileNotFoundError(f"no kernel library {resolved}")
+    load_runtime(cuda=torch.cuda.is_available() if cuda is None else cuda, bundle_folder=bundle_folder)
+    try:
+        module = tvm_ffi.load_module(str(resolved))
+    except Exception as error:
+        raise RuntimeError(f"can't load the kernel library {resolved}: {error}") from error
+    if not module.implements_function(name):
+        raise RuntimeError(f"{resolved} exports no function {name!r}; it may be damaged: delete it")
+    function = module.get_function(name)
+    _use_openmp_pool(str(resolved))
+    return function
