@@ -52,11 +52,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 PASSES = ("forward", "backward", "forward_backward")
 
-# A peer's error against float64 may be this multiple of the plain PyTorch computation's in the same dtype.
-ERROR_RATIO = 2.0
-# Below this error, relative to the largest value of the result, rounding order decides: never called wrong.
-ERROR_FLOOR = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
-
 
 class PeerUnavailable(RuntimeError):
     """A peer that can't run on this problem or machine; its message says why."""
@@ -261,14 +256,6 @@ class _Inputs:
         return q, k, v
 
 
-def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention as three PyTorch operations in q's dtype; rows without a key give 0."""
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask, float("-inf"))
-    probabilities = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return probabilities @ v
-
-
 def _check(
     outputs: dict[str, torch.Tensor],
     inputs: _Inputs,
@@ -287,6 +274,7 @@ def _check(
     import torch
 
     from .reference import attention_mask, reference_attention
+    from .verify import judge, plain_attention
 
     chooser = random.Random(seed)
     group = problem.query_heads // problem.kv_heads
@@ -297,11 +285,11 @@ def _check(
     part = BandLayout.custom(layout.bands(problem.length)[query_rows], problem.length)
     mask = attention_mask(part, problem.length, device=inputs.q.device)
 
-    def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return reference_attention(q, k, v, part)[0]
 
-    def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _plain_attention(q, k, v, mask)
+    def plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return plain_attention(q, k, v, mask, problem.head_dim**-0.5)[0]
 
     def compute(attend: Attention, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         rows = {"q": query_rows, "k": key_rows, "v": key_rows}
@@ -316,21 +304,11 @@ def _check(
             result |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
         return result
 
-    exact = compute(exact_attention, torch.float64)
-    plain = compute(plain_attention, _dtype(problem))
-    errors: dict[str, float] = {}
-    wrong = []
-    for name, value in outputs.items():
-        scale = exact[name].abs().max().clamp_min(1e-30)
-        error = ((value[b : b + 1, of[name]].double() - exact[name]).abs().max() / scale).item()
-        allowed = max(
-            ERROR_RATIO * ((plain[name].double() - exact[name]).abs().max() / scale).item(),
-            ERROR_FLOOR[problem.dtype],
-        )
-        errors[name] = error
-        if not error <= allowed:
-            wrong.append(f"{name} off by {error:.2e}, allowed {allowed:.2e} (key/value head {kv_head})")
-    return errors, "; ".join(wrong)
+    exact, plain = compute(exactly, torch.float64), compute(plainly, _dtype(problem))
+    errors, wrong = judge(
+        {name: value[b : b + 1, of[name]] for name, value in outputs.items()}, exact, plain, problem.dtype
+    )
+    return errors, f"{wrong} (batch {b}, key/value head {kv_head})" if wrong else ""
 
 
 # Clocks

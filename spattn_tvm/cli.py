@@ -278,7 +278,8 @@ def plot_layout(
     dense = bands.num_heads * size * (size + 1) // 2
     console.print(
         f"{bands.pairs(size):,} pairs, {bands.pairs(size) / dense:.3f} of dense causal; "
-        f"of {coverage.distances:,} distances {coverage.seen:,} are seen, {coverage.seen_once:,} by exactly one head",
+        f"of {coverage.distances:,} distances {coverage.seen:,} are seen, "
+        f"{coverage.seen_once:,} by exactly one head",
         highlight=False,
     )
     console.print(f"written: {path}", highlight=False)

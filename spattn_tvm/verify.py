@@ -1,0 +1,339 @@
+"""Runs a target's kernels, shipped and untuned, on fresh random problems and compares with the reference.
+
+The rule, also of the benchmark: against float64, a result may be off by at most `ERROR_RATIO` times as much
+as the same attention written as a few PyTorch operations in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bands import BandLayout
+from .reference import attention_mask, reference_attention
+from .spaces import DIRECTIONS, families_for, find_space, has_space
+from .target import MachineTarget
+
+if TYPE_CHECKING:
+    from .store import ScheduleRecord
+
+ERROR_RATIO = 2.0
+# Below it the order of a sum decides, and nothing is called wrong. Relative to the largest value of a result, or
+# to 1 where that is smaller: inputs are standard normal, and a gradient may cancel to next to nothing.
+ERROR_FLOOR = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+
+_UNTUNED = (("float32", 64), ("float32", 40), ("bfloat16", 128), ("float16", 64))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention as a few PyTorch operations in q's dtype: ``(o, lse)``; queries without a key give (0, -inf).
+
+    Parameters
+    ----------
+    q : Tensor
+        ``(B, Hq, N, D)``.
+    k, v : Tensor
+        ``(B, Hkv, N, D)``.
+    mask : Tensor
+        Bool ``(Hq, N, N)``.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (scale * (q @ k.mT)).masked_fill(~mask, -torch.inf)
+    has_key = mask.any(-1)
+    safe = scores.masked_fill(~has_key[..., None], 0.0)
+    o = safe.softmax(-1).masked_fill(~has_key[..., None], 0.0) @ v
+    lse = safe.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+    return o, lse.masked_fill(~has_key, -torch.inf)
+
+
+def judge(
+    actual: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor], dtype: str
+) -> tuple[dict[str, float], str]:
+    """Errors by name, and which of them are too large ("" when none is).
+
+    An error is the largest absolute difference from `exact` (float64) over the largest absolute value of
+    `exact`; `plain` is the same computation in `dtype`.
+    """
+    errors, wrong = {}, []
+    for name, value in actual.items():
+        finite = exact[name].isfinite()
+        if not torch.equal(value.double().masked_fill(finite, 0.0), exact[name].masked_fill(finite, 0.0)):
+            errors[name] = float("inf")
+            wrong.append(f"{name} is finite, or not, at the wrong places")
+            continue
+        reference = exact[name].masked_fill(~finite, 0.0)
+        largest = float(reference.abs().max().clamp_min(1e-30))
+
+        def error_of(
+            result: Tensor, finite: Tensor = finite, reference: Tensor = reference, largest: float = largest
+        ) -> float:
+            return float((result.double().masked_fill(~finite, 0.0) - reference).abs().max()) / largest
+
+        errors[name] = error_of(value)
+        allowed = max(ERROR_RATIO * error_of(plain[name]), ERROR_FLOOR[dtype] * max(1.0, 1.0 / largest))
+        if not errors[name] <= allowed:
+            wrong.append(f"{name} is off by {errors[name]:.2e}, allowed {allowed:.2e}")
+    return errors, "; ".join(wrong)
+
+
+@dataclass(frozen=True)
+class RandomProblem:
+    """A problem that nobody chose: odd lengths, grouped queries, packed documents, strided inputs."""
+
+    dtype: str
+    head_dim: int
+    batch: int
+    query_heads: int
+    kv_heads: int
+    length: int
+    layout: BandLayout
+    offsets: tuple[int, ...] | None
+    transposed: bool
+    seed: int
+
+    @classmethod
+    def draw(cls, rng: random.Random, dtype: str, head_dim: int, max_length: int) -> RandomProblem:
+        kv_heads = rng.choice((1, 2, 3))
+        query_heads = kv_heads * rng.choice((1, 1, 2, 4))
+        interesting = [n for n in (1, 2, 31, 64, 97, 127, 128, 129, 257, 509, 512, 513) if n <= max_length]
+        length = rng.choice((rng.choice(interesting), rng.randint(1, max_length)))
+        offsets = None
+        if rng.random() < 0.4:
+            inner = sorted(rng.randint(0, length) for _ in range(rng.randint(0, 5)))
+            offsets = (0, *inner, length)
+        return cls(
+            dtype,
+            head_dim,
+            rng.choice((1, 1, 2)),
+            query_heads,
+            kv_heads,
+            length,
+            _random_layout(rng, query_heads, length),
+            offsets,
+            rng.random() < 0.5,
+            rng.randrange(2**31),
+        )
+
+    def __str__(self) -> str:
+        packed = f", documents {self.offsets}" if self.offsets else ""
+        strided = ", (B,N,H,D) strides" if self.transposed else ""
+        return (
+            f"({self.batch},{self.query_heads}/{self.kv_heads},{self.length},{self.head_dim}) {self.dtype} "
+            f"{self.layout.spec}{packed}{strided}, seed {self.seed}"
+        )
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Normal random q, k, v, do in the dtype and dlse in float32."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def normal(heads: int) -> Tensor:
+            shape = (self.batch, heads, self.length, self.head_dim)
+            if self.transposed:
+                shape = (self.batch, self.length, heads, self.head_dim)
+            values = torch.randn(shape, generator=generator, device=device).to(getattr(torch, self.dtype))
+            return values.transpose(1, 2) if self.transposed else values
+
+        heads = {"q": self.query_heads, "k": self.kv_heads, "v": self.kv_heads, "do": self.query_heads}
+        tensors = {name: normal(count) for name, count in heads.items()}
+        shape = (self.batch, self.query_heads, self.length)
+        return tensors | {"dlse": torch.randn(shape, generator=generator, device=device)}
+
+
+def _random_layout(rng: random.Random, heads: int, length: int) -> BandLayout:
+    context = rng.choice((None, length, length + rng.randint(0, length)))
+    name = rng.choice(
+        (
+            "spattention",
+            "spattention",
+            "exclusive",
+            "local_only",
+            "gapped",
+            "causal",
+            "equal_area",
+            "window",
+            "custom",
+        )
+    )
+    if name == "window":
+        return BandLayout.sliding_window(heads, rng.randint(1, length + 3))
+    if name == "custom":
+        edges = [sorted(rng.randint(0, length) for _ in range(4)) for _ in range(heads)]
+        bands = [[(a, b), (c, d)][: rng.randint(0, 2)] for a, b, c, d in edges]
+        return BandLayout.custom(bands, max(1, context or length))
+    return getattr(BandLayout, name)(heads, context)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """One compiled kernel to check."""
+
+    family: str
+    direction: str
+    dtype: str
+    head_dim: int
+    decisions: Mapping[str, int]
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.direction} {self.dtype} head dim {self.head_dim} ({self.origin})"
+
+
+def kernels_of(target: MachineTarget) -> list[KernelChoice]:
+    """Each distinct kernel of the target's shipped records, and untuned ones of some dtypes and head dims."""
+    from .store import load_records
+
+    choices: dict[Any, KernelChoice] = {}
+
+    def add(choice: KernelChoice) -> None:
+        key = (
+            *(getattr(choice, n) for n in ("family", "direction", "dtype", "head_dim")),
+            *sorted(choice.decisions.items()),
+        )
+        choices.setdefault(key, choice)
+
+    record: ScheduleRecord
+    for record in load_records(target.folder):
+        problem = record.problem
+        add(
+            KernelChoice(
+                record.family, problem.direction, problem.dtype, problem.head_dim, record.decisions, "tuned"
+            )
+        )
+    for family in families_for(target):
+        for direction in DIRECTIONS:
+            if not has_space(family, direction):
+                continue
+            space = find_space(family, direction)
+            for dtype, head_dim in _UNTUNED:
+                if space.unsupported(head_dim, dtype, target) is None:
+                    decisions = space.untuned(head_dim, dtype, target)
+                    add(KernelChoice(family, direction, dtype, head_dim, decisions, "untuned"))
+    return list(choices.values())
+
+
+def check_kernel(kernel: Any, direction: str, problem: RandomProblem, device: torch.device) -> str:
+    """How a loaded kernel's results on a problem are wrong; "" when they are right."""
+    from .launch import launch_backward, launch_forward
+
+    t = problem.tensors(device)
+    scale = problem.head_dim**-0.5
+    offsets = torch.tensor(problem.offsets or (0, problem.length), dtype=torch.int32)
+    names = ("o", "lse") if direction == "forward" else ("dq", "dk", "dv")
+
+    def compute(attend: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        q, k, v = (t[name].to(dtype, copy=True).requires_grad_(direction == "backward") for name in "qkv")
+        o, lse = attend(q, k, v)
+        found = {"o": o.detach(), "lse": lse.detach()}
+        if direction == "backward":
+            # A keyless query's lse is -inf and carries no gradient.
+            total = (o * t["do"].to(o.dtype)).sum() + (
+                lse.masked_fill(lse == -torch.inf, 0.0) * t["dlse"]
+            ).sum()
+            found |= dict(zip(names, torch.autograd.grad(total, (q, k, v)), strict=True))
+        return found
+
+    mask = attention_mask(problem.layout, problem.length, offsets, device=device)
+    exact = compute(
+        lambda q, k, v: reference_attention(q, k, v, problem.layout, cu_seqlens=offsets), torch.float64
+    )
+    plain = compute(lambda q, k, v: plain_attention(q, k, v, mask, scale), t["q"].dtype)
+
+    lengths = [end - begin for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    bands = torch.from_numpy(problem.layout.packed_table(lengths).copy()).to(device)
+    arguments = (bands, offsets.to(device), scale)
+    # Fills what the launcher allocates with NaN, so that a place that no kernel writes is seen.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if direction == "forward":
+            results = launch_forward(kernel, t["q"], t["k"], t["v"], *arguments)
+        else:
+            o, lse = exact["o"].to(t["q"].dtype), exact["lse"].float()
+            results = launch_backward(kernel, t["q"], t["k"], t["v"], o, lse, t["do"], t["dlse"], *arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return judge(dict(zip(names, results, strict=True)), exact, plain, problem.dtype)[1]
+
+
+@dataclass
+class Verification:
+    """What `verify` found: problems checked, and a line for each that was wrong."""
+
+    passed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def verify(
+    target: MachineTarget,
+    problems: int = 200,
+    *,
+    max_length: int = 700,
+    seed: int | None = None,
+    report: Callable[[str], None] = lambda text: None,
+) -> Verification:
+    """Check every kernel of `kernels_of` on its share of `problems` fresh random problems.
+
+    Parameters
+    ----------
+    target : MachineTarget
+        This machine's.
+    problems : int
+        In all; each kernel gets at least one.
+    max_length : int
+        Longest sequence.
+    seed : int, optional
+        Of the problems; a fresh one when omitted.
+    report : callable
+        Called with a line of progress.
+
+    Raises
+    ------
+    ValueError
+        When the target's code can't run here.
+    """
+    reason = target.can_run_here()
+    if reason is not None:
+        raise ValueError(f"can't verify {target.folder} on this machine: {reason}")
+    rng = random.Random(seed)
+    device = torch.device(target.kind)
+    choices = kernels_of(target)
+    result = Verification()
+    for choice, count in _shares(choices, problems):
+        report(str(choice))
+        try:
+            kernel = _load(choice, target)
+        except Exception as error:  # the other kernels are still checked
+            result.failures.append(f"{choice}: {type(error).__name__}: {error}")
+            continue
+        for _ in range(count):
+            problem = RandomProblem.draw(rng, choice.dtype, choice.head_dim, max_length)
+            try:
+                wrong = check_kernel(kernel, choice.direction, problem, device)
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                result.failures.append(f"{choice}: {problem}: {wrong}")
+            else:
+                result.passed += 1
+    return result
+
+
+def _shares(choices: list[KernelChoice], problems: int) -> Iterator[tuple[KernelChoice, int]]:
+    for index, choice in enumerate(choices):
+        share = problems * (index + 1) // len(choices) - problems * index // len(choices)
+        yield choice, max(1, share)
+
+
+def _load(choice: KernelChoice, target: MachineTarget) -> Any:
+    from .compiler import compile_kernel
+    from .runtime import load_library
+
+    path = compile_kernel(
+        choice.family, choice.direction, choice.dtype, choice.head_dim, dict(choice.decisions), target
+    )
+    return load_library(path, choice.direction)
