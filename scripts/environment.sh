@@ -27,10 +27,10 @@ find_base_python() {
 
 check_compiler() {
   local candidate
-  for candidate in ${CXX:-} c++ g++ clang++; do
+  for candidate in ${CXX:-} ${CC:-} g++ gcc clang++ clang c++ cc; do
     command -v "$candidate" >/dev/null 2>&1 && return
   done
-  stop "no C++ compiler found (looked for \$CXX, c++, g++, clang++). It links the compiled kernels." \
+  stop "no C++ compiler found (looked for \$CXX, \$CC, g++, gcc, clang++, clang, c++, cc). It links the compiled kernels." \
     "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX."
 }
 

@@ -35,11 +35,11 @@ PAUSE_S = 0.1
 class Sizes:
     """Shape of the model and of a batch."""
 
-    context: int = 1024
-    batch: int = 2
-    layers: int = 3
-    heads: int = 8
-    head_dim: int = 32
+    context: int
+    batch: int
+    layers: int
+    heads: int
+    head_dim: int
 
     @property
     def width(self) -> int:
@@ -277,11 +277,8 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, help="train for about this long (overrides --steps)")
     parser.add_argument("--steps", type=int, default=400, help="steps of each model")
-    parser.add_argument("--context", type=int, default=Sizes.context, help="bytes a sequence")
-    parser.add_argument("--batch", type=int, default=Sizes.batch, help="sequences a step")
-    parser.add_argument("--layers", type=int, default=Sizes.layers)
-    parser.add_argument("--heads", type=int, default=Sizes.heads)
-    parser.add_argument("--head-dim", type=int, default=Sizes.head_dim)
+    parser.add_argument("--shape", default="1,8,2048,32", help="sequences, heads, bytes a sequence, head dim")
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice by default)")
@@ -290,7 +287,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    sizes = Sizes(arguments.context, arguments.batch, arguments.layers, arguments.heads, arguments.head_dim)
+    batch, heads, context, head_dim = map(int, arguments.shape.split(","))
+    sizes = Sizes(context, batch, arguments.layers, heads, head_dim)
     runs, steps = train(sizes, arguments.steps, arguments.learning_rate, arguments.seed, arguments.minutes)
     summary = summarize(runs, sizes, steps, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,198 @@
+"""Fill the measured parts of README.md from the reports that measurements left, and draw docs/*.png.
+
+A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
+
+- ``benchmark cpu``, ``benchmark cuda``: the newest report of ``spattn bench`` in ``autotune_logs/``
+- ``search``: searches under ``autotune_logs/`` that have a random control with the same number of trials
+- ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
+
+A block whose measurement is missing stays as it is.
+
+    python scripts/update_readme.py            writes README.md and docs/
+    python scripts/update_readme.py --check    only says whether README.md would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.tuning.log import curve, find_logs, read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "autotune_logs"
+DOCS = ROOT / "docs"
+LANGUAGE_MODEL = ROOT / "results" / "quickstart" / "byte_lm.json"
+BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def newest_report(kind: str) -> Path | None:
+    """The last report of a device kind; names are dates, so the last in order."""
+    return max(LOGS.glob(f"{kind}-*/benchmarks/*.json"), key=lambda path: path.name, default=None)
+
+
+def benchmark_block(kind: str) -> str | None:
+    path = newest_report(kind)
+    if path is None:
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    picture = DOCS / f"benchmark-{kind}.png"
+    plot_benchmark(report, picture)
+    cuda = kind == "cuda"
+    unit, factor = ("TFLOP/s", 1.0) if cuda else ("GFLOP/s", 1e3)
+    where = report["device"]["name"] + ("" if cuda else f", {report['threads']} threads")
+    if cuda and report["device"].get("driver"):
+        where += f", driver {report['device']['driver']}"
+    titles = [
+        "(B,H,N,D)",
+        "pass",
+        "implementation",
+        "median ms",
+        "of dense",
+        f"useful {unit}",
+        "of matmul rate",
+    ]
+    titles += ["peak MiB"] if cuda else []
+    rows, notes = [], {}
+    for result in report["results"]:
+        for entry in result["entries"]:
+            name = f"**{entry['title']}**" if entry["peer"] == "ours" else entry["title"]
+            cells = [result["shape"], entry["pass"].replace("_", " + "), name]
+            if entry["median_ms"] is None:
+                cells += [entry["status"], "", "", ""] + ([""] if cuda else [])
+                notes[f"{entry['title']}, {entry['pass'].replace('_', ' + ')}: {entry['reason']}"] = None
+            else:
+                ratio = entry["ratio_to_dense"]
+                cells += [
+                    f"{entry['median_ms']:.4g}",
+                    "" if ratio is None else f"{ratio:.3f}",
+                    f"{entry['useful_tflops'] * factor:.4g}",
+                    f"{entry['matmul_share']:.0%}",
+                ]
+                cells += [f"{entry['peak_memory_mib']:.0f}"] if cuda else []
+            rows.append(cells)
+    versions = report["versions"]
+    lines = [
+        *_table(titles, rows),
+        "",
+        *(f"- {note}" for note in notes),
+        *([""] if notes else []),
+        f"Measured on {where}, {report['date'][:10]}, PyTorch {versions['torch']}, "
+        f"TVM {versions['apache-tvm']}; [{path.relative_to(ROOT)}]({path.relative_to(ROOT)}).",
+        "",
+        f"![Benchmark]({picture.relative_to(ROOT)})",
+    ]
+    return "\n".join(lines)
+
+
+def search_block() -> str | None:
+    rows = []
+    series = []
+    for folder in find_logs(LOGS):
+        run = read_run(folder)
+        if run["strategy"] != "evolutionary" or not (folder / "random").is_dir():
+            continue
+        problem = AttentionProblem.from_json(run["problem"])
+        (trials, found), (control_trials, control) = curve(folder), curve(folder / "random")
+        if not found or not control:
+            continue
+        count = min(trials[-1], control_trials[-1])
+        best = [
+            min(us for trial, us in zip(*points, strict=True) if trial <= count)
+            for points in ((trials, found), (control_trials, control))
+        ]
+        rows.append(
+            [
+                run["target"],
+                problem.key,
+                str(count),
+                *(f"{us / 1e3:.4g}" for us in best),
+                f"{best[0] / best[1]:.3f}",
+            ]
+        )
+        for label, points in (("cost model", (trials, found)), ("random", (control_trials, control))):
+            series.append((f"{problem.direction} {label}", list(zip(*points, strict=True))))
+    if not rows:
+        return None
+    plot_tuning_curve(series[:4], DOCS / "tuning.png", title="Best so far")
+    titles = ["target", "problem", "trials each", "cost model, best ms", "random, best ms", "ratio"]
+    return "\n".join([*_table(titles, rows), "", "![Tuning curves](docs/tuning.png)"])
+
+
+def language_model_block() -> str | None:
+    if not LANGUAGE_MODEL.exists():
+        return None
+    summary = json.loads(LANGUAGE_MODEL.read_text(encoding="utf-8"))
+    (DOCS / "byte_lm.png").write_bytes(LANGUAGE_MODEL.with_suffix(".png").read_bytes())
+    sizes = summary["sizes"]
+    rows = [
+        [
+            name,
+            f"{model['tokens_per_second']:,.0f}",
+            f"{model['final_training_bits_per_byte']:.3f}",
+            f"{model['held_out_bits_per_byte']:.3f}",
+        ]
+        for name, model in summary["models"].items()
+    ]
+    titles = ["attention", "tokens/s", "training bits/byte", "held-out bits/byte"]
+    text = (
+        f"{sizes['parameters'] / 1e6:.1f} M parameters, {sizes['layers']} layers, {sizes['heads']} heads of "
+        f"{sizes['head_dim']}, context {sizes['context']}, {summary['tokens'] / 1e6:.2f} M bytes seen by "
+        f"each, {summary['threads']} threads."
+    )
+    return "\n".join([*_table(titles, rows), "", text, "", "![Loss curves](docs/byte_lm.png)"])
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+BLOCKS: dict[str, Callable[[], str | None]] = {
+    "benchmark cpu": lambda: benchmark_block("cpu"),
+    "benchmark cuda": lambda: benchmark_block("cuda"),
+    "search": search_block,
+    "language model": language_model_block,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    DOCS.mkdir(exist_ok=True)
+    plot_layout(BandLayout.spattention(16, 4096), DOCS / "bands.png")
+
+    def fill(match: re.Match[str]) -> Any:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"README.md has a block {name!r}; known: {', '.join(BLOCKS)}")
+        text = BLOCKS[name]()
+        if text is None:
+            print(f"{name}: nothing measured, left as it is")
+            return match[0]
+        print(f"{name}: filled")
+        return f"{match[1]}{text}\n{match[3]}"
+
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = BLOCK.sub(fill, before)
+    if check:
+        sys.exit(int(before != after))
+    path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
