@@ -92,6 +92,10 @@ _ELF_MAGIC = b"\x7fELF"
 _ELF_MACHINE_CUDA = 190
 
 
+class CompilerMissingError(RuntimeError):
+    """A kernel would have to be compiled, and TVM, a C++ compiler or nvcc is missing."""
+
+
 def cache_dir() -> Path:
     """Where compiled kernels are kept: ``$SPATTN_CACHE_DIR``, else ``~/.cache/spattn_tvm``
     (``$XDG_CACHE_HOME``).
@@ -108,13 +112,14 @@ def tvm_version() -> str:
 
     Raises
     ------
-    RuntimeError
+    CompilerMissingError
         When it is not installed; says how to get it.
     """
     try:
         return importlib.metadata.version("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(f"compiling a kernel needs TVM, which is not installed: {_INSTALL_TVM}") from None
+        reason = f"compiling a kernel needs TVM, which is not installed: {_INSTALL_TVM}"
+        raise CompilerMissingError(reason) from None
 
 
 @cache
@@ -186,7 +191,7 @@ def find_compiler() -> str:
 
     Raises
     ------
-    RuntimeError
+    CompilerMissingError
         When there is none; says how to get it.
     """
     names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "c++", "cc"]
@@ -194,10 +199,10 @@ def find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise RuntimeError(
+    raise CompilerMissingError(
         "linking a kernel needs a C++ compiler, and none of g++, gcc, clang++, clang, c++ and cc is on PATH: "
-        "install one (Debian, Ubuntu: `apt-get install g++`), name it in CXX, or run an exported bundle, which "
-        "needs none"
+        "install one (Debian, Ubuntu: `apt-get install g++`), name it in CXX, or run an exported bundle, "
+        "which needs none"
     )
 
 
@@ -300,19 +305,33 @@ def _driver_stub() -> Path:
     return folder
 
 
+def _has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
+
+
+def compile_obstacle(target: MachineTarget) -> str | None:
+    """What this machine lacks to compile for a target and how to get it, or None."""
+    try:
+        tvm_version()
+        find_compiler()
+    except RuntimeError as error:
+        return str(error)
+    if target.kind == "cuda" and not _has_nvcc() and not _has_driver():
+        return (
+            "compiling for CUDA needs nvcc (CUDA toolkit 13) on PATH: install it, or run an exported bundle, "
+            "which needs no compiler"
+        )
+    return None
+
+
 def _compile_in_subprocess(request: dict[str, Any]) -> None:
     """Compile for CUDA in a process of its own: the stub and TVM's compiler must not end up in the user's."""
     environment = dict(os.environ)
     folders = _toolkit_folders()
     if not _has_driver():
         folders.insert(0, str(_driver_stub()))
-    if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+    if _has_nvcc():
         environment.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
-    elif not _has_driver():
-        raise RuntimeError(
-            "compiling for CUDA needs nvcc (CUDA toolkit 13) on PATH: install it, or run an exported bundle, "
-            "which needs no compiler"
-        )
     folders += [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
     # The package may be importable only through this process's sys.path.
@@ -375,8 +394,10 @@ def compile_kernel(
     ------
     ValueError
         When the space has no such family, or refuses the decisions.
+    CompilerMissingError
+        When TVM, a C++ compiler or nvcc is missing; says how to get it.
     RuntimeError
-        When TVM, a C++ compiler or nvcc is missing (the message says how to get it), or compiling fails.
+        When compiling fails.
     """
     identity = _identity(family, direction, dtype, head_dim, decisions, target)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -387,6 +408,9 @@ def compile_kernel(
     reason = find_space(family, direction).rejection(decisions, head_dim, dtype, target)
     if reason is not None:
         raise ValueError(f"{family} {direction} with {dict(decisions)}: {reason}")
+    obstacle = compile_obstacle(target)
+    if obstacle is not None:
+        raise CompilerMissingError(obstacle)
     folder.mkdir(parents=True, exist_ok=True)
     with _file_lock(path.with_suffix(".lock")):
         if _is_intact(path, identity):

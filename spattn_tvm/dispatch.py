@@ -1,0 +1,330 @@
+"""Which kernel serves a call, and why.
+
+A call first looks in registered bundles, then for a schedule (``tuned``, ``nearest``, ``untuned``) whose
+library is compiled on first use and kept on disk. Where no kernel can serve it, ``impl="auto"`` takes the
+eager reference and says so once in a :class:`FallbackWarning`; an explicit ``impl`` raises instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bands import BandLayout
+from .compiler import CompilerMissingError, compile_kernel, compile_obstacle
+from .problem import AttentionProblem
+from .runtime import load_library
+from .spaces import FAMILIES, families_for
+from .store import Choice, NoKernelError, find_schedule, is_same_problem
+from .target import MachineTarget, detect_cpu, detect_cuda
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+
+IMPLEMENTATIONS = ("auto", "reference", *FAMILIES)
+_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# Each new shape, length and layout is an entry; a training run has a few, a server with free lengths has
+# many.
+_MAX_ENTRIES = 4096
+
+
+class FallbackWarning(UserWarning):
+    """A call runs on the eager reference, which is correct and slow, because no kernel can serve it here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What serves a call.
+
+    Parameters
+    ----------
+    function : callable
+        The compiled function, with the arguments of its family.
+    family : str
+        A kernel family, or ``"reference"``.
+    direction : {"forward", "backward"}
+    decisions : mapping
+    status : {"tuned", "nearest", "untuned", "reference"}
+    reason : str
+        One sentence: why this one.
+    path : Path or None
+        Its library.
+    layout : str
+        ``BandLayout.spec``, for the reference; kernels take bands as data.
+    """
+
+    function: Callable[..., Any]
+    family: str
+    direction: str
+    decisions: Mapping[str, int] = field(default_factory=dict)
+    status: str = "untuned"
+    reason: str = ""
+    path: Path | None = None
+    layout: str = ""
+
+
+_lock = threading.RLock()
+_found: dict[Any, Kernel] = {}
+_functions: dict[tuple[Path, str], Callable[..., Any]] = {}
+_bundles: list[Bundle] = []
+_environment_bundle: list[str] = []
+_warned: set[str] = set()
+
+
+def _no_function(*arguments: object) -> None:
+    raise RuntimeError("the reference is not a compiled kernel")
+
+
+def _target_of(device: torch.device) -> MachineTarget:
+    if device.type == "cuda":
+        return detect_cuda(torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cpu":
+        return detect_cpu()
+    raise ValueError(f"no kernels for tensors on {device}; known: cpu, cuda")
+
+
+def register_bundle(bundle: Bundle) -> None:
+    """Let dispatch use a bundle's kernels before anything it would compile; the latest registered comes
+    first.
+    """
+    with _lock:
+        if bundle not in _bundles:
+            _bundles.insert(0, bundle)
+        _found.clear()
+
+
+def unregister_bundle(bundle: Bundle) -> None:
+    """Undo :func:`register_bundle`."""
+    with _lock:
+        if bundle in _bundles:
+            _bundles.remove(bundle)
+        _found.clear()
+
+
+def clear_cache() -> None:
+    """Forget which kernel serves which call, and what schedules were read; libraries stay loaded."""
+    from . import store
+
+    with _lock:
+        _found.clear()
+        _warned.clear()
+        store.clear_cache()
+
+
+def _bundles_in_use() -> list[Bundle]:
+    """Registered bundles, with the one that ``$SPATTN_BUNDLE`` names, which is loaded on first use."""
+    path = os.environ.get("SPATTN_BUNDLE", "")
+    if path and path not in _environment_bundle:
+        from .bundle import load_bundle
+
+        bundle = load_bundle(path)
+        _environment_bundle.append(path)
+        _bundles.append(bundle)
+    return _bundles
+
+
+def _function(path: Path, direction: str, **options: Any) -> Callable[..., Any]:
+    key = (path, direction)
+    if key not in _functions:
+        _functions[key] = load_library(path, direction, **options)
+    return _functions[key]
+
+
+def _from_bundles(
+    problem: AttentionProblem, target: MachineTarget, families: tuple[str, ...]
+) -> Kernel | None:
+    for bundle in _bundles_in_use():
+        entry = bundle.nearest(problem, target, families)
+        if entry is None:
+            continue
+        status = entry.status
+        if status == "tuned" and not is_same_problem(problem, entry.problem):
+            status = "nearest"
+        reason = f"bundle {bundle.path}, exported for {entry.problem.key}: {entry.reason}"
+        function = _function(
+            entry.path, problem.direction, cuda=target.kind == "cuda", bundle_folder=bundle.path
+        )
+        return Kernel(function, entry.family, problem.direction, entry.decisions, status, reason, entry.path)
+    return None
+
+
+def _compiled(problem: AttentionProblem, target: MachineTarget, choice: Choice) -> Kernel:
+    path = compile_kernel(
+        choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
+    )
+    function = _function(path, problem.direction, cuda=target.kind == "cuda")
+    return Kernel(
+        function, choice.family, problem.direction, choice.decisions, choice.status, choice.reason, path
+    )
+
+
+def _families(impl: str, target: MachineTarget) -> tuple[str, ...]:
+    able = families_for(target)
+    if impl == "auto":
+        return able
+    if impl not in able:
+        runs = ", ".join(able) or "none"
+        raise NoKernelError(f"impl={impl!r} can't run on {target.folder}; families that run there: {runs}")
+    return (impl,)
+
+
+def _problem(
+    direction: str, dtype: torch.dtype, shape: tuple[int, ...], kv_heads: int, spec: str
+) -> AttentionProblem:
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        known = ", ".join(_DTYPE_NAMES.values())
+        raise NoKernelError(f"kernels take {known}, got {str(dtype).removeprefix('torch.')}")
+    batch, heads, length, head_dim = shape
+    layout = BandLayout.from_spec(spec)
+    if layout.context_length is not None and length > layout.context_length:
+        # Packed documents may be longer together than the context; each was checked by the caller.
+        layout = dataclasses.replace(layout, allow_longer=True)
+    return AttentionProblem(direction, name, batch, heads, kv_heads, length, head_dim, layout)
+
+
+def _reference(direction: str, layout: str, reason: str) -> Kernel:
+    return Kernel(_no_function, "reference", direction, status="reference", reason=reason, layout=layout)
+
+
+def _find(
+    direction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    layout: str,
+    impl: str,
+    kv_heads: int | None,
+) -> Kernel:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "reference":
+        return _reference(direction, layout, "asked for by impl='reference'")
+    if impl == "auto" and dtype is torch.float64:
+        return _reference(direction, layout, "float64 is what the reference is for")
+    try:
+        problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
+        target = _target_of(device)
+        families = _families(impl, target)
+        kernel = _from_bundles(problem, target, families)
+        if kernel is not None:
+            return kernel
+        return _compiled(problem, target, find_schedule(problem, target, families=families))
+    except (NoKernelError, CompilerMissingError) as error:
+        if impl != "auto":
+            raise
+        reason = str(error)
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"banded attention runs on the slow eager reference: {reason}", FallbackWarning, stacklevel=4
+        )
+    return _reference(direction, layout, reason)
+
+
+def find_kernel(
+    direction: str,
+    q: Tensor,
+    layout: str,
+    impl: str = "auto",
+    deterministic: bool = False,
+    kv_heads: int | None = None,
+) -> Kernel:
+    """The kernel of a call; the first time for a shape it may be compiled, which takes seconds.
+
+    Parameters
+    ----------
+    direction : {"forward", "backward"}
+    q : Tensor
+        ``(B, Hq, N, D)``; its shape, dtype and device matter.
+    layout : str
+        ``BandLayout.spec``.
+    impl : str
+        ``"auto"``, ``"reference"`` or a kernel family, which is never replaced by another.
+    deterministic : bool
+        Ask for results that are bitwise equal from run to run. Every family's are.
+    kv_heads : int, optional
+        Key heads, where they differ from the query heads.
+
+    Returns
+    -------
+    Kernel
+        Of family ``"reference"`` for float64, and with a :class:`FallbackWarning` where no kernel can serve.
+
+    Raises
+    ------
+    ValueError
+        For an unknown `impl`, or an explicit one that can't serve the call, with the reason.
+    RuntimeError
+        For an explicit `impl` that would have to be compiled without a compiler; or when compiling fails.
+    """
+    key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads)
+    kernel = _found.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _find(*key)
+            if len(_found) >= _MAX_ENTRIES:
+                _found.clear()
+            _found[key] = kernel
+    return kernel
+
+
+def explain(problem: AttentionProblem, target: MachineTarget) -> str:
+    """Which kernel would serve a problem on a target and why, as lines of text. Compiles and loads nothing.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    target : MachineTarget
+        This machine's or any other.
+    """
+    obstacle = target.can_run_here()
+    lines = [("problem", problem.key), ("target", target.folder)]
+    lines.append(("here", "runs on this machine" if obstacle is None else f"does not run here: {obstacle}"))
+    for bundle in _bundles_in_use() if obstacle is None else []:
+        entry = bundle.nearest(problem, target, families_for(target))
+        if entry is not None:
+            lines += [
+                ("bundle", str(bundle.path)),
+                ("family", entry.family),
+                ("status", entry.status),
+                ("reason", f"exported for {entry.problem.key}: {entry.reason}"),
+                ("decisions", _listed(entry.decisions)),
+            ]
+            return _aligned(lines)
+    try:
+        choice = find_schedule(problem, target)
+    except NoKernelError as error:
+        return _aligned([*lines, ("family", "reference (slow, eager)"), ("reason", str(error))])
+    lines += [
+        ("family", choice.family),
+        ("status", choice.status),
+        ("reason", choice.reason),
+        ("decisions", _listed(choice.decisions)),
+    ]
+    if choice.record is not None:
+        record = choice.record
+        lines.append(("measured", f"{record.latency_us:.1f} us on {record.device}, {record.date}"))
+        lines.append(("log", record.source_log))
+    missing = compile_obstacle(target)
+    if missing is not None:
+        lines.append(("compiler", missing))
+    return _aligned(lines)
+
+
+def _listed(decisions: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in decisions.items())
+
+
+def _aligned(lines: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

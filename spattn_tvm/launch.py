@@ -1,0 +1,200 @@
+"""Allocation around a kernel call: outputs, accumulators and the workspaces of each family.
+
+Inputs whose last dimension is not contiguous are copied. On CUDA so are those that a TMA descriptor can't
+describe: an address, or the stride of a dimension longer than 1, that is no multiple of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .bands import BandLayout
+from .reference import reference_attention, reference_gradients
+
+if TYPE_CHECKING:
+    from .dispatch import Kernel
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+_TMA_BYTES = 16
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _workers(tensor: Tensor) -> int:
+    return _multiprocessors(tensor.device.index) if tensor.is_cuda else torch.get_num_threads()
+
+
+def _has_describable_strides(tensor: Tensor) -> bool:
+    step = _TMA_BYTES // tensor.element_size()
+    return tensor.stride(3) == 1 and all(
+        size == 1 or stride % step == 0
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy if kernels can't read it in place."""
+    if not tensor.is_cuda:
+        return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    if tensor.data_ptr() % _TMA_BYTES or not (tensor.is_contiguous() or _has_describable_strides(tensor)):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def _call(function: Callable[..., object], device: torch.device, *arguments: object) -> None:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # A compiled host function makes its tensors' device the current one and leaves it so.
+        with torch.cuda.device(device):
+            function(*arguments)
+    else:
+        function(*arguments)
+
+
+def _like(result: Tensor, model: Tensor) -> Tensor:
+    return torch.empty_like(model).copy_(result)
+
+
+def launch_forward(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bands: Tensor, cu_seqlens: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run a forward kernel.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        From ``dispatch.find_kernel("forward", …)``.
+    q : Tensor
+        ``(B, Hq, N, D)``.
+    k, v : Tensor
+        ``(B, Hkv, N, D)`` in q's dtype and on its device.
+    bands : Tensor
+        int32 ``(M, Hq, 4)``, contiguous.
+    cu_seqlens : Tensor
+        int32 ``(num_documents + 1,)``, contiguous.
+    scale : float
+        Factor of the scores.
+
+    Returns
+    -------
+    o : Tensor
+        ``torch.empty_like(q)``, filled; of ``q.contiguous()`` when q's last dimension is not contiguous.
+    lse : Tensor
+        ``(B, Hq, N)`` float32, contiguous.
+    """
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    if kernel.family == "reference":
+        with torch.no_grad():
+            layout = BandLayout.from_spec(kernel.layout)
+            result, lse = reference_attention(q, k, v, layout, scale=scale, cu_seqlens=cu_seqlens)
+            return _like(result, q), lse
+    o = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _call(
+        kernel.function,
+        q.device,
+        _readable(q),
+        _readable(k),
+        _readable(v),
+        bands,
+        cu_seqlens,
+        o,
+        lse,
+        scale,
+        _workers(q),
+    )
+    return o, lse
+
+
+def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
+    """The kernel writes float32 dk and dv of each query head; heads that share a key head are summed here."""
+    q, k, v = models
+    dq = torch.empty_like(q)
+    per_head = [torch.zeros(q.shape, dtype=torch.float32) for _ in range(2)]
+    _call(kernel.function, q.device, *inputs, dq, *per_head, scale, _workers(q))
+    batch, kv_heads, length, head_dim = k.shape
+    if q.shape[1] != kv_heads:
+        grouped = (batch, kv_heads, q.shape[1] // kv_heads, length, head_dim)
+        per_head = [gradient.view(grouped).sum(2) for gradient in per_head]
+    dk, dv = (_like(gradient, model) for gradient, model in zip(per_head, (k, v), strict=True))
+    return dq, dk, dv
+
+
+def _backward_mma(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
+    dq, dk, dv = (torch.empty_like(model) for model in models)
+    _call(kernel.function, dq.device, *inputs, dq, dk, dv, scale, _workers(dq))
+    return dq, dk, dv
+
+
+_HOPPER_STATS_ROWS = 128
+
+
+def _backward_hopper(
+    kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float
+) -> Gradients:
+    """The kernel keeps two float32 a query, its lse and delta, in a workspace whose rows end on a whole
+    tile.
+    """
+    dq, dk, dv = (torch.empty_like(model) for model in models)
+    batch, heads, length, _ = dq.shape
+    padded = -(-length // _HOPPER_STATS_ROWS) * _HOPPER_STATS_ROWS
+    stats = torch.empty((batch, heads, padded, 2), dtype=torch.float32, device=dq.device)
+    _call(kernel.function, dq.device, *inputs, dq, dk, dv, stats, scale, _workers(dq))
+    return dq, dk, dv
+
+
+_BACKWARD = {"cpu": _backward_cpu, "hopper": _backward_hopper, "mma": _backward_mma}
+
+
+def launch_backward(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    bands: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Gradients:
+    """Run a backward kernel.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        From ``dispatch.find_kernel("backward", …)``.
+    q, k, v, bands, cu_seqlens, scale
+        As in :func:`launch_forward`.
+    o, do : Tensor
+        ``(B, Hq, N, D)``: the forward's output and the gradient with respect to it.
+    lse, dlse : Tensor
+        ``(B, Hq, N)`` float32, contiguous: the forward's log-sum-exp and the gradient with respect to it.
+
+    Returns
+    -------
+    dq, dk, dv : Tensor
+        Each like ``torch.empty_like`` of q, k and v, in their dtype.
+    """
+    models = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    q, k, v = models
+    if kernel.family == "reference":
+        with torch.no_grad():
+            layout = BandLayout.from_spec(kernel.layout)
+            gradients = reference_gradients(
+                q, k, v, o, lse, do, dlse, layout, scale=scale, cu_seqlens=cu_seqlens
+            )
+            dq, dk, dv = (_like(gradient, model) for gradient, model in zip(gradients, models, strict=True))
+            return dq, dk, dv
+    inputs = (*map(_readable, (q, k, v, o)), lse, _readable(do), dlse, bands, cu_seqlens)
+    return _BACKWARD[kernel.family](kernel, inputs, (q, k, v), scale)
