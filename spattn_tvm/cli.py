@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from .bands import BandLayout
     from .problem import AttentionProblem
+    from .store import ScheduleRecord
 
 app = typer.Typer(
     name="spattn",
@@ -73,6 +74,9 @@ TargetOption = Annotated[
     str, typer.Option(help="cpu, cuda, an architecture (x86-64-v3, sm_90a) or a chip (nvidia/h200).")
 ]
 LogRoot = Annotated[Path, typer.Option(help="Folder of the tuning logs.")]
+SchedulesOption = Annotated[
+    Path | None, typer.Option(help="Folder for the winners; the one that dispatch reads by default.")
+]
 
 
 def parse_layout(text: str, heads: int, context: int | None) -> BandLayout:
@@ -147,14 +151,12 @@ def tune(
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="Put the winners into schedules/ afterwards.")
     ] = True,
-    schedules: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the winners; the one that dispatch reads by default."),
-    ] = None,
+    schedules: SchedulesOption = None,
 ) -> None:
     """Search the fastest decisions for a problem on this machine, resuming what autotune_logs/ holds."""
     from .target import parse_target
     from .tuning import tune as search
+    from .tuning.distill import distill as distill_logs
 
     machine = parse_target(target)
     for problem in parse_problems([shape], dtype.value, layout, context, direction.value):
@@ -170,7 +172,7 @@ def tune(
             families=family or None,
         )
         if result.latency_us is None:
-            raise RuntimeError(f"no candidate of {result.trials} was correct; see {result.log_dir}")
+            raise RuntimeError(f"none of {result.trials} candidates was correct; see {result.log_dir}")
         typer.echo(
             f"best of {result.trials} trials ({result.errors} failed): {result.latency_us:,.1f} us with "
             f"{result.family} {result.decisions}; log in {result.log_dir}"
@@ -178,6 +180,75 @@ def tune(
         if result.ended == "interrupted":
             typer.echo("interrupted: the same command goes on from here")
             raise typer.Exit(130)
+        if distill:
+            records = distill_logs(
+                log_root, target=machine, problems=[problem], schedules=schedules, report=typer.echo
+            )
+            _print_records(records)
+
+
+def _print_records(records: list[ScheduleRecord]) -> None:
+    for record in records:
+        typer.echo(
+            f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family} {record.decisions}"
+        )
+
+
+@app.command(epilog="Example: spattn distill --target cpu")
+def distill(
+    target: TargetOption = "cpu",
+    log_root: LogRoot = Path("autotune_logs"),
+    schedules: SchedulesOption = None,
+    top: Annotated[int, typer.Option(help="Candidates to compare for each problem and family.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Timings of each.")] = 9,
+) -> None:
+    """Time the best candidates of each logged search side by side and put the winners into schedules/."""
+    from .target import parse_target
+    from .tuning.distill import distill as distill_logs
+
+    records = distill_logs(
+        log_root, target=parse_target(target), schedules=schedules, top=top, rounds=rounds, report=typer.echo
+    )
+    _print_records(records)
+
+
+@app.command(epilog="Example: spattn verify --target cpu --problems 1000")
+def verify(
+    target: TargetOption = "cpu",
+    problems: Annotated[int, typer.Option(help="Random problems in all.")] = 200,
+    max_length: Annotated[int, typer.Option(help="Longest sequence.")] = 700,
+    seed: Annotated[int | None, typer.Option(help="Seed of the problems; a fresh one by default.")] = None,
+) -> None:
+    """Check shipped and untuned kernels on fresh random problems; exit code 1 when one is wrong."""
+    from rich.console import Console
+
+    from .target import parse_target
+    from .verify import verify as check
+
+    with Console(stderr=True).status("starting") as status:
+        result = check(parse_target(target), problems, max_length=max_length, seed=seed, report=status.update)
+    for failure in result.failures:
+        typer.echo(failure)
+    typer.echo(f"{result.passed} passed, {len(result.failures)} failed")
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: spattn explain --shape 1,16,4096,64 --target cpu")
+def explain(
+    shape: Shape = "1,16,4096,64",
+    dtype: DtypeOption = Dtype.float32,
+    layout: LayoutOption = "spattention",
+    context: ContextOption = None,
+    direction: DirectionOption = Direction.both,
+    target: TargetOption = "cpu",
+) -> None:
+    """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
+    from .dispatch import explain as explanation
+    from .target import parse_target
+
+    problems = parse_problems([shape], dtype.value, layout, context, direction.value)
+    typer.echo("\n\n".join(explanation(problem, parse_target(target)) for problem in problems))
 
 
 @app.command(

@@ -81,17 +81,14 @@ def _python() -> Iterator[Finding]:
 
 
 def _compilers(has_gpu: bool) -> Iterator[Finding]:
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    compiler = next((path for path in (shutil.which(name) for name in names if name) if path), None)
-    if compiler is None:
-        yield Finding(
-            "C++ compiler",
-            "none of $CXX, c++, g++, clang++",
-            "missing",
-            "links compiled kernels (exported bundles need none); Debian, Ubuntu: apt-get install g++",
-        )
-    else:
+    from .compiler import find_compiler
+
+    try:
+        compiler = find_compiler()
         yield Finding("C++ compiler", f"{_first_line([compiler, '--version'])} ({compiler})")
+    except RuntimeError as error:
+        text, _, remedy = str(error).partition(": ")
+        yield Finding("C++ compiler", text, "missing", remedy)
     nvcc = shutil.which("nvcc") or next(
         (str(path) for path in (Path("/usr/local/cuda/bin/nvcc"),) if path.exists()), None
     )

@@ -20,11 +20,12 @@ from .spaces import DIRECTIONS, families_for, find_space, has_space
 from .target import MachineTarget
 
 if TYPE_CHECKING:
+    from .dispatch import Kernel
     from .store import ScheduleRecord
 
 ERROR_RATIO = 2.0
-# Below it the order of a sum decides, and nothing is called wrong. Relative to the largest value of a result, or
-# to 1 where that is smaller: inputs are standard normal, and a gradient may cancel to next to nothing.
+# Below it the order of a sum decides, and nothing is called wrong. Relative to the largest value of a result,
+# or to 1 where that is smaller: inputs are standard normal, and a gradient may cancel to next to nothing.
 ERROR_FLOOR = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 _UNTUNED = (("float32", 64), ("float32", 40), ("bfloat16", 128), ("float16", 64))
@@ -217,10 +218,11 @@ def kernels_of(target: MachineTarget) -> list[KernelChoice]:
     return list(choices.values())
 
 
-def check_kernel(kernel: Any, direction: str, problem: RandomProblem, device: torch.device) -> str:
-    """How a loaded kernel's results on a problem are wrong; "" when they are right."""
+def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -> str:
+    """How a kernel's results on a problem are wrong; "" when they are right."""
     from .launch import launch_backward, launch_forward
 
+    direction = kernel.direction
     t = problem.tensors(device)
     scale = problem.head_dim**-0.5
     offsets = torch.tensor(problem.offsets or (0, problem.length), dtype=torch.int32)
@@ -313,7 +315,7 @@ def verify(
         for _ in range(count):
             problem = RandomProblem.draw(rng, choice.dtype, choice.head_dim, max_length)
             try:
-                wrong = check_kernel(kernel, choice.direction, problem, device)
+                wrong = check_kernel(kernel, problem, device)
             except Exception as error:
                 wrong = f"{type(error).__name__}: {error}"
             if wrong:
@@ -329,11 +331,13 @@ def _shares(choices: list[KernelChoice], problems: int) -> Iterator[tuple[Kernel
         yield choice, max(1, share)
 
 
-def _load(choice: KernelChoice, target: MachineTarget) -> Any:
+def _load(choice: KernelChoice, target: MachineTarget) -> Kernel:
     from .compiler import compile_kernel
+    from .dispatch import Kernel
     from .runtime import load_library
 
     path = compile_kernel(
         choice.family, choice.direction, choice.dtype, choice.head_dim, dict(choice.decisions), target
     )
-    return load_library(path, choice.direction)
+    function = load_library(path, choice.direction, cuda=target.kind == "cuda")
+    return Kernel(function, choice.family, choice.direction, choice.decisions, path=path)
