@@ -1,0 +1,324 @@
+"""Exported kernels: a folder that runs without a compiler.
+
+A bundle holds kernel libraries, TVM's runtime library and ``manifest.json``, which says what each kernel is
+for and carries the size and SHA-256 of every other file. Loading verifies all of them before any library is
+opened. The hashes tell a damaged or incomplete copy from a good one; they are no signature, so load bundles
+only from where you would install a package from. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .problem import AttentionProblem
+from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
+from .store import find_schedule, is_same_problem, problem_distance
+from .target import MachineTarget
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_STATUSES = ("tuned", "nearest", "untuned")
+
+
+@dataclass(frozen=True)
+class BundledKernel:
+    """One kernel of a bundle: what it was exported for, and what it is.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        It also serves other shapes and layouts of this direction, dtype and head dim.
+    family : str
+    decisions : dict[str, int]
+    status, reason : str
+        As dispatch gave them at export.
+    path : Path
+        The library.
+    """
+
+    problem: AttentionProblem
+    family: str
+    decisions: dict[str, int]
+    status: str
+    reason: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder.
+    target : MachineTarget
+        What its libraries were compiled for.
+    kernels : tuple of BundledKernel
+    versions : dict[str, str]
+        Of the packages that made it.
+    """
+
+    path: Path
+    target: MachineTarget
+    kernels: tuple[BundledKernel, ...]
+    versions: dict[str, str]
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def nearest(
+        self, problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None = None
+    ) -> BundledKernel | None:
+        """The kernel exported for the problem nearest to this one.
+
+        None if there is none for its direction, dtype and head dim, or the bundle is for another kind of device.
+        """
+        if self.target.kind != target.kind or (target.kind == "cuda" and self.target.arch != target.arch):
+            return None
+        able = [
+            kernel
+            for kernel in self.kernels
+            if kernel.problem.direction == problem.direction
+            and kernel.problem.dtype == problem.dtype
+            and kernel.problem.head_dim == problem.head_dim
+            and (families is None or kernel.family in families)
+        ]
+        return min(
+            able,
+            key=lambda kernel: (
+                not is_same_problem(problem, kernel.problem),
+                problem_distance(problem, kernel.problem),
+            ),
+            default=None,
+        )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def export_bundle(
+    path: str | os.PathLike[str], problems: Iterable[AttentionProblem], target: MachineTarget
+) -> Path:
+    """Compile the kernels of some problems and write them as a bundle.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder to write: a new one, an empty one, or an older bundle, which is replaced.
+    problems : iterable of AttentionProblem
+        Each gets the kernel that dispatch would choose on `target`. A kernel serves every shape and layout of
+        its direction, dtype and head dim; a training run needs both directions.
+    target : MachineTarget
+        This machine's or any other that this machine can compile for.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        Without problems, for one that no kernel serves, or when `path` is taken by something else.
+    RuntimeError
+        When a compiler or TVM's runtime library is missing.
+    """
+    from .compiler import compile_kernel
+
+    problems = list(dict.fromkeys(problems))
+    if not problems:
+        raise ValueError("a bundle needs at least one problem, got none")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder for the bundle")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is not empty and is no bundle: give a new folder")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        build = Path(scratch) / "bundle"
+        build.mkdir(mode=0o755)
+        entries = []
+        for problem in problems:
+            choice = find_schedule(problem, target)
+            library = compile_kernel(
+                choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
+            )
+            if not (build / library.name).exists():
+                shutil.copyfile(library, build / library.name)
+            entries.append(
+                {
+                    "problem": problem.to_json(),
+                    "family": choice.family,
+                    "decisions": dict(sorted(choice.decisions.items())),
+                    "status": choice.status,
+                    "reason": choice.reason,
+                    "library": library.name,
+                }
+            )
+        names = [RUNTIME_LIBRARY] + ([CUDA_RUNTIME_LIBRARY] if target.kind == "cuda" else [])
+        for name in names:
+            shutil.copyfile(runtime_folder() / name, build / name)
+        manifest = {
+            "format": FORMAT,
+            "target": {"kind": target.kind, "arch": target.arch, "model": target.model},
+            "versions": _versions(),
+            "kernels": entries,
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                for file in sorted(build.iterdir())
+            },
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        (build / MANIFEST).write_text(text, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(build, folder)
+    return folder
+
+
+def _refuse(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} is refused as a bundle: {reason}")
+
+
+def _typed(folder: Path, what: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _refuse(folder, f"{what} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no bundle folder {folder}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no bundle: it has no {MANIFEST}")
+    try:
+        manifest = _typed(folder, MANIFEST, json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError as error:
+        raise _refuse(folder, f"{MANIFEST} is damaged ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise _refuse(folder, f"its format is {manifest.get('format')!r} and this version reads {FORMAT}")
+    for name, kind in (("target", dict), ("versions", dict), ("kernels", list), ("files", dict)):
+        _typed(folder, f"{name!r} of {MANIFEST}", manifest.get(name), kind)
+    return manifest
+
+
+def _verify_files(folder: Path, files: dict[str, Any]) -> None:
+    for name, expected in files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise _refuse(folder, f"{name!r} is no plain file name")
+        _typed(folder, f"the entry of {name}", expected, dict)
+        path = folder / name
+        if path.is_symlink():
+            raise _refuse(folder, f"{name} is a link")
+        if not path.is_file():
+            raise _refuse(folder, f"{name} is missing")
+        size = path.stat().st_size
+        if size != expected.get("bytes"):
+            raise _refuse(
+                folder, f"{name} has {size} bytes instead of {expected.get('bytes')}: cut off or altered"
+            )
+        if _sha256(path) != expected.get("sha256"):
+            raise _refuse(folder, f"{name} is altered: its SHA-256 is not the manifest's")
+    extra = sorted({entry.name for entry in folder.iterdir()} - set(files) - {MANIFEST})
+    if extra:
+        raise _refuse(folder, f"it holds files that {MANIFEST} does not name: {', '.join(extra)}")
+
+
+def _read_kernel(folder: Path, index: int, entry: Any, files: dict[str, Any]) -> BundledKernel:
+    _typed(folder, f"kernel {index}", entry, dict)
+    values = {
+        name: _typed(folder, f"{name!r} of kernel {index}", entry.get(name), kind)
+        for name, kind in (
+            ("family", str),
+            ("decisions", dict),
+            ("status", str),
+            ("reason", str),
+            ("library", str),
+        )
+    }
+    for name, value in values["decisions"].items():
+        _typed(folder, f"decision {name!r} of kernel {index}", value, int)
+    if values["status"] not in _STATUSES:
+        raise _refuse(folder, f"kernel {index} has status {values['status']!r}")
+    library = values.pop("library")
+    if library not in files:
+        raise _refuse(folder, f"the library {library!r} of kernel {index} is not among its files")
+    try:
+        problem = AttentionProblem.from_json(entry.get("problem"))
+    except (TypeError, ValueError) as error:
+        raise _refuse(folder, f"the problem of kernel {index} is damaged ({error})") from error
+    return BundledKernel(problem, path=folder / library, **values)
+
+
+def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundle:
+    """Verify a bundle and let calls use its kernels.
+
+    Parameters
+    ----------
+    path : path-like
+        The bundle's folder. Setting ``$SPATTN_BUNDLE`` to it does the same on the first call.
+    register : bool
+        Whether dispatch uses it from now on, before anything it would compile; else call
+        ``dispatch.register_bundle`` with the result.
+
+    Returns
+    -------
+    Bundle
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no bundle at `path`.
+    ValueError
+        When it is altered, cut off, incomplete, of another format, or holds files that its manifest does not
+        name.
+    RuntimeError
+        When it is made for another machine; says for which.
+    """
+    folder = Path(path).resolve()
+    manifest = _read_manifest(folder)
+    files = manifest["files"]
+    _verify_files(folder, files)
+    try:
+        target = MachineTarget(**manifest["target"])
+    except (TypeError, ValueError) as error:
+        raise _refuse(folder, f"its target is damaged ({error})") from error
+    if RUNTIME_LIBRARY not in files:
+        raise _refuse(folder, f"{RUNTIME_LIBRARY} is not among its files")
+    obstacle = target.can_run_here()
+    if obstacle is not None:
+        raise RuntimeError(f"the bundle {folder} can't run on this machine: {obstacle}")
+    kernels = tuple(
+        _read_kernel(folder, index, entry, files) for index, entry in enumerate(manifest["kernels"])
+    )
+    bundle = Bundle(folder, target, kernels, {str(k): str(v) for k, v in manifest["versions"].items()})
+    if register:
+        from .dispatch import register_bundle
+
+        register_bundle(bundle)
+    return bundle
