@@ -83,7 +83,7 @@ class Bundle:
     ) -> BundledKernel | None:
         """The kernel exported for the problem nearest to this one.
 
-        None if there is none for its direction, dtype and head dim, or the bundle is for another kind of device.
+        None if there is none for its direction, dtype and head dim, or the bundle is for another device.
         """
         if self.target.kind != target.kind or (target.kind == "cuda" and self.target.arch != target.arch):
             return None

@@ -60,6 +60,9 @@ def _call(function: Callable[..., object], device: torch.device, *arguments: obj
 
 
 def _like(result: Tensor, model: Tensor) -> Tensor:
+    """The result in the dtype and the strides of ``torch.empty_like(model)``; itself if it has them."""
+    if result.dtype == model.dtype and result.is_contiguous() and model.is_contiguous():
+        return result
     return torch.empty_like(model).copy_(result)
 
 
@@ -119,7 +122,7 @@ def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients,
     """The kernel writes float32 dk and dv of each query head; heads that share a key head are summed here."""
     q, k, v = models
     dq = torch.empty_like(q)
-    per_head = [torch.zeros(q.shape, dtype=torch.float32) for _ in range(2)]
+    per_head = [torch.empty(q.shape, dtype=torch.float32) for _ in range(2)]
     _call(kernel.function, q.device, *inputs, dq, *per_head, scale, _workers(q))
     batch, kv_heads, length, head_dim = k.shape
     if q.shape[1] != kv_heads:
