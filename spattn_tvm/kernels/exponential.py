@@ -1,0 +1,22 @@
+"""``2**x`` for kernels whose compiler has no vector exponential (LLVM calls libm once per lane)."""
+
+from tvm.script import tirx as T
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+# Minimax polynomial of degree 6 for 2**f on [-1/2, 1/2]: relative error 6e-8 in float32, one ulp.
+_COEFFICIENTS = (1.0, 0.693147180, 0.240226507, 0.0555036595, 0.00961817697, 0.00133335581, 0.000154353)
+_SMALLEST_EXPONENT = -127.0
+
+
+def exp2(x):
+    """``2**x`` of a float32 expression ``x <= 127``; exactly 0 below -126.5 (and for -inf), NaN for NaN."""
+    # Not T.max: the comparison must be false for NaN, so that NaN passes.
+    clamped = T.Select(T.float32(_SMALLEST_EXPONENT) > x, T.float32(_SMALLEST_EXPONENT), x)
+    whole = T.nearbyint(clamped)
+    fraction = clamped - whole
+    power = T.float32(_COEFFICIENTS[-1])
+    for coefficient in reversed(_COEFFICIENTS[:-1]):
+        power = power * fraction + T.float32(coefficient)
+    return power * T.reinterpret("float32", (T.cast(whole, "int32") + 127) << 23)

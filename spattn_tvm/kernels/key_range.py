@@ -1,0 +1,44 @@
+"""From a head's bands to loop bounds: the symbolic side of ``bands.py``.
+
+Every kernel family walks the same tiles. The functions take and return TensorIR expressions (or Python
+integers, which is how the tests compare them with ``bands.py``). ``d = i - j`` is the distance of query ``i``
+and key ``j``; a band is the closed interval ``[low, high]`` of distances.
+"""
+
+from tvm.script import tirx as T
+
+
+def minimum(a, b):
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else T.min(a, b)
+
+
+def maximum(a, b):
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else T.max(a, b)
+
+
+def tile_slots(length, documents, rows):
+    """Upper bound on the query tiles of one sequence, known without reading ``cu_seqlens``."""
+    return length // rows + documents
+
+
+def first_slot(document_begin, document, rows):
+    """The slot of a document's first tile.
+
+    ``ceil(n / rows) <= (begin + n) // rows - begin // rows + 1``, so a document's tiles never reach the next
+    document's first slot, and the slots of documents strictly increase: a binary search finds a slot's owner.
+    """
+    return document_begin // rows + document
+
+
+def key_range(query_begin, query_last, low, high, document_begin):
+    """Keys ``[begin, end)`` that a band gives to the queries ``query_begin ... query_last``."""
+    return maximum(document_begin, query_begin - high), query_last - low + 1
+
+
+def crosses_edge(query_begin, query_last, key_begin, key_last, low, high):
+    """Whether some pair of a tile lies outside the band, so that its scores need the mask."""
+    return (query_last - key_begin > high) | (query_begin - key_last < low)
+
+
+def in_band(query, key, low, high):
+    return (query - key >= low) & (query - key <= high)
