@@ -1,0 +1,193 @@
+"""The spattn command, in this process and as a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spattn_tvm import cli
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.target import detect_cpu
+
+COMMANDS = ["tune", "distill", "verify", "explain", "export", "bench", "doctor"]
+PLOTS = ["layout", "tuning", "bench"]
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def spattn(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "spattn_tvm.cli", *arguments],
+        env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), ["plot"], *(["plot", p] for p in PLOTS)]
+)
+def test_help_has_an_example(command: list[str]) -> None:
+    text = invoke(*command, "--help")
+    assert "Usage" in text
+    assert not command or f"Example: spattn {' '.join(command)}" in text
+
+
+def test_help_loads_neither_torch_nor_tvm() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from spattn_tvm import cli\n"
+        "assert CliRunner().invoke(cli.app, ['tune', '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'tvm', 'numpy', 'xgboost') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "--shape", "1,16,4096"], "--shape is B,H,N,D such as 1,16,4096,64"),
+        (["explain", "--shape", "1,6/4,64,32"], "query_heads must be a multiple of kv_heads, got 6 and 4"),
+        (["explain", "--layout", "sparse"], "layout 'sparse:heads=16'"),
+        (["explain", "--target", "toaster"], "unknown target 'toaster'"),
+        (["bench", "--peers", "nobody"], "unknown peer 'nobody'; known: ours"),
+        (["bench", "--passes", "sideways"], "unknown pass 'sideways'"),
+        (["distill", "--log-root", "/nonexistent"], "run `spattn tune` first"),
+        (["tune", "--target", "nvidia/h200", "--trials", "1"], "must run on its target"),
+        (["plot", "tuning", "/nonexistent"], "no measurements under /nonexistent"),
+        (["plot", "layout", "--context", "8", "--length", "9"], "a sequence of 9 is longer than"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spattn", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "context", "spec"),
+    [
+        ("spattention", 4, None, "spattention:heads=4"),
+        ("spattention", 4, 64, "spattention:heads=4,context=64"),
+        ("sliding_window:window=5", 3, None, "sliding_window:heads=3,window=5"),
+        ("spattention:heads=8,context=32", 4, 64, "spattention:heads=8,context=32"),
+        ("custom:bands=0-3/none", 2, 16, "custom:heads=2,context=16,bands=0-3/none"),
+    ],
+)
+def test_layout_text(text: str, heads: int, context: int | None, spec: str) -> None:
+    assert cli.parse_layout(text, heads, context) == BandLayout.from_spec(spec)
+
+
+def test_problems_of_shapes() -> None:
+    problems = cli.parse_problems(["1,4,64,32", "2,6/3,33,40"], "float16", "causal", None, "both")
+    assert [(p.direction, p.batch, p.query_heads, p.kv_heads, p.length, p.head_dim) for p in problems] == [
+        ("forward", 1, 4, 4, 64, 32),
+        ("backward", 1, 4, 4, 64, 32),
+        ("forward", 2, 6, 3, 33, 40),
+        ("backward", 2, 6, 3, 33, 40),
+    ]
+    assert {p.dtype for p in problems} == {"float16"}
+
+
+def test_doctor_names_what_is_there() -> None:
+    text = invoke("doctor")
+    for expected in (
+        "torch",
+        "apache-tvm-ffi",
+        "C++ compiler",
+        detect_cpu().arch,
+        "kernel cache",
+        "schedules",
+    ):
+        assert expected in text
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    text = invoke("doctor", code=1)
+    assert "missing" in text
+    assert "apt-get install g++" in text
+
+
+def test_explain_says_status_and_reason() -> None:
+    text = invoke("explain", "--shape", "1,3,50,32", "--dtype", "bfloat16", "--direction", "both")
+    assert text.count("status") == 2
+    assert "untuned" in text or "nearest" in text or "tuned" in text
+    assert "reason" in text
+
+
+def test_plot_layout_prints_work_and_writes_a_picture(tmp_path: Path) -> None:
+    out = tmp_path / "layout.png"
+    text = invoke("plot", "layout", "--heads", "4", "--context", "64", "--out", str(out))
+    pairs = BandLayout.spattention(4, 64).pairs(64)
+    assert f"{pairs:,} pairs" in text
+    assert "of 64 distances 64 are seen" in text
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_writes_a_report_that_plots(tmp_path: Path) -> None:
+    text = invoke(
+        "bench", "--shape", "1,2,65,32", "--peers", "ours,sdpa", "--rounds", "3", "--idle-ms", "1",
+        "--log-root", str(tmp_path),
+    )  # fmt: skip
+    assert "spattn-tvm" in text
+    (path,) = tmp_path.glob(f"{detect_cpu().folder}/benchmarks/*.json")
+    report = json.loads(path.read_text())
+    entries = report["results"][0]["entries"]
+    assert [(e["peer"], e["pass"], e["status"]) for e in entries] == [
+        ("ours", "forward", "ok"),
+        ("sdpa", "forward", "ok"),
+        ("ours", "forward_backward", "ok"),
+        ("sdpa", "forward_backward", "ok"),
+    ]
+    assert all(e["median_ms"] > 0 and e["useful_tflops"] > 0 for e in entries)
+    out = tmp_path / "bench.png"
+    invoke("plot", "bench", str(path), "--out", str(out))
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_verify_counts() -> None:
+    text = invoke("verify", "--problems", "8", "--max-length", "130")
+    assert " passed, 0 failed" in text
+    assert int(text.split(" passed")[0].split()[-1]) >= 8
+
+
+def test_tune_distill_explain_plot(tmp_path: Path) -> None:
+    """A search in a process of its own, then what it left is found, explained and drawn."""
+    logs, schedules = tmp_path / "logs", tmp_path / "schedules"
+    shape = ["--shape", "1,2,128,32"]
+    done = spattn(
+        "tune", *shape, "--direction", "forward", "--trials", "2", "--log-root", str(logs),
+        "--schedules", str(schedules),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "best of 2 trials" in done.stdout
+
+    explained = spattn("explain", *shape, "--direction", "forward", SPATTN_SCHEDULES=str(schedules))
+    assert "tuned" in explained.stdout
+    problem = AttentionProblem("forward", "float32", 1, 2, 2, 128, 32, BandLayout.spattention(2))
+    assert problem.key in explained.stdout
+
+    out = tmp_path / "curve.png"
+    invoke("plot", "tuning", str(logs), "--out", str(out))
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    again = invoke("distill", "--log-root", str(logs), "--schedules", str(schedules), "--rounds", "1")
+    assert problem.key in again
