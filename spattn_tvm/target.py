@@ -68,7 +68,8 @@ class MachineTarget:
             raise ValueError(f"target kind must be 'cpu' or 'cuda', got {self.kind!r}")
         if self.arch not in known:
             raise ValueError(f"unknown {self.kind} architecture {self.arch!r}; known: {', '.join(known)}")
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.model):
+        # A model "v3" of x86-64 would make the folder name of another instruction set.
+        if not re.fullmatch(r"(?!v\d)[a-z0-9]+(-[a-z0-9]+)*", self.model):
             raise ValueError(f"target model must be a slug of a-z, 0-9 and '-', got {self.model!r}")
 
     @property
