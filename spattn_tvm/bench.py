@@ -16,8 +16,8 @@ dense peer's TFLOP/s are those of dense causal attention.
 
 The file that `write_report` makes holds ``format`` (1), ``date``, ``target``, ``device``, ``versions``,
 ``threads``, ``method`` and ``results``: per problem its ``problem`` (``AttentionProblem.to_json``),
-``shape``, ``schedule`` (what dispatch chose, and why), ``matmul_tflops`` and ``entries``, one per pass and
-peer: ``peer``, ``title``, ``pass``, ``status`` (``ok``, ``not available`` or ``wrong``), ``reason``,
+``shape``, ``schedule`` (what dispatch chose per direction, and why), ``matmul_tflops`` and ``entries``, one
+per pass and peer: ``peer``, ``title``, ``pass``, ``status`` (ok, not available, wrong), ``reason``,
 ``median_ms``, ``min_ms``, ``p25_ms``, ``p75_ms``, ``rounds``, ``useful_tflops``, ``matmul_share``,
 ``peak_memory_mib`` (CUDA), ``same_mask``, ``errors``, ``ratio_to_dense``. Unmeasured figures are null.
 """
@@ -501,17 +501,24 @@ def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
             timing.ratio_to_dense = timing.median_ms / dense[timing.pass_name]
 
 
-def _schedule_text(problem: AttentionProblem, target: MachineTarget, passes: Sequence[str]) -> dict[str, str]:
-    from .dispatch import explain
+def _schedules(problem: AttentionProblem, q: torch.Tensor, passes: Sequence[str]) -> dict[str, Any]:
+    """What dispatch chose for our own calls, and why; nothing more than a lookup once they have run."""
+    from .dispatch import find_kernel
 
-    directions = ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]
-    texts = {}
-    for direction in directions:
+    chosen = {}
+    for direction in ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]:
         try:
-            texts[direction] = explain(dataclasses.replace(problem, direction=direction), target)
-        except Exception as error:
-            texts[direction] = _first_line(error)
-    return texts
+            kernel = find_kernel(direction, q, problem.layout.spec, kv_heads=problem.kv_heads)
+        except (ValueError, RuntimeError) as error:
+            chosen[direction] = {"status": "none", "reason": _first_line(error)}
+            continue
+        chosen[direction] = {
+            "family": kernel.family,
+            "status": kernel.status,
+            "reason": kernel.reason,
+            "decisions": dict(kernel.decisions),
+        }
+    return chosen
 
 
 def _benchmark_problem(
@@ -565,7 +572,7 @@ def _benchmark_problem(
     return {
         "problem": problem.to_json(),
         "shape": describe(problem),
-        "schedule": _schedule_text(problem, target, passes),
+        "schedule": _schedules(problem, inputs.q, passes) if "ours" in attends else {},
         "matmul_tflops": matmul_tflops,
         "entries": [timing.to_json() for timing in timings],
     }

@@ -7,6 +7,7 @@ kernels never loads the compiler.
 from __future__ import annotations
 
 import enum
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -251,6 +252,32 @@ def explain(
     typer.echo("\n\n".join(explanation(problem, parse_target(target)) for problem in problems))
 
 
+@app.command(epilog="Example: spattn export bundle/ --shape 1,16,4096,64 --direction both --target cpu")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; an older bundle in it is replaced.")],
+    shape: Shapes = ["1,16,4096,64"],  # noqa: B006  typer copies it
+    dtype: DtypeOption = Dtype.float32,
+    layout: LayoutOption = "spattention",
+    context: ContextOption = None,
+    direction: DirectionOption = Direction.both,
+    target: TargetOption = "cpu",
+) -> None:
+    """Compile the kernels of problems into a folder that runs without any compiler."""
+    from .bundle import MANIFEST, export_bundle
+    from .target import parse_target
+
+    problems = parse_problems(shape, dtype.value, layout, context, direction.value)
+    written = export_bundle(folder, problems, parse_target(target))
+    manifest = json.loads((written / MANIFEST).read_text(encoding="utf-8"))
+    for problem, kernel in zip(problems, manifest["kernels"], strict=True):
+        typer.echo(f"{problem.key}: {kernel['family']}, {kernel['status']}, {kernel['reason']}")
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    typer.echo(f"written: {written} ({len(manifest['files'])} libraries, {size / 2**20:.1f} MiB)")
+    typer.echo(
+        f"run with it: SPATTN_BUNDLE={written} python ..., or spattn_tvm.load_bundle({str(written)!r})"
+    )
+
+
 @app.command(
     epilog="Example: spattn bench --shape 1,16,4096,64 --peers ours,sdpa,flex   "
     "(CUDA: --device cuda --dtype bfloat16 --passes forward,backward --shape 4,16,4096,128)"
@@ -284,9 +311,9 @@ def bench(
     from . import bench as benchmarks
 
     problems = parse_problems(shape, dtype.value, layout, context, "forward")
-    console = Console()
-    progress = Console(stderr=True)
-    with progress.status("starting") as status:
+    # Not a terminal: a file or a log, where a table may be as wide as it is.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with Console(stderr=True).status("starting") as status:
         report = benchmarks.benchmark(
             problems,
             passes=_names(passes),
@@ -302,8 +329,9 @@ def bench(
     for table in benchmarks.tables(report):
         console.print(table)
     for result in report["results"]:
-        for direction, text in result["schedule"].items():
-            console.print(f"{result['shape']} {direction}: {text}", markup=False, highlight=False)
+        for direction, chosen in result["schedule"].items():
+            text = f"{result['shape']} {direction}: {chosen['status']}, {chosen['reason']}"
+            console.print(text, markup=False, highlight=False)
     if save:
         console.print(f"written: {benchmarks.write_report(report, log_root)}", markup=False, highlight=False)
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]

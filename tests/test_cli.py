@@ -1,6 +1,7 @@
 """The spattn command, in this process and as a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,6 @@ def invoke(*arguments: str, code: int = 0) -> str:
 
 
 def spattn(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "spattn_tvm.cli", *arguments],
         env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
@@ -191,3 +190,34 @@ def test_tune_distill_explain_plot(tmp_path: Path) -> None:
     assert out.read_bytes()[:4] == b"\x89PNG"
     again = invoke("distill", "--log-root", str(logs), "--schedules", str(schedules), "--rounds", "1")
     assert problem.key in again
+
+
+def test_export_runs_without_a_compiler(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    text = invoke("export", str(bundle), "--shape", "1,2,100,32")
+    assert text.count("untuned") + text.count("nearest") + text.count("tuned,") >= 2
+    code = """
+import sys, torch
+from spattn_tvm import BandLayout, banded_attention, reference_attention
+from spattn_tvm.dispatch import find_kernel
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 2, 100, 32, requires_grad=True) for _ in range(3))
+layout = BandLayout.spattention(2)
+o = banded_attention(q, k, v, layout, impl="cpu")
+grads = torch.autograd.grad(o.sum(), (q, k, v))
+exact = reference_attention(q, k, v, layout)[0]
+expected = torch.autograd.grad(exact.sum(), (q, k, v))
+print(max(float((a - b).abs().max()) for a, b in zip((o, *grads), (exact, *expected))) < 1e-4)
+print("bundle" in find_kernel("forward", q, layout.spec).reason, "tvm" in sys.modules)
+"""
+    environment = {"SPATTN_BUNDLE": str(bundle), "PATH": "", "SPATTN_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["True", "True False"]
+    assert not (tmp_path / "cache").exists()
