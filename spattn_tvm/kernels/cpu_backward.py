@@ -18,9 +18,9 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.kernels.cpu_forward import REGISTERS
 from spattn_tvm.kernels.exponential import LOG2E, exp2
 from spattn_tvm.kernels.key_range import crosses_edge, in_band, key_range
+from spattn_tvm.kernels.register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 
 
 def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
@@ -55,6 +55,20 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
     D = head_dim
     LANES = math.gcd(D, 16)
     SR = KR if stage else 1
+
+    @T.inline
+    def add_gradient(gradient, weights, rows, tile, b, h, key_begin, count, first, first_dim):
+        """Add ``sum_r weights[j, r] * rows[r, :]`` to the gradient of each key of a register tile."""
+        fill(tile, 0, GU, GL, lambda u, lane: T.float32(0))
+        multiply_add(
+            tile, GU, GL, R, lambda u, r: weights[first + u, r], lambda r, lane: rows[r, first_dim + lane]
+        )
+        for u in T.unroll(GU):
+            if first + u < count:
+                for lane in T.vectorized(GL):
+                    gradient[b, h, key_begin + first + u, first_dim + lane] = (
+                        gradient[b, h, key_begin + first + u, first_dim + lane] + tile[u, lane]
+                    )
 
     @T.prim_func(s_tir=True)
     def backward(
@@ -105,8 +119,8 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
             dquery = T.alloc_buffer((D, R), "float32")
             probabilities = T.alloc_buffer((KR, R), "float32")
             dscores = T.alloc_buffer((KR, R), "float32")
-            keys = T.alloc_buffer((SR, D), "float32")
-            values = T.alloc_buffer((SR, D), "float32")
+            key_scratch = T.alloc_buffer((SR, D), "float32")
+            value_scratch = T.alloc_buffer((SR, D), "float32")
             row_lse = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
             delta = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
             query_tile = T.alloc_buffer((JU, R), "float32", annotations=REGISTERS)
@@ -156,8 +170,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                                 T.float32(math.inf),
                             )
                         for d in T.serial(D):
-                            for r in T.vectorized(R):
-                                dquery[d, r] = T.float32(0)
+                            fill(dquery, d, 1, R, lambda u, r: T.float32(0))
 
                         for band in T.serial(2):  # the far band, then the near one
                             low: T.let[T.int32] = bands[table, h, 2 - 2 * band]
@@ -173,152 +186,74 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                                     query_begin, query_last, key_begin, key_begin + groups * JU - 1, low, high
                                 )
                                 if stage:
-                                    for j in T.serial(count):
-                                        for chunk in T.serial(D // LANES):
-                                            for lane in T.vectorized(LANES):
-                                                keys[j, chunk * LANES + lane] = T.cast(
-                                                    k[b, hk, key_begin + j, chunk * LANES + lane], "float32"
-                                                )
-                                            for lane in T.vectorized(LANES):
-                                                values[j, chunk * LANES + lane] = T.cast(
-                                                    v[b, hk, key_begin + j, chunk * LANES + lane], "float32"
-                                                )
+                                    widen(
+                                        key_scratch, count, D, LANES, lambda j, d: k[b, hk, key_begin + j, d]
+                                    )
+                                    widen(
+                                        value_scratch,
+                                        count,
+                                        D,
+                                        LANES,
+                                        lambda j, d: v[b, hk, key_begin + j, d],
+                                    )
+                                keys = key_scratch if stage else rows_of(k, b, hk, key_begin, KR)
+                                values = value_scratch if stage else rows_of(v, b, hk, key_begin, KR)
+
                                 for group in T.serial(groups):
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            query_tile[u, r] = T.float32(0)
-                                    for d in T.serial(D):
-                                        for u in T.unroll(JU):
-                                            for r in T.vectorized(R):
-                                                query_tile[u, r] = (
-                                                    query_tile[u, r]
-                                                    + (
-                                                        keys[T.min(group * JU + u, count - 1), d]
-                                                        if stage
-                                                        else k[
-                                                            b,
-                                                            hk,
-                                                            key_begin + T.min(group * JU + u, count - 1),
-                                                            d,
-                                                        ]
-                                                    )
-                                                    * query[d, r]
-                                                )
+                                    fill(query_tile, 0, JU, R, lambda u, r: T.float32(0))
+                                    # Rows past the last key repeat it; the mask removes them.
+                                    multiply_add(
+                                        query_tile, JU, R, D,
+                                        lambda u, d: keys[T.min(group * JU + u, count - 1), d],
+                                        lambda d, r: query[d, r],
+                                    )  # fmt: skip
                                     if masked:
-                                        for u in T.unroll(JU):
-                                            for r in T.vectorized(R):
-                                                query_tile[u, r] = T.Select(
-                                                    in_band(
-                                                        query_begin + r, key_begin + group * JU + u, low, high
-                                                    ),
-                                                    query_tile[u, r],
-                                                    T.float32(-math.inf),
-                                                )
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            probabilities[group * JU + u, r] = exp2(
-                                                query_tile[u, r] - row_lse[r]
-                                            )
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            query_tile[u, r] = T.float32(0)
-                                    for d in T.serial(D):
-                                        for u in T.unroll(JU):
-                                            for r in T.vectorized(R):
-                                                query_tile[u, r] = (
-                                                    query_tile[u, r]
-                                                    + (
-                                                        values[T.min(group * JU + u, count - 1), d]
-                                                        if stage
-                                                        else v[
-                                                            b,
-                                                            hk,
-                                                            key_begin + T.min(group * JU + u, count - 1),
-                                                            d,
-                                                        ]
-                                                    )
-                                                    * doutput[d, r]
-                                                )
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            dscores[group * JU + u, r] = (
-                                                probabilities[group * JU + u, r]
-                                                * (query_tile[u, r] - delta[r])
-                                                * scale
-                                            )
+                                        fill(
+                                            query_tile, 0, JU, R,
+                                            lambda u, r: T.Select(
+                                                in_band(
+                                                    query_begin + r, key_begin + group * JU + u, low, high
+                                                ),
+                                                query_tile[u, r],
+                                                T.float32(-math.inf),
+                                            ),
+                                        )  # fmt: skip
+                                    fill(
+                                        probabilities, group * JU, JU, R,
+                                        lambda u, r: exp2(query_tile[u, r] - row_lse[r]),
+                                    )  # fmt: skip
+                                    fill(query_tile, 0, JU, R, lambda u, r: T.float32(0))
+                                    multiply_add(
+                                        query_tile, JU, R, D,
+                                        lambda u, d: values[T.min(group * JU + u, count - 1), d],
+                                        lambda d, r: doutput[d, r],
+                                    )  # fmt: skip
+                                    fill(
+                                        dscores, group * JU, JU, R,
+                                        lambda u, r: probabilities[group * JU + u, r]
+                                        * (query_tile[u, r] - delta[r])
+                                        * scale,
+                                    )  # fmt: skip
 
                                 for chunk in T.serial(D // DU):
-                                    for u in T.unroll(DU):
-                                        for r in T.vectorized(R):
-                                            dim_tile[u, r] = dquery[chunk * DU + u, r]
-                                    for j in T.serial(count):
-                                        for u in T.unroll(DU):
-                                            for r in T.vectorized(R):
-                                                dim_tile[u, r] = (
-                                                    dim_tile[u, r]
-                                                    + (
-                                                        keys[j, chunk * DU + u]
-                                                        if stage
-                                                        else k[b, hk, key_begin + j, chunk * DU + u]
-                                                    )
-                                                    * dscores[j, r]
-                                                )
-                                    for u in T.unroll(DU):
-                                        for r in T.vectorized(R):
-                                            dquery[chunk * DU + u, r] = dim_tile[u, r]
+                                    fill(dim_tile, 0, DU, R, lambda u, r: dquery[chunk * DU + u, r])
+                                    multiply_add(
+                                        dim_tile, DU, R, count,
+                                        lambda u, j: keys[j, chunk * DU + u],
+                                        lambda j, r: dscores[j, r],
+                                    )  # fmt: skip
+                                    fill(dquery, chunk * DU, DU, R, lambda u, r: dim_tile[u, r])
 
                                 for group in T.serial((count + GU - 1) // GU):
                                     for chunk in T.serial(D // GL):
-                                        for u in T.unroll(GU):
-                                            for lane in T.vectorized(GL):
-                                                gradient_tile[u, lane] = T.float32(0)
-                                        for r in T.serial(R):
-                                            for u in T.unroll(GU):
-                                                for lane in T.vectorized(GL):
-                                                    gradient_tile[u, lane] = (
-                                                        gradient_tile[u, lane]
-                                                        + probabilities[group * GU + u, r]
-                                                        * doutput_rows[r, chunk * GL + lane]
-                                                    )
-                                        for u in T.unroll(GU):
-                                            if group * GU + u < count:
-                                                for lane in T.vectorized(GL):
-                                                    dv[
-                                                        b, h, key_begin + group * GU + u, chunk * GL + lane
-                                                    ] = (
-                                                        dv[
-                                                            b,
-                                                            h,
-                                                            key_begin + group * GU + u,
-                                                            chunk * GL + lane,
-                                                        ]
-                                                        + gradient_tile[u, lane]
-                                                    )
-                                        for u in T.unroll(GU):
-                                            for lane in T.vectorized(GL):
-                                                gradient_tile[u, lane] = T.float32(0)
-                                        for r in T.serial(R):
-                                            for u in T.unroll(GU):
-                                                for lane in T.vectorized(GL):
-                                                    gradient_tile[u, lane] = (
-                                                        gradient_tile[u, lane]
-                                                        + dscores[group * GU + u, r]
-                                                        * query_rows[r, chunk * GL + lane]
-                                                    )
-                                        for u in T.unroll(GU):
-                                            if group * GU + u < count:
-                                                for lane in T.vectorized(GL):
-                                                    dk[
-                                                        b, h, key_begin + group * GU + u, chunk * GL + lane
-                                                    ] = (
-                                                        dk[
-                                                            b,
-                                                            h,
-                                                            key_begin + group * GU + u,
-                                                            chunk * GL + lane,
-                                                        ]
-                                                        + gradient_tile[u, lane]
-                                                    )
+                                        add_gradient(
+                                            dv, probabilities, doutput_rows, gradient_tile,
+                                            b, h, key_begin, count, group * GU, chunk * GL,
+                                        )  # fmt: skip
+                                        add_gradient(
+                                            dk, dscores, query_rows, gradient_tile,
+                                            b, h, key_begin, count, group * GU, chunk * GL,
+                                        )  # fmt: skip
 
                         for r in T.serial(query_last - query_begin + 1):
                             for d in T.serial(D):

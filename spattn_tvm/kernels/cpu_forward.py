@@ -20,10 +20,7 @@ from tvm.script import tirx as T
 
 from spattn_tvm.kernels.exponential import LN2, LOG2E, exp2
 from spattn_tvm.kernels.key_range import crosses_edge, first_slot, in_band, key_range, tile_slots
-
-# Buffers so annotated stay on the stack whatever their size, where LLVM turns them into registers; others
-# above 1 KiB come from TVM's workspace pool.
-REGISTERS = {"disable_lower_builtin": True}
+from spattn_tvm.kernels.register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 
 # A running maximum below any score, yet finite: -inf - -inf would be NaN.
 LOWEST = -3.0e38
@@ -59,7 +56,6 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
     stage = bool(decisions["stage"])
     D = head_dim
     LANES = math.gcd(D, 16)
-    # Where a tile's keys and values are read from: rows of the scratch, or rows of the tensors.
     SR = KR if stage else 1
 
     @T.prim_func(s_tir=True)
@@ -91,8 +87,8 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
             query = T.alloc_buffer((D, R), "float32")
             output = T.alloc_buffer((D, R), "float32")
             scores = T.alloc_buffer((KR, R), "float32")
-            keys = T.alloc_buffer((SR, D), "float32")
-            values = T.alloc_buffer((SR, D), "float32")
+            key_scratch = T.alloc_buffer((SR, D), "float32")
+            value_scratch = T.alloc_buffer((SR, D), "float32")
             row_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
             tile_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
             row_sum = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
@@ -137,8 +133,7 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                             scale * T.float32(LOG2E)
                         )
                     for d in T.serial(D):
-                        for r in T.vectorized(R):
-                            output[d, r] = T.float32(0)
+                        fill(output, d, 1, R, lambda u, r: T.float32(0))
                     for r in T.vectorized(R):
                         row_max[r] = T.float32(LOWEST)
                         row_sum[r] = T.float32(0)
@@ -157,51 +152,34 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                 query_begin, query_last, key_begin, key_begin + groups * JU - 1, low, high
                             )
                             if stage:
-                                for j in T.serial(count):
-                                    for chunk in T.serial(D // LANES):
-                                        for lane in T.vectorized(LANES):
-                                            keys[j, chunk * LANES + lane] = T.cast(
-                                                k[b, hk, key_begin + j, chunk * LANES + lane], "float32"
-                                            )
-                                        for lane in T.vectorized(LANES):
-                                            values[j, chunk * LANES + lane] = T.cast(
-                                                v[b, hk, key_begin + j, chunk * LANES + lane], "float32"
-                                            )
+                                widen(key_scratch, count, D, LANES, lambda j, d: k[b, hk, key_begin + j, d])
+                                widen(value_scratch, count, D, LANES, lambda j, d: v[b, hk, key_begin + j, d])
+                            keys = key_scratch if stage else rows_of(k, b, hk, key_begin, KR)
+                            values = value_scratch if stage else rows_of(v, b, hk, key_begin, KR)
+
                             for r in T.vectorized(R):
                                 tile_max[r] = row_max[r]
                             for group in T.serial(groups):
-                                for u in T.unroll(JU):
-                                    for r in T.vectorized(R):
-                                        score_tile[u, r] = T.float32(0)
-                                for d in T.serial(D):
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            score_tile[u, r] = (
-                                                score_tile[u, r]
-                                                + (
-                                                    keys[T.min(group * JU + u, count - 1), d]
-                                                    if stage
-                                                    else k[
-                                                        b, hk, key_begin + T.min(group * JU + u, count - 1), d
-                                                    ]
-                                                )
-                                                * query[d, r]
-                                            )
+                                fill(score_tile, 0, JU, R, lambda u, r: T.float32(0))
+                                # Rows past the last key repeat it; the mask removes them.
+                                multiply_add(
+                                    score_tile, JU, R, D,
+                                    lambda u, d: keys[T.min(group * JU + u, count - 1), d],
+                                    lambda d, r: query[d, r],
+                                )  # fmt: skip
                                 if masked:
-                                    for u in T.unroll(JU):
-                                        for r in T.vectorized(R):
-                                            score_tile[u, r] = T.Select(
-                                                in_band(
-                                                    query_begin + r, key_begin + group * JU + u, low, high
-                                                ),
-                                                score_tile[u, r],
-                                                T.float32(-math.inf),
-                                            )
+                                    fill(
+                                        score_tile, 0, JU, R,
+                                        lambda u, r: T.Select(
+                                            in_band(query_begin + r, key_begin + group * JU + u, low, high),
+                                            score_tile[u, r],
+                                            T.float32(-math.inf),
+                                        ),
+                                    )  # fmt: skip
                                 for u in T.unroll(JU):
                                     for r in T.vectorized(R):
                                         tile_max[r] = T.max(tile_max[r], score_tile[u, r])
-                                    for r in T.vectorized(R):
-                                        scores[group * JU + u, r] = score_tile[u, r]
+                                fill(scores, group * JU, JU, R, lambda u, r: score_tile[u, r])
 
                             for r in T.vectorized(R):
                                 rescale[r] = exp2(row_max[r] - tile_max[r])
@@ -217,24 +195,15 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                     scores[j, r] = probability[r]
 
                             for chunk in T.serial(D // DU):
-                                for u in T.unroll(DU):
-                                    for r in T.vectorized(R):
-                                        output_tile[u, r] = output[chunk * DU + u, r] * rescale[r]
-                                for j in T.serial(count):
-                                    for u in T.unroll(DU):
-                                        for r in T.vectorized(R):
-                                            output_tile[u, r] = (
-                                                output_tile[u, r]
-                                                + (
-                                                    values[j, chunk * DU + u]
-                                                    if stage
-                                                    else v[b, hk, key_begin + j, chunk * DU + u]
-                                                )
-                                                * scores[j, r]
-                                            )
-                                for u in T.unroll(DU):
-                                    for r in T.vectorized(R):
-                                        output[chunk * DU + u, r] = output_tile[u, r]
+                                fill(
+                                    output_tile, 0, DU, R, lambda u, r: output[chunk * DU + u, r] * rescale[r]
+                                )
+                                multiply_add(
+                                    output_tile, DU, R, count,
+                                    lambda u, j: values[j, chunk * DU + u],
+                                    lambda j, r: scores[j, r],
+                                )  # fmt: skip
+                                fill(output, chunk * DU, DU, R, lambda u, r: output_tile[u, r])
 
                     # A query with no key has row_sum 0: its output is 0 and its lse -inf. NaN stays NaN.
                     for r in T.vectorized(R):
