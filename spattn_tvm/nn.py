@@ -1,0 +1,167 @@
+"""A multi-head self-attention module around ``banded_attention``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import banded_attention
+from .bands import BandLayout
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), in the pairing of GPT-NeoX and Llama.
+
+    Element c and element ``c + D/2`` of a row at position p are turned by the angle ``p * theta**(-2c/D)``.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``(B, H, N, D)``, D even; row n is at position n.
+    theta : float
+        Base of the frequencies, such as 10000.
+
+    Returns
+    -------
+    Tensor
+        In the shape and dtype of x; angles and products are float32 at least.
+    """
+    length, head_dim = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
+    angle = torch.arange(length, dtype=dtype, device=x.device)[:, None] * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    low, high = x.to(dtype).chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
+
+
+class BandedAttention(nn.Module):
+    """Causal self-attention whose heads attend to bands of distances.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Width E of the input and the output.
+    num_heads : int
+        Query heads; each has ``E / num_heads`` channels.
+    layout : BandLayout or str
+        A layout for `num_heads` heads, or the name of one that needs no further parameters
+        (``"spattention"``, ``"exclusive"``, ``"local_only"``, ``"gapped"``, ``"causal"``, ``"equal_area"``),
+        which is made with `context_length`.
+    context_length : int, optional
+        Context length of a layout given by name; None takes each sequence's own length.
+    num_kv_heads : int, optional
+        Key and value heads, `num_heads` by default; must divide it.
+    bias : bool
+        Whether the four projections have biases.
+    rope_theta : float, optional
+        Base of a rotary position embedding of q and k, such as 10000.0. None: no position embedding.
+        Only distances matter to it, so that packed documents need no positions of their own.
+    impl : str
+        As in :func:`banded_attention`.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        Sizes that do not divide, a layout for another number of heads, or an unknown layout name.
+    TypeError
+        A layout that is neither a BandLayout nor a string.
+
+    Examples
+    --------
+    >>> attention = BandedAttention(256, num_heads=8, num_kv_heads=2, rope_theta=10000.0)
+    >>> attention(torch.randn(2, 100, 256)).shape
+    torch.Size([2, 100, 256])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        layout: BandLayout | str = "spattention",
+        context_length: int | None = None,
+        num_kv_heads: int | None = None,
+        bias: bool = False,
+        rope_theta: float | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if embed_dim < 1 or num_heads < 1 or num_kv_heads < 1:
+            raise ValueError(
+                "embed_dim, num_heads and num_kv_heads must be at least 1, "
+                f"got {embed_dim}, {num_heads} and {num_kv_heads}"
+            )
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.layout = _resolve(layout, num_heads, context_length)
+        if rope_theta is not None and (rope_theta <= 0 or self.head_dim % 2):
+            raise ValueError(
+                "rope_theta must be positive and the head dim even, "
+                f"got {rope_theta} and a head dim of {self.head_dim}"
+            )
+        self.rope_theta = rope_theta
+        self.impl = impl
+        kv_dim = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"layout={self.layout.spec!r}, rope_theta={self.rope_theta}"
+        )
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``(B, N, E)``.
+        cu_seqlens : Tensor, optional
+            ``(number of documents + 1,)`` boundaries of packed documents, as in :func:`banded_attention`.
+
+        Returns
+        -------
+        Tensor
+            ``(B, N, E)``.
+        """
+        # Heads stay where the projections leave them, (B, N, H, D) in memory: nothing is copied.
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rope_theta is not None:
+            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+        o = banded_attention(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
+        return self.out_proj(o.transpose(1, 2).flatten(2))
+
+
+def _resolve(layout: BandLayout | str, num_heads: int, context_length: int | None) -> BandLayout:
+    if isinstance(layout, BandLayout):
+        if layout.num_heads != num_heads:
+            raise ValueError(f"the layout is made for {layout.num_heads} heads, num_heads is {num_heads}")
+        if context_length is not None and context_length != layout.context_length:
+            raise ValueError(
+                f"the layout has the context length {layout.context_length}, "
+                f"context_length is {context_length}: give it to the layout only"
+            )
+        return layout
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be a BandLayout or the name of one, got {type(layout).__name__}")
+    return BandLayout(layout, num_heads, context_length)
