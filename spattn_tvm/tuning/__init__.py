@@ -1,0 +1,13 @@
+"""Searching for a problem's fastest decisions, and turning the logs into schedules that ship.
+
+``tune`` measures candidates on this machine and logs them, ``distill`` re-measures the best ones and
+writes records. Importing this package loads neither TVM nor xgboost.
+"""
+
+from __future__ import annotations
+
+from .distill import distill
+from .log import curve, find_logs
+from .search import TuningResult, tune
+
+__all__ = ["TuningResult", "curve", "distill", "find_logs", "tune"]

@@ -1,0 +1,151 @@
+"""From logs to schedules: a problem's best candidates are measured again, in turns, and the winner becomes
+a record.
+
+One measurement in a search is a single visit to a noisy machine, and the best of many is partly luck. The few
+fastest candidates are therefore compared side by side before one of them ships.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.spaces import FAMILIES, find_space, has_space
+from spattn_tvm.store import ScheduleRecord, save_records
+from spattn_tvm.target import MachineTarget, parse_target
+
+from .log import Measurement, comparable_measurements, device_facts, find_logs, now, read_run, versions
+from .measure import ProcessMeter
+
+_TOP = 4
+_ROUNDS = 9
+
+
+def _best_candidates(
+    logs: Iterable[Path], family: str, problem: AttentionProblem, target: MachineTarget, top: int
+) -> list[tuple[Path, Measurement]]:
+    """The fastest different decisions in a problem's logs that the space still offers."""
+    space = find_space(family, problem.direction)
+    found: dict[tuple[tuple[str, int], ...], tuple[Path, Measurement]] = {}
+    for log in logs:
+        for measurement in comparable_measurements(log):
+            if measurement.family != family or measurement.latency_us is None:
+                continue
+            decisions = measurement.decisions
+            if space.rejection(decisions, problem.head_dim, problem.dtype, target) is not None:
+                continue
+            key = tuple(sorted(decisions.items()))
+            known = found.get(key)
+            if known is None or measurement.latency_us < (known[1].latency_us or math.inf):
+                found[key] = (log, measurement)
+    ranked = sorted(found.values(), key=lambda item: item[1].latency_us or math.inf)
+    return ranked[:top]
+
+
+def _distill_family(
+    logs: Sequence[Path],
+    log_root: Path,
+    family: str,
+    problem: AttentionProblem,
+    target: MachineTarget,
+    top: int,
+    rounds: int,
+) -> ScheduleRecord | None:
+    candidates = _best_candidates(logs, family, problem, target, top)
+    if not candidates:
+        return None
+    with ProcessMeter(family, problem, target) as meter:
+        outcomes = meter.compare([measurement.decisions for _, measurement in candidates], rounds)
+    latencies = [outcome.latency_us or math.inf for outcome in outcomes]
+    latency_us = min(latencies)
+    if latency_us == math.inf:
+        raise RuntimeError(
+            f"none of the {len(candidates)} best candidates of {logs[0]} is correct any more: "
+            f"{outcomes[0].error}"
+        )
+    log, measurement = candidates[latencies.index(latency_us)]
+    device = device_facts(target)
+    return ScheduleRecord(
+        problem=problem,
+        target=target.folder,
+        family=family,
+        decisions=measurement.decisions,
+        latency_us=round(latency_us, 3),
+        workload_hash=read_run(log)["families"][family]["workload_hash"],
+        versions=versions() | {name: device[name] for name in ("cuda", "driver") if name in device},
+        device=device["name"],
+        date=now(),
+        source_log=log.relative_to(log_root).as_posix(),
+    )
+
+
+def distill(
+    log_root: Path = Path("autotune_logs"),
+    *,
+    target: MachineTarget | None = None,
+    problems: Sequence[AttentionProblem] | None = None,
+    schedules: Path | None = None,
+    top: int = _TOP,
+    rounds: int = _ROUNDS,
+    report: Callable[[str], object] = lambda text: None,
+) -> list[ScheduleRecord]:
+    """Measure the best candidates of each logged problem side by side, and write the winners to
+    ``schedules/``.
+
+    Parameters
+    ----------
+    log_root : Path
+        Logs of the target are searched below it, random controls included.
+    target : MachineTarget, optional
+        This machine's; its CPU by default.
+    problems : sequence of AttentionProblem, optional
+        Only these.
+    schedules : Path, optional
+        Folder to write to; by default the one that dispatch reads.
+    top : int
+        Candidates to compare for each problem and kernel family.
+    rounds : int
+        Measurements of each.
+    report : callable
+        Told a line of text before each comparison.
+
+    Returns
+    -------
+    list of ScheduleRecord
+        One for each problem and family that has a correct candidate. Written one problem at a time, so
+        that an interruption keeps what is done.
+
+    Raises
+    ------
+    ValueError
+        When the target is not this machine, or there is no log of it.
+    RuntimeError
+        When no candidate of a problem is correct any more.
+    """
+    target = parse_target("cpu") if target is None else target
+    reason = target.can_run_here()
+    if reason is not None:
+        raise ValueError(f"logs must be distilled on their target {target.folder}: {reason}")
+    log_root = Path(log_root)
+    by_problem: dict[AttentionProblem, list[Path]] = {}
+    for log in find_logs(log_root / target.folder):
+        problem = AttentionProblem.from_json(read_run(log)["problem"])
+        if problems is None or problem in problems:
+            by_problem.setdefault(problem, []).append(log)
+    if not by_problem:
+        raise ValueError(f"no log of a search for {target.folder} under {log_root}; run `spattn tune` first")
+    records = []
+    for problem, logs in by_problem.items():
+        for family in FAMILIES:
+            if not has_space(family, problem.direction):
+                continue
+            if not any(family in read_run(log)["families"] for log in logs):
+                continue
+            report(f"{problem.key}: comparing the best {family} candidates")
+            record = _distill_family(logs, log_root, family, problem, target, top, rounds)
+            if record is not None:
+                save_records([record], schedules)
+                records.append(record)
+    return records

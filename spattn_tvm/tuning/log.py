@@ -1,0 +1,269 @@
+"""The log of a search: what was measured, when and with what, in files that a killed process can't corrupt.
+
+A log folder belongs to one problem, target and strategy::
+
+    autotune_logs/<target>/<problem key>/            evolutionary search
+    autotune_logs/<target>/<problem key>/random/     the control
+        run.json                       problem, workload hashes, and one entry for each session
+        measurements.jsonl             one line for each candidate: decisions, latency or error
+        database_workload.json         MetaSchedule's own record of the same
+        database_tuning_record.json
+
+Every measurement is on disk before the next one starts, so a kill loses at most the one in flight.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.target import MachineTarget
+
+MEASUREMENTS = "measurements.jsonl"
+RUN = "run.json"
+
+_VERSIONED_PACKAGES = (
+    "spattn-tvm",
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "torch",
+    "xgboost",
+    "xgboost-cpu",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate's result.
+
+    Attributes
+    ----------
+    family : str
+        Kernel family.
+    kernel : str
+        Hash of what the family builds from its untuned decisions; results of other kernel code are not
+        comparable.
+    decisions : dict[str, int]
+    latency_us : float or None
+        Median time of one call, None when there is an error.
+    error : str or None
+        Why there is no latency: it didn't build, crashed, took too long or computed a wrong result.
+    elapsed_s : float
+        Search time of the log folder up to this measurement, over all sessions.
+    """
+
+    family: str
+    kernel: str
+    decisions: dict[str, int]
+    latency_us: float | None
+    error: str | None
+    elapsed_s: float
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a last line that a killed process did not finish."""
+    if not path.exists():
+        return
+    text = path.read_bytes()
+    if text and not text.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
+
+
+def read_measurements(log_dir: Path) -> list[Measurement]:
+    """All measurements of a log folder in order; an unfinished last line is ignored."""
+    path = Path(log_dir) / MEASUREMENTS
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [Measurement(**json.loads(line)) for line in lines if line.strip()]
+
+
+def read_run(log_dir: Path) -> dict[str, Any]:
+    """The metadata of a log folder.
+
+    Raises
+    ------
+    ValueError
+        When the folder holds none.
+    """
+    path = Path(log_dir) / RUN
+    if not path.exists():
+        raise ValueError(f"{log_dir} is not the log of a search: it holds no {RUN}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def comparable_measurements(log_dir: Path) -> list[Measurement]:
+    """The measurements of a log folder that were made with its latest kernel code."""
+    kernels = {family: facts["kernel"] for family, facts in read_run(log_dir)["families"].items()}
+    return [m for m in read_measurements(log_dir) if m.kernel == kernels.get(m.family)]
+
+
+def curve(log_dir: Path, family: str | None = None) -> tuple[list[int], list[float]]:
+    """Best latency so far after each trial, for a tuning curve.
+
+    Parameters
+    ----------
+    log_dir : Path
+        A log folder.
+    family : str, optional
+        Only this family's trials.
+
+    Returns
+    -------
+    trials : list[int]
+        Counted from 1, failures included; starts with the first success.
+    best_us : list[float]
+        Same length.
+    """
+    trials: list[int] = []
+    best: list[float] = []
+    count = 0
+    for measurement in comparable_measurements(log_dir):
+        if family is not None and measurement.family != family:
+            continue
+        count += 1
+        latency = measurement.latency_us
+        if latency is None and not best:
+            continue
+        trials.append(count)
+        best.append(min([*best[-1:], *([] if latency is None else [latency])]))
+    return trials, best
+
+
+def log_folder(log_root: Path, target: MachineTarget, problem: AttentionProblem, strategy: str) -> Path:
+    """Where a problem's search is logged; the random control has a folder of its own inside."""
+    folder = Path(log_root) / target.folder / problem.key
+    return folder if strategy == "evolutionary" else folder / strategy
+
+
+def find_logs(log_root: Path) -> Iterator[Path]:
+    """Every log folder under a root, controls included, in a stable order."""
+    for path in sorted(Path(log_root).rglob(RUN)):
+        yield path.parent
+
+
+def now() -> str:
+    """UTC date and time, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what takes part in a measurement."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_facts(target: MachineTarget) -> dict[str, str]:
+    """Name of the device that measures, its driver, and how many threads or multiprocessors it uses."""
+    import torch
+
+    if target.kind == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts = {
+            "name": properties.name,
+            "multiprocessors": str(properties.multi_processor_count),
+            "cuda": str(torch.version.cuda),
+        }
+        driver = Path("/proc/driver/nvidia/version")
+        if driver.exists():
+            facts["driver"] = driver.read_text(encoding="utf-8").splitlines()[0].split("  ")[1].strip()
+        return facts
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {"name": name, "threads": str(torch.get_num_threads()), "system": platform.system()}
+
+
+class TuningLog:
+    """A log folder open for appending.
+
+    Parameters
+    ----------
+    folder : Path
+        Created when absent.
+    problem, target, strategy
+        Must be those of the folder's earlier sessions.
+
+    Raises
+    ------
+    ValueError
+        When the folder belongs to another problem, target or strategy.
+    """
+
+    def __init__(self, folder: Path, problem: AttentionProblem, target: MachineTarget, strategy: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(self.folder / MEASUREMENTS)
+        self.measurements = read_measurements(self.folder)
+        identity = {"problem": problem.to_json(), "target": target.folder, "strategy": strategy}
+        if (self.folder / RUN).exists():
+            self.run = read_run(self.folder)
+            for name, value in identity.items():
+                if self.run[name] != value:
+                    raise ValueError(
+                        f"{self.folder} holds the search of {name} {self.run[name]!r}, not of {value!r}; "
+                        "choose another log root"
+                    )
+        else:
+            self.run = {**identity, "families": {}, "sessions": []}
+
+    @property
+    def elapsed_s(self) -> float:
+        """Search time of all sessions; of a killed one up to its last measurement."""
+        ended = [session.get("elapsed_s", 0.0) for session in self.run["sessions"]]
+        return max([0.0, *ended, *(m.elapsed_s for m in self.measurements[-1:])])
+
+    def begin_session(self, facts: Mapping[str, Any]) -> None:
+        """Note the start of a session: seed, versions, device and whatever else `facts` says."""
+        self.run["sessions"].append(
+            {"started": now(), **facts, "first_trial": len(self.measurements), "ended": "killed"}
+        )
+        self._write_run()
+
+    def note_family(self, family: str, facts: Mapping[str, Any]) -> None:
+        self.run["families"][family] = dict(facts)
+        self._write_run()
+
+    def end_session(self, reason: str, elapsed_s: float) -> None:
+        """Note how the session ended; one that never gets here stays ``"killed"``."""
+        session = self.run["sessions"][-1]
+        session.update(
+            ended=reason,
+            finished=now(),
+            trials=len(self.measurements) - session["first_trial"],
+            elapsed_s=round(elapsed_s, 3),
+        )
+        self._write_run()
+
+    def append(self, measurement: Measurement) -> None:
+        """Hand one measurement to the operating system, where a kill of this process can't reach it."""
+        line = json.dumps(asdict(measurement), separators=(",", ":")) + "\n"
+        with (self.folder / MEASUREMENTS).open("ab") as file:
+            file.write(line.encode())
+        self.measurements.append(measurement)
+
+    def _write_run(self) -> None:
+        path = self.folder / RUN
+        temporary = path.with_suffix(f".json.{os.getpid()}")
+        temporary.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)

@@ -1,0 +1,381 @@
+"""The search for a problem's best decisions: propose, build, check, time, record, learn, until the budget
+is spent."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.spaces import Space, families_for
+from spattn_tvm.target import MachineTarget
+
+from .log import Measurement, TuningLog, device_facts, log_folder, versions
+from .measure import Meter, ProcessMeter
+from .worker import resolve_space
+
+if TYPE_CHECKING:
+    from .strategy import DecisionSearch
+
+STRATEGIES = ("evolutionary", "random")
+
+# Small batches let the cost model learn often; there is no point in fewer candidates than builders.
+_LEAST_BATCH = 8
+# Random sampling of a space that is nearly exhausted keeps hitting what it has seen.
+_MOST_STALE_BATCHES = 25
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a search found.
+
+    Attributes
+    ----------
+    family, decisions, latency_us
+        The fastest correct candidate of the log folder, this session's or an earlier one's; None without any.
+    log_dir : Path
+    trials, errors : int
+        Candidates measured, and those of them that failed, over all sessions.
+    ended : str
+        ``"budget"``, ``"exhausted"`` (nothing new left in the space) or ``"interrupted"``.
+    """
+
+    family: str | None
+    decisions: dict[str, int] | None
+    latency_us: float | None
+    log_dir: Path
+    trials: int
+    errors: int
+    ended: str
+
+
+@dataclass
+class Budget:
+    """Trials for each family, or minutes for all; earlier sessions of the log folder count."""
+
+    trials: int | None
+    minutes: float | None
+
+    def __post_init__(self) -> None:
+        if (self.trials is None) == (self.minutes is None):
+            raise ValueError(
+                f"give either trials or minutes, got trials={self.trials} and minutes={self.minutes}"
+            )
+        for name, value in (("trials", self.trials), ("minutes", self.minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass
+class _Interrupt:
+    """Turns the first Ctrl-C into a flag; the second one is Python's own."""
+
+    requested: bool = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        previous = signal.getsignal(signal.SIGINT)
+
+        def handle(number: int, frame: Any) -> None:
+            self.requested = True
+            signal.signal(signal.SIGINT, previous)
+
+        signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+class _Progress:
+    """A line with trials done, best so far and time left; silent when told so."""
+
+    def __init__(self, shown: bool) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        if shown:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
+
+            self._bar = Progress(
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[trials]}", table_column=Column(no_wrap=True)),
+                TextColumn("best {task.fields[best]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, description: str, total: float, done: float) -> None:
+        if self._bar is not None:
+            self._task = self._bar.add_task(description, total=total, completed=done, trials="0", best="—")
+
+    def update(self, done: float, trials: str, best_us: float | None) -> None:
+        if self._bar is not None:
+            best = "—" if best_us is None else f"{best_us:,.1f} us"
+            self._bar.update(self._task, completed=done, trials=trials, best=best)
+
+
+@dataclass
+class _Session:
+    """One call of :func:`tune`: the log, the budget and the clock that all families share."""
+
+    log: TuningLog
+    budget: Budget
+    stopped: Callable[[], bool]
+    progress: _Progress
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._earlier_s = self.log.elapsed_s
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._earlier_s + time.monotonic() - self.began
+
+    def out_of_time(self) -> bool:
+        return self.budget.minutes is not None and self.elapsed_s >= 60 * self.budget.minutes
+
+    def of_family(self, family: str, kernel: str) -> list[Measurement]:
+        return [m for m in self.log.measurements if m.family == family and m.kernel == kernel]
+
+    def show(self, family: str, kernel: str) -> None:
+        measured = self.of_family(family, kernel)
+        failed = sum(m.error is not None for m in measured)
+        of = "" if self.budget.trials is None else f"/{self.budget.trials}"
+        text = f"{len(measured)}{of}" + (f", {failed} failed" if failed else "")
+        done = len(measured) if self.budget.trials is not None else self.elapsed_s
+        self.progress.update(done, text, _best_us(measured))
+
+
+def _best_us(measured: Sequence[Measurement]) -> float | None:
+    return min((m.latency_us for m in measured if m.latency_us is not None), default=None)
+
+
+def _key(decisions: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(decisions.items()))
+
+
+def kernel_hash(space: Space, problem: AttentionProblem, target: MachineTarget) -> str:
+    """Identifies kernel code and space: SHA-256 over the untuned kernel's TVMScript and the choices, 12
+    digits."""
+    key = (problem.head_dim, problem.dtype)
+    module = space.build(space.untuned(*key, target), *key, target)
+    text = f"{module.script()}\n{sorted(space.choices(*key).items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_search(
+    search: DecisionSearch, meter: Meter, session: _Session, family: str, kernel: str, first: dict[str, int]
+) -> str:
+    """Search one family until the budget is spent; returns why it ended.
+
+    Parameters
+    ----------
+    first : dict
+        The untuned default. It is measured before all others, so that the result is never slower.
+
+    Raises
+    ------
+    RuntimeError
+        When even the default fails.
+    """
+    known = {_key(m.decisions): m.latency_us for m in session.of_family(family, kernel)}
+    batch_size = max(_LEAST_BATCH, getattr(meter, "builders", 1))
+    search.start(batch_size)
+    search.restore([(dict(decisions), latency) for decisions, latency in known.items()])
+    stale = 0
+    proposed: list[tuple[dict[str, int], Any]] | None = [(first, search.candidate(first))]
+    while True:
+        left = None if session.budget.trials is None else session.budget.trials - len(known)
+        if (left is not None and left <= 0) or session.out_of_time():
+            return "budget"
+        if session.stopped():
+            return "interrupted"
+        if proposed is None or stale > _MOST_STALE_BATCHES:
+            return "exhausted"
+
+        # Random sampling may repeat itself, and a resumed search proposes what an earlier session measured.
+        fresh: list[tuple[dict[str, int], Any]] = []
+        seen = set(known)
+        for decisions, candidate in proposed:
+            if _key(decisions) not in seen:
+                seen.add(_key(decisions))
+                fresh.append((decisions, candidate))
+        fresh = fresh[:left]
+        stale = 0 if fresh else stale + 1
+
+        told = []
+        best_us = _best_us(session.of_family(family, kernel))
+        for position, outcome in meter.measure([decisions for decisions, _ in fresh], best_us):
+            decisions, candidate = fresh[position]
+            if outcome.error is not None and decisions == first:
+                # The compiler, the device or the kernel's code is at fault, not this candidate. Failures that
+                # such a session logged would never be measured again.
+                raise RuntimeError(f"the untuned default of {family} fails: {outcome.error}")
+            session.log.append(
+                Measurement(
+                    family, kernel, decisions, outcome.latency_us, outcome.error, round(session.elapsed_s, 3)
+                )
+            )
+            search.keep(candidate, outcome.latency_us)
+            known[_key(decisions)] = outcome.latency_us
+            told.append((candidate, outcome.latency_us))
+            session.show(family, kernel)
+            if session.out_of_time():
+                break
+        search.tell([candidate for candidate, _ in told], [latency for _, latency in told])
+        if session.stopped():
+            return "interrupted"
+        proposed = search.ask()
+
+
+def tune(
+    problem: AttentionProblem,
+    target: MachineTarget,
+    *,
+    trials: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    strategy: str = "evolutionary",
+    log_root: Path = Path("autotune_logs"),
+    families: Sequence[str] | None = None,
+    progress: bool = True,
+) -> TuningResult:
+    """Search for the fastest decisions of a problem on this machine.
+
+    Calling it again with the same arguments resumes: what the log folder holds is not measured again and
+    counts towards the budget. Ctrl-C ends the search after the measurement in flight was dropped, and the
+    best so far is returned.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        Candidates run on random data of its shape and with its layout's band table.
+    target : MachineTarget
+        This machine's.
+    trials : int, optional
+        Candidates to measure for each family, failed ones included; 64 when `minutes` is not given either.
+    minutes : float, optional
+        Search time for all families together, instead of `trials`.
+    seed : int
+        Of the search and of the random data.
+    strategy : {"evolutionary", "random"}
+        ``"random"`` samples the same space without learning: the control. It is logged in a folder of its
+        own.
+    log_root : Path
+        Logs go to ``<log_root>/<target folder>/<problem key>/``.
+    families : sequence of str, optional
+        Kernel families to search, all that apply by default. ``module:ATTRIBUTE`` names a
+        :class:`~spattn_tvm.spaces.Space` outside this package.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    TuningResult
+
+    Raises
+    ------
+    ValueError
+        When the target is not this machine, no family supports the problem, or an argument makes no sense.
+    RuntimeError
+        When not even a family's untuned default can be built, run or is correct.
+    """
+    budget = Budget(64 if trials is None and minutes is None else trials, minutes)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    reason = target.can_run_here()
+    if reason is not None:
+        raise ValueError(f"a search must run on its target {target.folder}: {reason}")
+    spaces = _supporting_spaces(problem, target, families)
+
+    from .strategy import DecisionSearch, workload_hash
+
+    folder = log_folder(log_root, target, problem, strategy)
+    log = TuningLog(folder, problem, target, strategy)
+    interrupt = _Interrupt()
+    with interrupt.watching(), _Progress(progress) as bar:
+        session = _Session(log, budget, lambda: interrupt.requested, bar)
+        log.begin_session({"seed": seed, "versions": versions(), "device": device_facts(target)})
+        ended = "failed"
+        try:
+            for family, space in spaces.items():
+                key = (problem.head_dim, problem.dtype)
+                kernel = kernel_hash(space, problem, target)
+                log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": kernel})
+                search = DecisionSearch(space, problem, target, folder, strategy, seed, kernel)
+                done = len(session.of_family(family, kernel))
+                total = 60.0 * minutes if minutes is not None else float(budget.trials or 0)
+                bar.begin(
+                    f"{family} {problem.direction}",
+                    total,
+                    session.elapsed_s if minutes is not None else done,
+                )
+                with ProcessMeter(
+                    family, problem, target, seed=seed, stopped=lambda: interrupt.requested
+                ) as meter:
+                    ended = run_search(search, meter, session, family, kernel, space.untuned(*key, target))
+                search.close()
+                if ended == "interrupted":
+                    break
+        finally:
+            log.end_session(ended, session.elapsed_s)
+    return _result(log, session, ended)
+
+
+def _supporting_spaces(
+    problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None
+) -> dict[str, Space]:
+    names = families_for(target) if families is None else tuple(families)
+    spaces, refused = {}, []
+    for name in names:
+        space = resolve_space(name, problem.direction)
+        why = space.unsupported(problem.head_dim, problem.dtype, target)
+        if why is None:
+            spaces[name] = space
+        else:
+            refused.append(f"{name}: {why}")
+    if not spaces or (families is not None and refused):
+        raise ValueError(
+            f"no kernel family to search for {problem.key} on {target.folder}; "
+            + ("; ".join(refused) or "none is installed for this target")
+        )
+    return spaces
+
+
+def _result(log: TuningLog, session: _Session, ended: str) -> TuningResult:
+    current = [
+        m for name, facts in log.run["families"].items() for m in session.of_family(name, facts["kernel"])
+    ]
+    best = min(
+        (m for m in current if m.latency_us is not None), key=lambda m: m.latency_us or 0.0, default=None
+    )
+    return TuningResult(
+        family=best.family if best else None,
+        decisions=best.decisions if best else None,
+        latency_us=best.latency_us if best else None,
+        log_dir=log.folder,
+        trials=len(current),
+        errors=sum(m.error is not None for m in current),
+        ended=ended,
+    )

@@ -1,0 +1,378 @@
+"""MetaSchedule as an ask-and-tell search over a space's decisions. The only module of this package that
+needs TVM.
+
+The traced program is the problem's workload (:mod:`spattn_tvm.kernels.workload`); its trace samples one
+value for each decision of the space and notes it on the workload's block, so that a trace is a set of
+decisions and nothing else. MetaSchedule's evolutionary search, XGBoost model and JSON database do the
+searching and the remembering. Its task scheduler is not used: it hands over a whole batch at a time, and a
+search must be able to stop, record and resume after any single measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule import _ffi_api
+from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
+from tvm.s_tir.meta_schedule.logging import get_logging_func
+
+from spattn_tvm.kernels.workload import DECISIONS_BLOCK, build_workload
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.spaces import Space
+from spattn_tvm.target import MachineTarget
+
+from .log import drop_torn_line
+
+STRATEGIES = ("evolutionary", "random")
+
+# MetaSchedule's defaults suit spaces of millions of points and searches of thousands of trials. Each
+# candidate costs about 0.5 ms of Python here, so a generation of 512 would take longer than measuring its
+# winners.
+_POPULATION = 128
+_MEASURED_SHARE = 0.25
+_GENERATIONS = 3
+_RANDOM_SHARE = 0.1
+_WARMUP_SAMPLES = 16
+# XGBModel weighs a sample by its score, best latency over latency, and so learns nothing from a failure
+# that scores 0. Told that a failure is this much slower than the best, it learns where not to go.
+_FAILURE_FACTOR = 2.5
+_UNLIMITED = 1 << 20
+
+
+def search_workload(problem: AttentionProblem, family: str, kernel: str) -> tvm.IRModule:
+    """The problem's workload, marked with the kernel family and code that serve it: each is a task of its
+    own."""
+    function = build_workload(problem)[problem.direction].with_attr("global_symbol", "main")
+    return tvm.IRModule(
+        {"main": function.with_attr("spattn.family", family).with_attr("spattn.kernel", kernel)}
+    )
+
+
+def workload_hash(problem: AttentionProblem) -> str:
+    """SHA-256 of the workload's TVMScript; TVM calls its own structural hash environment-dependent."""
+    return hashlib.sha256(build_workload(problem).script().encode()).hexdigest()
+
+
+def trace_decisions(trace: Any, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The decisions that a trace made; it samples them in the order of `choices`."""
+    made = trace.decisions
+    samples = [instruction for instruction in trace.insts if instruction.kind.name == "SampleCategorical"]
+    return {
+        name: int(values[int(made[sample])])
+        for (name, values), sample in zip(choices.items(), samples, strict=True)
+    }
+
+
+def _sample_decisions(
+    schedule: Schedule, choices: Mapping[str, Sequence[int]], given: Mapping[str, int] | None = None
+) -> None:
+    """Sample each decision, or take the given one, and annotate the workload's block with it."""
+    block = schedule.get_sblock(DECISIONS_BLOCK)
+    for name, values in choices.items():
+        index = None if given is None else tuple(values).index(given[name])
+        value = schedule.sample_categorical(list(values), [1.0 / len(values)] * len(values), decision=index)
+        schedule.annotate(block, f"spattn.{name}", value)
+
+
+@tvm.ir.utils.derived_object
+class _RejectIllegal(ms.postproc.PyPostproc):
+    """Keeps a combination that the space calls illegal from ever being built."""
+
+    def __init__(
+        self, choices: Mapping[str, Sequence[int]], illegal: Callable[[Mapping[str, int]], str | None]
+    ) -> None:
+        super().__init__()
+        self.choices = choices
+        self.illegal = illegal
+
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        pass
+
+    def apply(self, schedule: Schedule) -> bool:
+        return self.illegal(trace_decisions(schedule.trace, self.choices)) is None
+
+    def clone(self) -> _RejectIllegal:
+        return _RejectIllegal(self.choices, self.illegal)
+
+
+@tvm.ir.utils.derived_object
+class _ChangeDecision(ms.mutator.PyMutator):
+    """Changes one decision, or two at times; numbers move to a neighbouring value more often than far
+    away."""
+
+    def __init__(self, choices: Mapping[str, Sequence[int]], random: np.random.Generator) -> None:
+        super().__init__()
+        self.choices = choices
+        self.random = random
+
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        pass
+
+    def apply(self, trace: Any, _: int) -> Any:
+        samples = [
+            (sample, len(values))
+            for sample, values in zip(
+                (i for i in trace.insts if i.kind.name == "SampleCategorical"),
+                self.choices.values(),
+                strict=True,
+            )
+            if len(values) > 1
+        ]
+        if not samples:
+            return None
+        count = min(len(samples), 1 if self.random.random() < 0.75 else 2)
+        for position in self.random.choice(len(samples), count, replace=False):
+            sample, size = samples[position]
+            old = int(trace.decisions[sample])
+            if self.random.random() < 0.6:
+                new = old + (1 if self.random.random() < 0.5 else -1)
+                new = 1 if new < 0 else size - 2 if new >= size else new
+            else:
+                new = int(self.random.integers(size - 1))
+                new += new >= old
+            # with_decision drops what the postprocessors added; it takes a Python int only.
+            trace = trace.with_decision(sample, int(new), remove_postproc=True)
+        return trace
+
+    def clone(self) -> _ChangeDecision:
+        return _ChangeDecision(self.choices, self.random)
+
+
+@tvm.ir.utils.derived_object
+class _DecisionFeatures(ms.feature_extractor.PyFeatureExtractor):
+    """One row for each candidate: the decisions themselves, then what the space derives from them."""
+
+    def __init__(
+        self,
+        choices: Mapping[str, Sequence[int]],
+        derive: Callable[[Mapping[str, int]], Sequence[float]],
+    ) -> None:
+        super().__init__()
+        self.choices = choices
+        self.derive = derive
+        self.known: dict[tuple[int, ...], Any] = {}
+
+    def extract_from(self, context: ms.TuneContext, candidates: Sequence[Any]) -> list[Any]:
+        return [self._row(trace_decisions(candidate.sch.trace, self.choices)) for candidate in candidates]
+
+    def _row(self, decisions: Mapping[str, int]) -> Any:
+        # Generations share most of their members.
+        key = tuple(decisions.values())
+        if key not in self.known:
+            row = np.asarray([[*key, *self.derive(decisions)]], dtype="float32")
+            self.known[key] = tvm.runtime.tensor(row)
+        return self.known[key]
+
+
+@contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """XGBModel draws its first scores from NumPy's global generator."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def _tune_context(
+    module: tvm.IRModule, target: Any, generator: Any, strategy: Any, seed: int
+) -> ms.TuneContext:
+    """``ms.TuneContext(...)`` without its import of ``tvm.s_tir.tensor_intrin``, which takes 30 s and
+    serves other spaces."""
+    logger = logging.getLogger("spattn_tvm.tuning.metaschedule")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    context = ms.TuneContext.__new__(ms.TuneContext)
+    context.__init_handle_by_constructor__(
+        _ffi_api.TuneContext,
+        module,
+        target,
+        generator,
+        strategy,
+        "main",
+        1,  # threads: postprocessors and mutators are Python
+        seed,
+        get_logging_func(logger),
+    )
+    _ffi_api.TuneContextInitialize(context)
+    return context
+
+
+def open_database(folder: Path) -> Any:
+    """The JSON database of a log folder, created when absent, without a line torn by a kill.
+
+    Workloads and records name each other by line number, so a torn workload line, which can only be the
+    last, is followed by no record of its own.
+    """
+    for name in ("database_workload.json", "database_tuning_record.json"):
+        drop_torn_line(folder / name)
+    return ms.database.JSONDatabase(work_dir=str(folder))
+
+
+class DecisionSearch:
+    """Proposes decisions, learns from their measured latencies and keeps each in the database.
+
+    Parameters
+    ----------
+    space : Space
+    problem : AttentionProblem
+    target : MachineTarget
+    folder : Path
+        Holds the database's two files.
+    strategy : {"evolutionary", "random"}
+        ``"random"`` replays the trace with fresh samples: the control of the same space.
+    seed : int
+    kernel : str
+        Identifies the kernel code; what other code measured is not learnt from.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        problem: AttentionProblem,
+        target: MachineTarget,
+        folder: Path,
+        strategy: str,
+        seed: int,
+        kernel: str = "",
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        head_dim, dtype = problem.head_dim, problem.dtype
+        self.choices = dict(space.choices(head_dim, dtype))
+        self._seed = seed
+        self._target = target.tvm_target()
+        self._module = search_workload(problem, space.family, kernel)
+        self._database = open_database(folder)
+        self._workload = self._database.commit_workload(self._module)
+        self._model = ms.cost_model.XGBModel(
+            extractor=_DecisionFeatures(self.choices, lambda decisions: space.features(decisions, problem)),
+            config=XGBConfig(max_depth=6, eta=0.2, seed=seed, nthread=1),
+            num_warmup_samples=_WARMUP_SAMPLES,
+            adaptive_training=False,
+            verbose_eval=0,
+        )
+        generator = ms.space_generator.ScheduleFn(
+            lambda schedule: _sample_decisions(schedule, self.choices),
+            sch_rules=[],
+            postprocs=[
+                _RejectIllegal(
+                    self.choices, lambda decisions: space.illegal(decisions, head_dim, dtype, target)
+                )
+            ],
+            mutator_probs={_ChangeDecision(self.choices, np.random.default_rng(seed)): 1.0},
+        )
+        if strategy == "evolutionary":
+            search = ms.search_strategy.EvolutionarySearch(
+                population_size=_POPULATION,
+                init_measured_ratio=_MEASURED_SHARE,
+                init_min_unmeasured=1,
+                genetic_num_iters=_GENERATIONS,
+                genetic_mutate_prob=0.85,
+                eps_greedy=_RANDOM_SHARE,
+            )
+        else:
+            search = ms.search_strategy.ReplayTrace()
+        self._strategy = strategy
+        self._context = _tune_context(self._module, self._target, generator, search, 1 + seed % (2**31 - 2))
+        self._batches = 0
+        self._best_us = math.inf
+
+    @property
+    def size(self) -> int:
+        """Number of combinations, the illegal ones included."""
+        return math.prod(len(values) for values in self.choices.values())
+
+    def start(self, batch: int) -> None:
+        """Begin; batches hold up to `batch` candidates."""
+        self._context.pre_tuning(
+            max_trials=_UNLIMITED,
+            num_trials_per_iter=batch,
+            database=self._database,
+            cost_model=self._model,
+        )
+
+    def candidate(self, decisions: Mapping[str, int]) -> Any:
+        """A MetaSchedule candidate with given decisions."""
+        schedule = Schedule(self._module, debug_mask="none", error_render_level="none")
+        _sample_decisions(schedule, self.choices, decisions)
+        return self._measure_candidate(schedule)
+
+    @staticmethod
+    def _measure_candidate(schedule: Schedule) -> Any:
+        return ms.MeasureCandidate(schedule, ms.arg_info.ArgInfo.from_entry_func(schedule.mod))
+
+    def restore(self, known: Sequence[tuple[dict[str, int], float | None]]) -> None:
+        """Learn what earlier sessions measured, and add to the database what a kill kept from it."""
+        records = self._database.get_all_tuning_records()
+        kept = {
+            tuple(trace_decisions(record.trace, self.choices).items())
+            for record in records
+            if record.workload.same_as(self._workload)
+        }
+        candidates = [self.candidate(decisions) for decisions, _ in known]
+        for candidate, (decisions, latency) in zip(candidates, known, strict=True):
+            if tuple((name, decisions[name]) for name in self.choices) not in kept:
+                self.keep(candidate, latency)
+        self.tell(candidates, [latency for _, latency in known])
+
+    def ask(self) -> list[tuple[dict[str, int], Any]] | None:
+        """The next batch as (decisions, candidate), possibly empty; None when the space is exhausted."""
+        self._batches += 1
+        with _numpy_seed(self._seed + self._batches):
+            candidates = self._context.generate_measure_candidates()
+        if candidates is None:
+            return None
+        return [(trace_decisions(c.sch.trace, self.choices), c) for c in candidates]
+
+    def tell(self, candidates: Sequence[Any], latencies_us: Sequence[float | None]) -> None:
+        """Results of candidates from `ask` or `candidate`; None is a failure. Trains the cost model."""
+        self._best_us = min([self._best_us, *(latency for latency in latencies_us if latency is not None)])
+        results = []
+        for latency in latencies_us:
+            if latency is None and self._best_us < math.inf:
+                latency = _FAILURE_FACTOR * self._best_us
+            failed = None if latency is not None else "failed"
+            results.append(ms.runner.RunnerResult(None if latency is None else [latency * 1e-6], failed))
+        self._context.notify_runner_results(list(candidates), results)
+        if self._strategy == "evolutionary" and candidates:
+            self._model.update(self._context, list(candidates), results)
+
+    def keep(self, candidate: Any, latency_us: float | None) -> None:
+        """Append one measurement to the database at once; a failure as MetaSchedule writes it, with 1e10
+        s."""
+        self._database.commit_tuning_record(
+            ms.database.TuningRecord(
+                candidate.sch.trace,
+                self._workload,
+                [1e10 if latency_us is None else latency_us * 1e-6],
+                self._target,
+                candidate.args_info,
+            )
+        )
+
+    def close(self) -> None:
+        self._context.post_tuning()
+
+
+def best_in_database(
+    folder: Path, problem: AttentionProblem, space: Space, kernel: str
+) -> dict[str, int] | None:
+    """Decisions of the fastest record of a problem, space and kernel code, replayed from a folder's
+    database."""
+    database = open_database(folder)
+    record = database.query_tuning_record(search_workload(problem, space.family, kernel), None, "main")
+    if record is None:
+        return None
+    return trace_decisions(record.trace, space.choices(problem.head_dim, problem.dtype))

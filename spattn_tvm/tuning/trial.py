@@ -1,0 +1,176 @@
+"""One problem's data in a measuring process: random inputs, the reference result, the check and the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.reference import reference_attention, reference_gradients
+
+# Largest error of a row of o, dq, dk or dv relative to the row's norm, and of an lse. Float32 kernels
+# reach 1e-6; half precision rounds P and dS to 2**-11 or 2**-8. One key more or less in a band of 1000
+# changes a row by about 3e-2 and its lse by 1e-3.
+_ROW_ERROR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_LSE_ERROR = {"float32": 5e-5, "float16": 5e-4, "bfloat16": 5e-4}
+
+_SECONDS = 1.0
+_LEAST_REPEATS = 3
+_MOST_REPEATS = 50
+_HOPELESS = 2.0
+_L2_FLUSH_BYTES = 256 * 2**20
+
+
+class TrialData:
+    """Inputs of a problem, its real band table, and the reference result to compare with.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    seed : int
+        Of the random inputs.
+    cache : Path, optional
+        Keeps the reference result for the next process of the same search: on a CPU it takes seconds.
+    """
+
+    def __init__(self, problem: AttentionProblem, device: str, seed: int, cache: Path | None = None) -> None:
+        self.problem = problem
+        self.device = torch.device(device)
+        self.scale = problem.head_dim**-0.5
+        dtype = getattr(torch, problem.dtype)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device)
+
+        rows = (problem.batch, problem.query_heads, problem.length)
+        keys = (problem.batch, problem.kv_heads, problem.length)
+        self.q = normal(*rows, problem.head_dim).to(dtype)
+        self.k = normal(*keys, problem.head_dim).to(dtype)
+        self.v = normal(*keys, problem.head_dim).to(dtype)
+        self.do = normal(*rows, problem.head_dim).to(dtype)
+        self.dlse = normal(*rows)
+        self.bands = torch.tensor(problem.layout.table(problem.length)[None], device=self.device)
+        self.cu_seqlens = torch.tensor([0, problem.length], dtype=torch.int32, device=self.device)
+        if cache is not None and cache.exists():
+            expected = torch.load(cache, weights_only=True)
+        else:
+            expected = self._reference()
+            if cache is not None:
+                torch.save(expected, cache)
+        self.o = expected["o"].to(dtype)
+        self.lse = expected["lse"]
+        self.expected = expected
+
+    def _reference(self) -> dict[str, Tensor]:
+        layout, scale = self.problem.layout, self.scale
+        q, k, v = self.q.float(), self.k.float(), self.v.float()
+        with torch.no_grad():
+            o, lse = reference_attention(q, k, v, layout, scale=scale)
+            expected = {"o": o, "lse": lse}
+            if self.problem.direction == "backward":
+                gradients = reference_gradients(
+                    q, k, v, o, lse, self.do.float(), self.dlse, layout, scale=scale
+                )
+                expected.update(zip(("dq", "dk", "dv"), gradients, strict=True))
+        return expected
+
+    def outputs(self, launch: Callable[[TrialData], tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """What a launch computes, by name, from output buffers that PyTorch fills with NaN first."""
+        names = ("o", "lse") if self.problem.direction == "forward" else ("dq", "dk", "dv")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            return dict(zip(names, launch(self), strict=True))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def wrong(self, outputs: dict[str, Tensor]) -> str | None:
+        """How an output differs from the reference, or None when all agree."""
+        for name, actual in outputs.items():
+            expected = self.expected[name]
+            if actual.shape != expected.shape:
+                return f"{name} has the shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+            if name == "lse":
+                error, limit = _lse_error(actual, expected), _LSE_ERROR[self.problem.dtype]
+            else:
+                error, limit = _row_error(actual, expected), _ROW_ERROR[self.problem.dtype]
+            if not error <= limit:
+                return f"{name} is wrong: error {error:.3g}, at most {limit:.3g} is accepted"
+        return None
+
+    def latency_us(self, launch: Callable[[TrialData], object], best_us: float | None = None) -> float:
+        """Median time of a launch in microseconds, after a warm-up.
+
+        Parameters
+        ----------
+        launch : callable
+        best_us : float, optional
+            A launch that takes more than twice as long is measured less carefully.
+        """
+        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
+        # PyTorch's threads spin for a while after the check, and would share the cores with the kernel's.
+        time.sleep(0.02)
+        warm_up = sample(launch, self)
+        samples = [sample(launch, self)]
+        estimate = min(warm_up, samples[0])
+        if best_us is not None and estimate > _HOPELESS * best_us:
+            return statistics.median([warm_up, *samples])
+        repeats = int(min(max(_SECONDS * 1e6 / estimate, _LEAST_REPEATS), _MOST_REPEATS))
+        samples.extend(sample(launch, self) for _ in range(repeats - 1))
+        return statistics.median(samples)
+
+    def _cuda_sample(self, launch: Callable[[TrialData], object], data: TrialData) -> float:
+        flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        launch(data)
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) * 1e3
+
+    def interleaved_us(self, launches: Sequence[Callable[[TrialData], object]], rounds: int) -> list[float]:
+        """Median time of each launch in microseconds, taken in turns so that a slow spell hits all of
+        them."""
+        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
+        times: list[list[float]] = [[] for _ in launches]
+        for launch in launches:
+            sample(launch, self)
+        for _ in range(rounds):
+            for launch, collected in zip(launches, times, strict=True):
+                sample(launch, self)
+                collected.append(sample(launch, self))
+        return [statistics.median(collected) for collected in times]
+
+
+def _cpu_sample(launch: Callable[[TrialData], object], data: TrialData) -> float:
+    start = time.perf_counter_ns()
+    launch(data)
+    return (time.perf_counter_ns() - start) * 1e-3
+
+
+def _row_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest norm of a row's error, relative to the row's norm plus the mean norm: a row may be 0 by
+    cancellation."""
+    norms = expected.norm(dim=-1)
+    errors = (actual.float() - expected).norm(dim=-1) / (norms + norms.mean() + 1e-3)
+    return _largest(errors)
+
+
+def _lse_error(actual: Tensor, expected: Tensor) -> float:
+    empty = expected == -torch.inf
+    if not torch.equal(actual == -torch.inf, empty):
+        return float("inf")
+    return _largest((actual - expected).masked_fill(empty, 0.0).abs())
+
+
+def _largest(errors: Tensor) -> float:
+    """The maximum; NaN if any is NaN."""
+    return float(errors.max()) if errors.numel() else 0.0

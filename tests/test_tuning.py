@@ -1,0 +1,483 @@
+"""The search: it measures, checks, records, resumes, survives kills, and finds what is there to be found.
+
+Kernels come from :mod:`toy_space`, so that the best decisions and the broken ones are known beforehand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tvm")
+pytest.importorskip("xgboost")
+
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.reference import attention_mask, reference_attention
+from spattn_tvm.spaces import Space
+from spattn_tvm.store import find_schedule
+from spattn_tvm.target import MachineTarget, detect_cpu
+from spattn_tvm.tuning import curve, distill, tune
+from spattn_tvm.tuning import measure as measure_module
+from spattn_tvm.tuning.log import (
+    MEASUREMENTS,
+    RUN,
+    Measurement,
+    TuningLog,
+    log_folder,
+    read_measurements,
+    read_run,
+)
+from spattn_tvm.tuning.measure import Outcome, ProcessMeter
+from spattn_tvm.tuning.search import Budget, _Progress, _Session, run_search
+from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database
+from spattn_tvm.tuning.trial import TrialData
+
+PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
+FAMILY = "toy_space:FORWARD"
+RECORDS = "database_tuning_record.json"
+
+
+def _keys(measurements: Sequence[Measurement]) -> list[tuple[Any, ...]]:
+    return [tuple(sorted(m.decisions.items())) for m in measurements]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_builder() -> Iterator[None]:
+    """Each process costs seconds of imports, more than these kernels take to build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_module, "available_cpus", lambda: 1)
+        yield
+
+
+# --- a real search ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    root = tmp_path_factory.mktemp("logs")
+    return root, tune(PROBLEM, detect_cpu(), trials=7, families=[FAMILY], log_root=root, progress=False)
+
+
+def test_search_finds_the_fast_kernel_and_logs_it(searched: tuple[Path, Any]) -> None:
+    root, result = searched
+    assert result.ended == "budget" and result.trials == 7 and result.errors == 0
+    assert result.log_dir == root / detect_cpu().folder / PROBLEM.key
+    measured = read_measurements(result.log_dir)
+    assert len(measured) == 7 and len(set(_keys(measured))) == 7
+    assert measured[0].decisions["repeats"] == 4, "the untuned default is measured first"
+    fastest = min(measured, key=lambda m: m.latency_us or math.inf)
+    assert result.decisions == fastest.decisions and result.latency_us == fastest.latency_us
+    assert result.latency_us < 0.8 * (measured[0].latency_us or 0.0)
+    session = read_run(result.log_dir)["sessions"][0]
+    assert session["ended"] == "budget" and session["seed"] == 0 and session["trials"] == 7
+    assert session["versions"]["apache-tvm"] and session["device"]["threads"]
+
+
+def test_resume_measures_only_what_is_missing(searched: tuple[Path, Any]) -> None:
+    root, first = searched
+    before = (first.log_dir / MEASUREMENTS).read_bytes()
+    again = tune(PROBLEM, detect_cpu(), trials=7, families=[FAMILY], log_root=root, progress=False)
+    assert (first.log_dir / MEASUREMENTS).read_bytes() == before
+    assert again.decisions == first.decisions and again.trials == 7
+    more = tune(PROBLEM, detect_cpu(), trials=9, families=[FAMILY], log_root=root, progress=False)
+    assert (first.log_dir / MEASUREMENTS).read_bytes().startswith(before)
+    measured = read_measurements(more.log_dir)
+    assert len(measured) == more.trials == 9 and len(set(_keys(measured))) == 9
+    trials, best_us = curve(more.log_dir)
+    assert trials == list(range(1, 10)) and best_us == sorted(best_us, reverse=True)
+    assert best_us[-1] == more.latency_us
+
+
+def test_database_replays_in_another_process(searched: tuple[Path, Any]) -> None:
+    _, result = searched
+    kernel = read_run(result.log_dir)["families"][FAMILY]["kernel"]
+    best = min(
+        (m for m in read_measurements(result.log_dir)), key=lambda m: m.latency_us or math.inf
+    ).decisions
+    script = (
+        "import sys, pathlib, json, toy_space\n"
+        "from spattn_tvm.problem import AttentionProblem\n"
+        "from spattn_tvm.tuning.strategy import best_in_database\n"
+        "folder, problem, kernel = sys.argv[1:]\n"
+        "problem = AttentionProblem.from_json(problem)\n"
+        "print(json.dumps(best_in_database(pathlib.Path(folder), problem, toy_space.FORWARD, kernel)))"
+    )
+    arguments = [str(result.log_dir), json.dumps(PROBLEM.to_json()), kernel]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == best
+
+
+def test_random_control_has_its_own_log(searched: tuple[Path, Any]) -> None:
+    root, first = searched
+    before = (first.log_dir / MEASUREMENTS).read_bytes()
+    control = tune(
+        PROBLEM, detect_cpu(), trials=3, strategy="random", families=[FAMILY], log_root=root, progress=False
+    )
+    assert control.log_dir == first.log_dir / "random"
+    assert control.trials == 3 and len(set(_keys(read_measurements(control.log_dir)))) == 3
+    assert read_run(control.log_dir)["strategy"] == "random"
+    assert (first.log_dir / MEASUREMENTS).read_bytes() == before
+
+
+def test_search_refuses_what_it_can_not_do(tmp_path: Path) -> None:
+    target = detect_cpu()
+    with pytest.raises(ValueError, match="float32 only"):
+        tune(replace(PROBLEM, dtype="float16"), target, trials=1, families=[FAMILY], log_root=tmp_path)
+    with pytest.raises(ValueError, match="must run on its target"):
+        tune(PROBLEM, MachineTarget("cpu", "aarch64"), trials=1, families=[FAMILY], log_root=tmp_path)
+    with pytest.raises(ValueError, match="either trials or minutes"):
+        tune(PROBLEM, target, trials=1, minutes=1.0, families=[FAMILY], log_root=tmp_path)
+    with pytest.raises(ValueError, match="trials must be positive, got 0"):
+        tune(PROBLEM, target, trials=0, families=[FAMILY], log_root=tmp_path)
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        tune(PROBLEM, target, trials=1, strategy="clever", families=[FAMILY], log_root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --- broken candidates ------------------------------------------------------------------------------------
+
+
+def test_broken_kernels_are_errors_and_never_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure_module, "MEASURE_TIMEOUT_S", 5.0)
+    faults = [dict(zip(("repeats", "label", "fault"), (2, 10, fault), strict=True)) for fault in range(4)]
+    with ProcessMeter("toy_space:WITH_FAULTS", PROBLEM, detect_cpu()) as meter:
+        outcomes = dict(meter.measure(faults, None))
+        again = dict(meter.measure(faults[:1], None))
+    assert outcomes[0].error is None and (outcomes[0].latency_us or 0) > 0
+    assert "o is wrong" in (outcomes[1].error or "") or "lse is wrong" in (outcomes[1].error or "")
+    assert "crashed with SIG" in (outcomes[2].error or "")
+    assert outcomes[3].error == "no answer within 5 s"
+    assert all(outcomes[fault].latency_us is None for fault in (1, 2, 3))
+    assert again[0].error is None, "a crash or a hang must not spoil the next measurement"
+
+
+def test_kernel_that_does_not_build_is_an_error() -> None:
+    with ProcessMeter("toy_space:UNBUILDABLE", PROBLEM, detect_cpu(), builders=1) as meter:
+        ((_, outcome),) = meter.measure([{"repeats": 1, "label": 10, "fault": 0}], None)
+    assert outcome.latency_us is None and "planted build failure" in (outcome.error or "")
+
+
+def test_search_stops_at_once_when_not_even_the_default_builds(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"untuned default of toy_space:UNBUILDABLE fails: .*planted"):
+        tune(PROBLEM, detect_cpu(), trials=9, families=["toy_space:UNBUILDABLE"], log_root=tmp_path)
+    folder = log_folder(tmp_path, detect_cpu(), PROBLEM, "evolutionary")
+    assert read_run(folder)["sessions"][-1]["ended"] == "failed" and not read_measurements(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_check_accepts_plain_pytorch_and_rejects_a_shifted_band(dtype: str) -> None:
+    layout = BandLayout.spattention(4, 512)
+    shape = (dtype, 1, 4, 2, 512, 64)
+    forward = TrialData(AttentionProblem("forward", *shape, layout), "cpu", seed=3)
+    backward = TrialData(AttentionProblem("backward", *shape, layout), "cpu", seed=4)
+    shifted = [[(lo, hi + (hi > 300)) for lo, hi in head] for head in layout.bands(512)]
+    for data in (forward, backward):
+        assert data.wrong(_plain(data, layout)) is None
+        assert "wrong" in (data.wrong(_plain(data, BandLayout.custom(shifted))) or "")
+        for name, good in data.expected.items():
+            if (name in ("o", "lse")) == (data is forward):
+                poisoned = {**data.expected, name: good.index_fill(2, torch.tensor([70]), math.nan)}
+                assert name in (data.wrong(_only_outputs(data, poisoned)) or "")
+
+
+def _only_outputs(data: TrialData, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = ("o", "lse") if data.problem.direction == "forward" else ("dq", "dk", "dv")
+    return {name: tensors[name] for name in names}
+
+
+def _plain(data: TrialData, layout: BandLayout) -> dict[str, torch.Tensor]:
+    """Masked softmax attention in the data's own dtype, with PyTorch's gradients."""
+    q, k, v = (t.detach().requires_grad_() for t in (data.q, data.k, data.v))
+    group = q.shape[1] // k.shape[1]
+    mask = attention_mask(layout, q.shape[2])
+    scores = (q.float() @ k.float().repeat_interleave(group, 1).mT) * data.scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    o = torch.softmax(scores, -1).to(q.dtype) @ v.repeat_interleave(group, 1)
+    lse = torch.logsumexp(scores, -1)
+    if data.problem.direction == "forward":
+        return {"o": o.detach(), "lse": lse.detach()}
+    loss = (o.float() * data.do.float()).sum() + (lse * data.dlse).sum()
+    return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, (q, k, v)), strict=True))
+
+
+def test_trial_data_is_not_degenerate() -> None:
+    data = TrialData(replace(PROBLEM, direction="backward"), "cpu", seed=0)
+    for tensor in (data.q, data.k, data.v, data.do, data.dlse, *data.expected.values()):
+        assert tensor.std() > 0.05
+    assert torch.equal(data.bands[0], torch.tensor(PROBLEM.layout.table(PROBLEM.length)))
+    exact, _ = reference_attention(data.q.double(), data.k.double(), data.v.double(), PROBLEM.layout)
+    torch.testing.assert_close(data.o.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+_SEARCH = """
+import sys
+from pathlib import Path
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.target import detect_cpu
+from spattn_tvm.tuning import tune
+problem = AttentionProblem.from_json(sys.argv[1])
+result = tune(problem, detect_cpu(), trials=15, families=["toy_space:FORWARD"], log_root=Path(sys.argv[2]))
+print("ended", result.ended, result.trials)
+"""
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+
+
+def _start_search(root: Path, least_lines: int) -> tuple[subprocess.Popen[str], Path]:
+    """A search in a process of its own, once it has logged some measurements."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SEARCH, json.dumps(PROBLEM.to_json()), str(root)],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    folder = log_folder(root, detect_cpu(), PROBLEM, "evolutionary")
+    deadline = time.monotonic() + 120
+    while len(read_measurements(folder)) < least_lines:
+        assert process.poll() is None and time.monotonic() < deadline, "the search logs nothing"
+        time.sleep(0.02)
+    return process, folder
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_kill_loses_only_the_measurement_in_flight(tmp_path: Path) -> None:
+    process, folder = _start_search(tmp_path, least_lines=2)
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = (folder / MEASUREMENTS).read_bytes()
+    before = read_measurements(folder)
+    assert workers and read_run(folder)["sessions"][-1]["ended"] == "killed"
+    # What a kill in the middle of a write leaves.
+    for name in (MEASUREMENTS, RECORDS):
+        with (folder / name).open("ab") as file:
+            file.write(b'{"family":"toy_sp')
+    result = tune(
+        PROBLEM,
+        detect_cpu(),
+        trials=len(before) + 2,
+        families=[FAMILY],
+        log_root=tmp_path,
+        progress=False,
+    )
+    assert (folder / MEASUREMENTS).read_bytes().startswith(kept)
+    measured = read_measurements(folder)
+    assert result.trials == len(measured) == len(before) + 2 and len(set(_keys(measured))) == len(measured)
+    assert len((folder / RECORDS).read_text().splitlines()) == len(measured)
+    assert [s["ended"] for s in read_run(folder)["sessions"]] == ["killed", "budget"]
+    deadline = time.monotonic() + 20
+    while any(_is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive a killed search"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_returns_what_was_found(tmp_path: Path) -> None:
+    process, folder = _start_search(tmp_path, least_lines=1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    measured = read_measurements(folder)
+    assert process.returncode == 0 and f"ended interrupted {len(measured)}" in output, output
+    assert 1 <= len(measured) < 15
+    assert read_run(folder)["sessions"][-1]["ended"] == "interrupted"
+
+
+# --- the searching itself ---------------------------------------------------------------------------------
+
+_FAKE_CHOICES = {
+    "rows": (8, 16, 32, 64, 128, 256),
+    "keys": (8, 16, 32, 64, 128, 256),
+    "unroll": (0, 1, 2, 4, 8),
+    "order": (0, 1, 2),
+    "parallel": (0, 1),
+    "vector": (4, 8, 16),
+}
+_OPTIMUM = {"rows": 64, "keys": 32, "unroll": 4, "order": 1, "parallel": 1, "vector": 16}
+
+
+def _fake_latency_us(decisions: Mapping[str, int]) -> float:
+    distance = sum(
+        weight * abs(_FAKE_CHOICES[name].index(decisions[name]) - _FAKE_CHOICES[name].index(_OPTIMUM[name]))
+        for name, weight in {
+            "rows": 0.3,
+            "keys": 0.2,
+            "unroll": 0.1,
+            "order": 0.4,
+            "parallel": 0.8,
+            "vector": 0.3,
+        }.items()
+    )
+    return 100.0 * (1.0 + distance)
+
+
+class _FakeMeter:
+    """Knows each candidate's latency; a rule says which ones fail."""
+
+    builders = 4
+
+    def __init__(self) -> None:
+        self.measured: list[dict[str, int]] = []
+
+    def measure(
+        self, batch: Sequence[Mapping[str, int]], best_us: float | None
+    ) -> Iterator[tuple[int, Outcome]]:
+        for position, decisions in enumerate(batch):
+            self.measured.append(dict(decisions))
+            if decisions["rows"] == 256:
+                yield position, Outcome(error="planted")
+            else:
+                yield position, Outcome(latency_us=_fake_latency_us(decisions))
+
+
+_FAKE_SPACE = Space(
+    family="cpu",
+    direction="forward",
+    choices=lambda head_dim, dtype: dict(_FAKE_CHOICES),
+    illegal=lambda decisions, *_: "too large" if decisions["rows"] * decisions["keys"] > 2**14 else None,
+    features=lambda decisions, problem: [math.log2(decisions["rows"] * decisions["keys"])],
+    untuned=lambda *_: {name: values[0] for name, values in _FAKE_CHOICES.items()},
+    build=lambda *_: None,
+    unsupported=lambda *_: None,
+)
+
+
+def _fake_search(folder: Path, strategy: str, seed: int, budget: Budget) -> tuple[str, _FakeMeter, TuningLog]:
+    log = TuningLog(folder, PROBLEM, detect_cpu(), strategy)
+    log.begin_session({"seed": seed})
+    log.note_family("cpu", {"kernel": "fake"})
+    search = DecisionSearch(_FAKE_SPACE, PROBLEM, detect_cpu(), folder, strategy, seed, "fake")
+    session = _Session(log, budget, lambda: False, _Progress(False))
+    meter = _FakeMeter()
+    first = {name: values[0] for name, values in _FAKE_CHOICES.items()}
+    ended = run_search(search, meter, session, "cpu", "fake", first)
+    search.close()
+    log.end_session(ended, session.elapsed_s)
+    return ended, meter, log
+
+
+def test_evolutionary_search_finds_the_optimum_and_random_sampling_does_not(tmp_path: Path) -> None:
+    # 3240 combinations, 72 trials: sampling has the optimum with probability 1/45.
+    best = {}
+    for strategy, seed in itertools.product(("evolutionary", "random"), (1, 2)):
+        folder = tmp_path / f"{strategy}-{seed}"
+        ended, meter, log = _fake_search(folder, strategy, seed, Budget(72, None))
+        assert ended == "budget" and len(meter.measured) == 72 == len(set(_keys(log.measurements)))
+        assert all(d["rows"] * d["keys"] <= 2**14 for d in meter.measured), "measured an illegal candidate"
+        best[strategy, seed] = min(m.latency_us for m in log.measurements if m.latency_us is not None)
+    assert min(best["evolutionary", 1], best["evolutionary", 2]) == 100.0
+    assert best["evolutionary", 1] + best["evolutionary", 2] < best["random", 1] + best["random", 2]
+
+
+def test_resumed_search_keeps_learning_and_repeats_nothing(tmp_path: Path) -> None:
+    _fake_search(tmp_path, "evolutionary", 1, Budget(40, None))
+    (tmp_path / RECORDS).write_text("")  # as if every database write had been lost
+    _, meter, log = _fake_search(tmp_path, "evolutionary", 1, Budget(80, None))
+    assert len(meter.measured) == 40 and len(set(_keys(log.measurements))) == 80
+    assert len((tmp_path / RECORDS).read_text().splitlines()) == 80
+    assert min(m.latency_us for m in log.measurements if m.latency_us is not None) == 100.0
+    best = best_in_database(tmp_path, PROBLEM, _FAKE_SPACE, "fake")
+    assert best == _OPTIMUM
+
+
+def test_other_kernel_code_starts_afresh(tmp_path: Path) -> None:
+    _fake_search(tmp_path, "random", 1, Budget(8, None))
+    run = json.loads((tmp_path / RUN).read_text())
+    run["families"]["cpu"]["kernel"] = "changed"
+    (tmp_path / RUN).write_text(json.dumps(run))
+    assert curve(tmp_path) == ([], [])
+    assert best_in_database(tmp_path, PROBLEM, _FAKE_SPACE, "changed") is None
+    assert best_in_database(tmp_path, PROBLEM, _FAKE_SPACE, "fake") is not None
+
+
+def test_space_is_searched_to_its_end(tmp_path: Path) -> None:
+    legal = sum(1 for values in itertools.product(*_FAKE_CHOICES.values()) if values[0] * values[1] <= 2**14)
+    small = {name: values[:2] for name, values in _FAKE_CHOICES.items()}
+    space = replace(_FAKE_SPACE, choices=lambda head_dim, dtype: small)
+    assert legal > math.prod(len(values) for values in small.values()) == 64
+    log = TuningLog(tmp_path, PROBLEM, detect_cpu(), "evolutionary")
+    log.begin_session({"seed": 0})
+    search = DecisionSearch(space, PROBLEM, detect_cpu(), tmp_path, "evolutionary", 0, "fake")
+    session = _Session(log, Budget(500, None), lambda: False, _Progress(False))
+    first = {name: values[0] for name, values in small.items()}
+    assert run_search(search, _FakeMeter(), session, "cpu", "fake", first) == "exhausted"
+    assert len(set(_keys(log.measurements))) > 48
+
+
+def test_minutes_are_counted_over_sessions(tmp_path: Path) -> None:
+    ended, meter, log = _fake_search(tmp_path, "random", 1, Budget(None, 0.01))
+    assert ended == "budget" and log.elapsed_s >= 0.5 and len(meter.measured) > 8
+    ended, meter, _ = _fake_search(tmp_path, "random", 1, Budget(None, 0.01))
+    assert ended == "budget" and not meter.measured
+
+
+def test_log_belongs_to_one_problem(tmp_path: Path) -> None:
+    TuningLog(tmp_path, PROBLEM, detect_cpu(), "random").begin_session({"seed": 0})
+    with pytest.raises(ValueError, match="choose another log root"):
+        TuningLog(tmp_path, replace(PROBLEM, batch=1), detect_cpu(), "random")
+    with pytest.raises(ValueError, match="is not the log of a search"):
+        read_run(tmp_path / "elsewhere")
+
+
+def test_importing_the_package_does_not_import_the_compiler() -> None:
+    script = "import sys, spattn_tvm.tuning; print([m for m in ('tvm', 'xgboost') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], env=_environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- from logs to schedules -------------------------------------------------------------------------------
+
+
+def test_distilled_record_is_found_as_tuned(tmp_path: Path) -> None:
+    target, schedules = detect_cpu(), tmp_path / "schedules"
+    problem = replace(PROBLEM, batch=1, layout=BandLayout.spattention(4, 128))
+    result = tune(problem, target, trials=3, log_root=tmp_path / "logs", progress=False)
+    assert result.family == "cpu" and result.trials == 3
+    before = find_schedule(problem, target, root=schedules)
+    assert before.status == "untuned"
+    (record,) = distill(tmp_path / "logs", schedules=schedules, top=2, rounds=3)
+    measured = {tuple(m.decisions.items()) for m in read_measurements(result.log_dir) if m.error is None}
+    assert tuple(record.decisions.items()) in measured
+    assert record.problem == problem and record.target == target.folder
+    assert record.source_log == result.log_dir.relative_to(tmp_path / "logs").as_posix()
+    assert record.workload_hash and record.device and record.date and record.versions["apache-tvm"]
+    found = find_schedule(problem, target, root=schedules)
+    assert found.status == "tuned" and found.decisions == record.decisions and found.record == record
+
+
+def test_distill_needs_a_log_of_this_machine(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no log of a search"):
+        distill(tmp_path)
+    with pytest.raises(ValueError, match="must be distilled on their target"):
+        distill(tmp_path, target=MachineTarget("cpu", "aarch64"))

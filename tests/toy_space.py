@@ -1,0 +1,105 @@
+"""A space for tests of the search: a naive forward kernel whose decisions say how slow and how broken it is.
+
+``repeats`` computes everything that many times, so that the best decisions are known beforehand. ``fault``
+plants an error: 1 leaves out half of the keys, and so is faster than any correct kernel; 2 reads far
+outside the inputs; 3 takes forever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from spattn_tvm.spaces import Space
+
+REPEATS = (1, 2, 4, 8)
+CHOICES = {"repeats": REPEATS, "label": (10, 20, 30, 40), "fault": (0,)}
+
+
+def _build(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any) -> Any:
+    from tvm import IRModule
+    from tvm.script import tirx as T
+
+    D, fault = head_dim, decisions["fault"]
+    repeats = 2**30 if fault == 3 else decisions["repeats"]
+    skipped = 2 if fault == 1 else 1
+    wild = 2**25 if fault == 2 else 0
+
+    @T.prim_func(s_tir=True)
+    def forward(
+        q_handle: T.handle,
+        k_handle: T.handle,
+        v_handle: T.handle,
+        bands_handle: T.handle,
+        cu_handle: T.handle,
+        o_handle: T.handle,
+        lse_handle: T.handle,
+        scale: T.float32,
+        workers: T.int32,
+    ):
+        T.func_attr({"global_symbol": "forward", "tirx.noalias": True})
+        B, HQ, HKV, N = T.int32(), T.int32(), T.int32(), T.int32()
+        M, DOCUMENTS = T.int32(), T.int32()
+        q = T.match_buffer(q_handle, (B, HQ, N, D), dtype)
+        k = T.match_buffer(k_handle, (B, HKV, N, D), dtype)
+        v = T.match_buffer(v_handle, (B, HKV, N, D), dtype)
+        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
+        _cu_seqlens = T.match_buffer(cu_handle, (DOCUMENTS,), "int32")
+        o = T.match_buffer(o_handle, (B, HQ, N, D), dtype)
+        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
+        for b, h, i, again in T.grid(B, HQ, N, repeats):
+            with T.sblock("row"):
+                vb, vh, vi, _vr = T.axis.remap("SSSS", [b, h, i, again])
+                row_sum = T.sblock_alloc_buffer((1,), "float32")
+                score = T.sblock_alloc_buffer((1,), "float32")
+                total = T.sblock_alloc_buffer((D,), "float32")
+                row_sum[0] = T.float32(0)
+                for d in range(D):
+                    total[d] = T.float32(0)
+                for j in range(vi // skipped + 1):
+                    if (vi - j >= bands[0, vh, 0] and vi - j <= bands[0, vh, 1]) or (
+                        vi - j >= bands[0, vh, 2] and vi - j <= bands[0, vh, 3]
+                    ):
+                        score[0] = T.float32(0)
+                        for d in range(D):
+                            score[0] = score[0] + q[vb, vh, vi, d] * k[vb, vh // (HQ // HKV), j + wild, d]
+                        # Without the maximum: the test's scores are small.
+                        score[0] = T.exp(score[0] * scale)
+                        row_sum[0] = row_sum[0] + score[0]
+                        for d in range(D):
+                            total[d] = total[d] + score[0] * v[vb, vh // (HQ // HKV), j, d]
+                lse[vb, vh, vi] = T.log(row_sum[0])
+                for d in range(D):
+                    o[vb, vh, vi, d] = total[d] / row_sum[0]
+
+    return IRModule({"forward": forward})
+
+
+def _illegal(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any) -> str | None:
+    if decisions["label"] == 40 and decisions["repeats"] == 1:
+        return "label 40 needs repeats"
+    return None
+
+
+FORWARD = Space(
+    family="cpu",
+    direction="forward",
+    choices=lambda head_dim, dtype: dict(CHOICES),
+    illegal=_illegal,
+    features=lambda decisions, problem: [float(decisions["repeats"] * problem.useful_flops)],
+    untuned=lambda head_dim, dtype, target: {"repeats": 4, "label": 10, "fault": 0},
+    build=_build,
+    unsupported=lambda head_dim, dtype, target: None if dtype == "float32" else "float32 only",
+)
+WITH_FAULTS = replace(FORWARD, choices=lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3)})
+
+
+def _refuse_to_compile(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any) -> Any:
+    if "spattn_tvm.tuning.worker" in sys.argv[0] or sys.argv[0].endswith("worker.py"):
+        raise RuntimeError("planted build failure")
+    return _build(decisions, head_dim, dtype, target)
+
+
+UNBUILDABLE = replace(FORWARD, build=_refuse_to_compile)
