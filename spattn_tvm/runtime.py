@@ -171,6 +171,9 @@ def load_library(
 ) -> Callable[..., Any]:
     """A function of a compiled kernel library.
 
+    The caller vouches for the file: the system's loader kills the process on a library that was cut off. The
+    disk cache and bundles compare its SHA-256 first.
+
     Parameters
     ----------
     path : path-like

@@ -1,0 +1,236 @@
+"""The disk cache of compiled kernels: what names an entry, what repairs it, what missing tools say."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spattn_tvm import compiler
+from spattn_tvm.compiler import CompilerMissingError, compile_kernel, compile_obstacle
+from spattn_tvm.spaces import find_space, has_space
+from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
+
+HEAD_DIM, DTYPE = 32, "float32"
+
+
+def decisions(target: MachineTarget | None = None) -> dict[str, int]:
+    return find_space("cpu", "backward").untuned(HEAD_DIM, DTYPE, target or detect_cpu())
+
+
+def compile_backward(**changes: int) -> Path:
+    return compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, {**decisions(), **changes}, detect_cpu())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds one kernel, filled by three processes that asked for it at once."""
+    folder = tmp_path_factory.mktemp("cache")
+    code = (
+        "import sys, spattn_tvm.compiler as c; from spattn_tvm.spaces import find_space;"
+        "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
+        f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
+        "built = []; build = c._build; c._build = lambda r: (built.append(r), build(r));"
+        f"print(c.compile_kernel('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d, t), len(built), sep='|')"
+    )
+    environment = {**os.environ, "SPATTN_CACHE_DIR": str(folder)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    answers = [process.communicate(timeout=240)[0].strip().split("|") for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert len({path for path, _ in answers}) == 1
+    assert sorted(count for _, count in answers) == ["0", "0", "1"]
+    return folder
+
+
+@pytest.fixture
+def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(cache))
+    return cache
+
+
+def forbid_building(request: object) -> None:
+    raise AssertionError("it was compiled again")
+
+
+def test_three_processes_compile_a_kernel_once_and_leave_nothing_else(cache: Path) -> None:
+    suffixes = sorted(path.suffix for path in (cache / "kernels").iterdir())
+    assert suffixes == [".json", ".lock", ".so"]
+
+
+def test_a_compiled_kernel_is_found_again_with_its_metadata(
+    in_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "_build", forbid_building)
+    path = compile_backward()
+    metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert metadata["decisions"] == decisions()
+    assert (metadata["family"], metadata["direction"]) == ("cpu", "backward")
+    assert metadata["tvm"] == importlib.metadata.version("apache-tvm")
+    assert metadata["bytes"] == path.stat().st_size
+
+
+def test_finding_a_kernel_imports_no_tvm(in_cache: Path) -> None:
+    code = (
+        "import sys; from spattn_tvm.compiler import compile_kernel;"
+        "from spattn_tvm.spaces import find_space;"
+        "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
+        f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
+        f"compile_kernel('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d, t); assert 'tvm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["decisions", "arch", "version", "sources", "dtype", "head_dim"],
+)
+def test_everything_that_shapes_a_kernel_is_in_its_name(
+    change: str, in_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = compile_backward()
+
+    class ReachedTheBuild(Exception):
+        pass
+
+    def build(request: dict) -> None:
+        assert Path(request["output"]).name != known.name
+        raise ReachedTheBuild
+
+    monkeypatch.setattr(compiler, "_build", build)
+    target, dtype, head_dim, values = detect_cpu(), DTYPE, HEAD_DIM, decisions()
+    if change == "decisions":
+        choices = find_space("cpu", "backward").choices(HEAD_DIM, DTYPE)
+        space = find_space("cpu", "backward")
+        values = next(
+            candidate
+            for name, offered in choices.items()
+            for value in offered
+            if (candidate := {**values, name: value}) != values
+            and space.rejection(candidate, HEAD_DIM, DTYPE, target) is None
+        )
+    elif change == "arch":
+        target = MachineTarget("cpu", "x86-64-v2")
+        values = decisions(target)
+    elif change == "version":
+        monkeypatch.setattr(compiler, "tvm_version", lambda: "0.0")
+    elif change == "sources":
+        monkeypatch.setattr(compiler, "source_hash", lambda family: "other")
+    elif change == "dtype":
+        dtype = "bfloat16"
+        values = find_space("cpu", "backward").untuned(head_dim, dtype, target)
+    else:
+        head_dim = 64
+        values = find_space("cpu", "backward").untuned(head_dim, dtype, target)
+    with pytest.raises(ReachedTheBuild):
+        compile_kernel("cpu", "backward", dtype, head_dim, values, target)
+    assert not list((in_cache / "kernels").glob(".build-*"))
+
+
+def test_the_chip_model_is_not_in_its_name(in_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_build", forbid_building)
+    here = detect_cpu()
+    other = MachineTarget(here.kind, here.arch, "some-other-chip")
+    assert compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, decisions(), other) == compile_backward()
+
+
+@pytest.mark.parametrize("victim", [".so", ".json"])
+@pytest.mark.parametrize("damage", ["truncated", "gone", "altered"])
+def test_a_damaged_entry_is_compiled_again(
+    victim: str, damage: str, in_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compile_backward()
+    good = path.read_bytes()
+    target = path.with_suffix(victim)
+    content = target.read_bytes()
+    if damage == "gone":
+        target.unlink()
+    elif damage == "truncated":
+        target.write_bytes(content[: len(content) // 2])
+    else:
+        target.write_bytes(content.replace(content[100:104], b"~~~~"))
+    monkeypatch.setattr(compiler, "_build", lambda request: Path(request["output"]).write_bytes(good))
+    assert compile_backward() == path
+    assert path.read_bytes() == good
+    assert compiler._is_intact(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def test_a_failed_build_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+
+    def build(request: dict) -> None:
+        Path(request["output"]).write_bytes(b"half a library")
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(compiler, "_build", build)
+    with pytest.raises(RuntimeError, match="no space left"):
+        compile_backward()
+    assert not [path for path in (tmp_path / "kernels").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"query_rows": 7}, r"query_rows=7 is not among"), ({"colour": 1}, r"unknown \['colour'\]")],
+)
+def test_decisions_outside_the_space_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compile_backward(**changes)
+
+
+def test_unknown_families_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"abacus.*known: .*cpu forward"):
+        compile_kernel("abacus", "forward", DTYPE, HEAD_DIM, {}, detect_cpu())
+
+
+def test_a_missing_linker_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(CompilerMissingError, match=r"apt-get install g\+\+"):
+        compile_backward()
+    assert "C++ compiler" in (compile_obstacle(detect_cpu()) or "")
+
+
+def test_a_missing_tvm_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(CompilerMissingError, match="pip install apache-tvm"):
+        compile_backward()
+
+
+def test_nothing_obstructs_compiling_for_this_cpu() -> None:
+    assert compile_obstacle(detect_cpu()) is None
+
+
+def test_only_a_cubin_counts_as_machine_code() -> None:
+    host = b"\x7fELF" + b"\0" * 14 + (62).to_bytes(2, "little")
+    cubin = b"\x7fELF" + b"\0" * 14 + (190).to_bytes(2, "little")
+    assert not compiler._has_cubin(host + b"__global__ void kernel() {}")
+    assert compiler._has_cubin(host + b"junk" + cubin)
+    assert not compiler._has_cubin(host + b"junk" + host)
+
+
+@pytest.mark.skipif(not compiler._has_nvcc(), reason="needs nvcc")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_hopper_kernels_compile_to_machine_code_without_a_gpu(
+    direction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_space("hopper", direction):
+        pytest.skip(f"no hopper {direction} kernel")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    target = parse_target("nvidia/h200")
+    values = find_space("hopper", direction).untuned(128, "bfloat16", target)
+    path = compile_kernel("hopper", direction, "bfloat16", 128, values, target)
+    assert compiler._has_cubin(path.read_bytes())
