@@ -1,0 +1,156 @@
+"""What the README shows runs, the training script trains, and the scripts say what a bare machine lacks."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert all(names[name].grad.abs().sum() > 0 for name in "qkv")
+    layout = names["layout"]
+    dense = 8 * 1024 * 1025 // 2
+    assert f"{layout.pairs(1024) / dense:.2f} of the dense work" in capsys.readouterr().out
+
+
+def test_readme_commands_exist() -> None:
+    """Each `spattn …` of the README parses: the command exists and so does each of its options."""
+    from spattn_tvm.cli import app
+
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(spattn [^`]*)`", text)
+    commands = [line.split("#")[0].split()[1:] for line in lines if line.startswith("spattn ")]
+    assert len(commands) >= 6
+    from typer.testing import CliRunner
+
+    for command in commands:
+        names = [word for word in command[:2] if re.fullmatch("[a-z]+", word)]
+        names = names if names[0] == "plot" else names[:1]
+        options = {word for word in command if word.startswith("--")}
+        result = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, f"spattn {' '.join(command)}: {result.output}"
+        assert all(option in result.output for option in options), command
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return load_script("train_byte_lm")
+
+
+def test_models_start_equal_and_differ_in_attention_only(training: ModuleType) -> None:
+    sizes = training.Sizes(context=96, batch=2, layers=2, heads=4, head_dim=32)
+    first, second = (training.Run.start(name, sizes, 3, 1e-3).model for name in training.VARIANTS)
+    for (name, a), (other, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    text = torch.randint(256, (2, 97))
+    assert first.loss(text).item() != second.loss(text).item()
+
+    from spattn_tvm import BandLayout, reference_attention
+
+    layout = BandLayout.spattention(4, 96)
+    for block in second.blocks:
+        block.attend = lambda q, k, v: reference_attention(q, k, v, layout)[0]
+    torch.testing.assert_close(first.loss(text), second.loss(text), atol=1e-5, rtol=1e-5)
+
+
+def test_model_is_causal(training: ModuleType) -> None:
+    sizes = training.Sizes(context=64, batch=1, layers=2, heads=4, head_dim=32)
+    for name in training.VARIANTS:
+        model = training.Run.start(name, sizes, 0, 1e-3).model
+        text = torch.randint(256, (1, 64))
+        altered = text.clone()
+        altered[0, 40] = (altered[0, 40] + 1) % 256
+        difference = (model(text) - model(altered)).abs().amax(-1)[0]
+        assert difference[:40].max() < 1e-5
+        assert difference[40] > 1e-4
+
+
+def test_training_lowers_both_losses(training: ModuleType, tmp_path: Path) -> None:
+    sizes = training.Sizes(context=128, batch=2, layers=1, heads=4, head_dim=32)
+    runs, steps = training.train(sizes, 30, 3e-3, 0, None)
+    assert steps == 30
+    summary = training.summarize(runs, sizes, steps, 0)
+    for run in runs:
+        assert len(run.losses) == 30
+        assert sum(run.losses[-5:]) < 0.85 * sum(run.losses[:5])
+        (last, bits) = run.held_out[-1]
+        assert last == 30
+        assert 2 < bits < 8
+    assert summary["tokens"] == 30 * 2 * 128
+    training.plot(summary, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_text_is_split_by_topic(training: ModuleType) -> None:
+    train, held_out = training.load_text()
+    assert len(train) > 300_000
+    assert len(held_out) > 40_000
+    start = bytes(held_out[1000:1200].tolist())
+    assert start not in bytes(train.tolist())
+
+
+def bare_environment(tmp_path: Path, *programs: str) -> dict[str, str]:
+    """A PATH with nothing but the named programs and what the script itself needs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in ("bash", "dirname", "cat", "flock", *programs):
+        found = shutil.which(program)
+        if found:
+            (folder / program).symlink_to(found)
+    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC", "SPATTN_PYTHON")}
+    return clean | {"PATH": str(folder)}
+
+
+def run_environment(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash")
+    assert bash is not None
+    script = f'source "{ROOT}/scripts/environment.sh"; ensure_environment'
+    return subprocess.run([bash, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_missing_python_is_named(tmp_path: Path) -> None:
+    done = run_environment(bare_environment(tmp_path))
+    assert done.returncode == 1
+    assert "no Python 3.10 or newer found" in done.stderr
+    assert "apt-get install python3 python3-venv" in done.stderr
+
+
+def test_missing_compiler_is_named(tmp_path: Path) -> None:
+    environment = bare_environment(tmp_path) | {"SPATTN_PYTHON": sys.executable}
+    done = run_environment(environment)
+    assert done.returncode == 1
+    assert "no C++ compiler found" in done.stderr
+    assert "apt-get install g++" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the scripts are for Linux")
+def test_scripts_are_valid_shell() -> None:
+    for name in ("environment.sh", "quickstart", "test"):
+        subprocess.run(["bash", "-n", str(ROOT / "scripts" / name)], check=True, timeout=20)
+    for name in ("scripts/quickstart", "scripts/test", ".ci/run"):
+        assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
