@@ -68,15 +68,28 @@ class Bundle:
     kernels : tuple of BundledKernel
     versions : dict[str, str]
         Of the packages that made it.
+    files : dict[str, dict]
+        Size and SHA-256 of each file beside the manifest.
     """
 
     path: Path
     target: MachineTarget
     kernels: tuple[BundledKernel, ...]
     versions: dict[str, str]
+    files: dict[str, Any]
 
     def __hash__(self) -> int:
         return hash(self.path)
+
+    def verify(self) -> None:
+        """Compare every file with the manifest that was read; dispatch asks again before it opens a library.
+
+        Raises
+        ------
+        ValueError
+            When the folder has changed since.
+        """
+        _verify_files(self.path, self.files)
 
     def nearest(
         self, problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None = None
@@ -119,6 +132,14 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _holds_only_a_bundle(folder: Path) -> bool:
+    try:
+        files = _read_manifest(folder)["files"]
+    except (OSError, ValueError):
+        return False
+    return {entry.name for entry in folder.iterdir()} <= {MANIFEST, *files}
+
+
 def export_bundle(
     path: str | os.PathLike[str], problems: Iterable[AttentionProblem], target: MachineTarget
 ) -> Path:
@@ -154,8 +175,8 @@ def export_bundle(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the bundle")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is not empty and is no bundle: give a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_only_a_bundle(folder):
+        raise ValueError(f"{folder} is not empty and holds more than a bundle: give a new folder")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -316,7 +337,8 @@ def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundl
     kernels = tuple(
         _read_kernel(folder, index, entry, files) for index, entry in enumerate(manifest["kernels"])
     )
-    bundle = Bundle(folder, target, kernels, {str(k): str(v) for k, v in manifest["versions"].items()})
+    versions = {str(package): str(version) for package, version in manifest["versions"].items()}
+    bundle = Bundle(folder, target, kernels, versions, files)
     if register:
         from .dispatch import register_bundle
 

@@ -150,6 +150,8 @@ def _from_bundles(
         if status == "tuned" and not is_same_problem(problem, entry.problem):
             status = "nearest"
         reason = f"bundle {bundle.path}, exported for {entry.problem.key}: {entry.reason}"
+        if (entry.path, problem.direction) not in _functions:
+            bundle.verify()
         function = _function(
             entry.path, problem.direction, cuda=target.kind == "cuda", bundle_folder=bundle.path
         )

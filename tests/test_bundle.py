@@ -1,0 +1,333 @@
+"""Bundles: exported kernels run without a compiler, and anything but an untouched bundle is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from spattn_tvm import bundle as bundles
+from spattn_tvm import dispatch
+from spattn_tvm.attention import banded_attention
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.bundle import MANIFEST, export_bundle, load_bundle
+from spattn_tvm.dispatch import explain, find_kernel
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.reference import reference_attention
+from spattn_tvm.runtime import RUNTIME_LIBRARY
+from spattn_tvm.target import MachineTarget, detect_cpu
+
+LAYOUT = BandLayout.spattention(4)
+PROBLEMS = [
+    AttentionProblem(direction, "float32", 2, 4, 2, 70, 32, LAYOUT) for direction in ("forward", "backward")
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_bundle(tmp_path_factory.mktemp("export") / "bundle", PROBLEMS, detect_cpu())
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def _no_bundle_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("SPATTN_BUNDLE", raising=False)
+    monkeypatch.setattr(dispatch, "_bundles", [])
+    monkeypatch.setattr(dispatch, "_environment_bundle", [])
+    dispatch.clear_cache()
+    yield
+    dispatch.clear_cache()
+
+
+# A machine without apache-tvm and without a compiler: `tvm` can't be found, PATH is empty.
+BARE_MACHINE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tvm", "xgboost"):
+            raise ModuleNotFoundError(f"no {name} on this machine", name=name)
+
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "tvm" else find_spec(name, *rest)
+sys.meta_path.insert(0, Nothing())
+import importlib.metadata
+version = importlib.metadata.version
+def installed(name):
+    if name == "apache-tvm":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = installed
+"""
+
+TRAIN = """
+import torch
+from spattn_tvm import BandLayout, banded_attention, load_bundle
+from spattn_tvm.reference import reference_attention
+from spattn_tvm.runtime import RUNTIME_LIBRARY
+{load}
+layout = BandLayout.spattention(4)
+for length in (70, 33):
+    q, k, v = (torch.randn(1, heads, length, 32, requires_grad=True) for heads in (4, 2, 2))
+    do = torch.randn(1, 4, length, 32)
+    o = banded_attention(q, k, v, layout, impl="cpu")
+    gradients = torch.autograd.grad(o, (q, k, v), do)
+    expected, _ = reference_attention(q, k, v, layout)
+    wanted = torch.autograd.grad(expected, (q, k, v), do)
+    for ours, theirs in zip((o, *gradients), (expected, *wanted)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+assert "tvm" not in sys.modules and "xgboost" not in sys.modules
+"""
+
+
+def run_on_a_bare_machine(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(bundles.__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", BARE_MACHINE + code],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "PATH": "",
+            "SPATTN_CACHE_DIR": str(cwd / "no-cache"),
+            "PYTHONPATH": root,
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_bundle_trains_where_there_is_neither_tvm_nor_a_compiler(copy: Path, tmp_path: Path) -> None:
+    result = run_on_a_bare_machine(TRAIN.format(load=f"load_bundle({str(copy)!r})"), tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_environment_variable_does_the_same(copy: Path, tmp_path: Path) -> None:
+    result = run_on_a_bare_machine(TRAIN.format(load=""), tmp_path, SPATTN_BUNDLE=str(copy))
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_that_machine_can_do_nothing_without_the_bundle(tmp_path: Path) -> None:
+    result = run_on_a_bare_machine(TRAIN.format(load=""), tmp_path)
+    assert result.returncode != 0
+    assert "pip install apache-tvm" in result.stderr
+
+
+def test_the_manifest_says_what_is_in_it(exported: Path) -> None:
+    manifest = json.loads((exported / MANIFEST).read_text(encoding="utf-8"))
+    names = {path.name for path in exported.iterdir()}
+    assert set(manifest["files"]) == names - {MANIFEST}
+    assert "libtvm_runtime.so" in names
+    assert len([name for name in names if name.startswith("cpu-")]) == 2
+    assert manifest["versions"]["apache-tvm"]
+    assert [AttentionProblem.from_json(entry["problem"]) for entry in manifest["kernels"]] == PROBLEMS
+    assert all(entry["decisions"] for entry in manifest["kernels"])
+    assert MachineTarget(**manifest["target"]) == detect_cpu()
+
+
+def test_a_registered_bundle_serves_calls_and_says_so(copy: Path) -> None:
+    loaded = load_bundle(copy)
+    q, k, v = (torch.randn(2, heads, 70, 32) for heads in (4, 2, 2))
+    kernel = find_kernel("forward", q, LAYOUT.spec)
+    assert kernel.path is not None
+    assert kernel.path.parent == loaded.path
+    assert str(loaded.path) in kernel.reason
+    torch.testing.assert_close(banded_attention(q, k, v, LAYOUT), reference_attention(q, k, v, LAYOUT)[0])
+    assert str(loaded.path) in explain(PROBLEMS[0], detect_cpu())
+    dispatch.unregister_bundle(loaded)
+    again = find_kernel("forward", q, LAYOUT.spec)
+    assert again.path is not None
+    assert again.path.parent != loaded.path
+
+
+def test_a_bundle_without_registering_changes_nothing(copy: Path) -> None:
+    loaded = load_bundle(copy, register=False)
+    kernel = find_kernel("forward", torch.randn(2, 4, 70, 32), LAYOUT.spec)
+    assert kernel.path is not None
+    assert kernel.path.parent != loaded.path
+
+
+def change_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def library(folder: Path) -> Path:
+    return next(folder.glob("cpu-forward-*.so"))
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray(library(folder).read_bytes())
+    data[len(data) // 2] ^= 1
+    library(folder).write_bytes(data)
+
+
+def cut_off(folder: Path) -> None:
+    data = library(folder).read_bytes()
+    library(folder).write_bytes(data[: len(data) // 2])
+
+
+def replace_by_link(folder: Path) -> None:
+    link = library(folder)
+    link.symlink_to(link.rename(folder.parent / "elsewhere.so"))
+
+
+def point_outside(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        outside = folder.parent / "outside.so"
+        shutil.copyfile(library(folder), outside)
+
+        def change(manifest: dict) -> None:
+            manifest["files"][name] = manifest["files"][library(folder).name]
+            manifest["kernels"][0]["library"] = name
+
+        change_manifest(folder, change)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "altered library": (flip_a_byte, "is altered: its SHA-256"),
+    "cut library": (cut_off, "cut off or altered"),
+    "missing library": (lambda folder: library(folder).unlink(), "is missing"),
+    "missing runtime": (
+        lambda folder: (folder / "libtvm_runtime.so").unlink(),
+        "libtvm_runtime.so is missing",
+    ),
+    "altered runtime": (
+        lambda folder: (folder / "libtvm_runtime.so").write_bytes(b"x"),
+        "cut off or altered",
+    ),
+    "extra file": (lambda folder: (folder / "extra.so").write_bytes(b""), "does not name: extra.so"),
+    "extra folder": (lambda folder: (folder / "more").mkdir(), "does not name: more"),
+    "link": (replace_by_link, "is a link"),
+    "path upwards": (point_outside("../outside.so"), "no plain file name"),
+    "absolute path": (point_outside("/etc/passwd"), "no plain file name"),
+    "path downwards": (point_outside("more/inside.so"), "no plain file name"),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is damaged"),
+    "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "must be dict"),
+    "binary": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x80"), "manifest.json is damaged"),
+    "format": (lambda folder: change_manifest(folder, lambda m: m.update(format=2)), "its format is 2"),
+    "no files": (
+        lambda folder: change_manifest(folder, lambda m: m.pop("files")),
+        "'files' of manifest.json",
+    ),
+    "runtime unnamed": (
+        lambda folder: change_manifest(folder, lambda m: m["files"].pop(RUNTIME_LIBRARY)),
+        "does not name: libtvm_runtime.so",
+    ),
+    "library unnamed": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(library="other.so")),
+        "not among its files",
+    ),
+    "status": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(status="best")),
+        "has status 'best'",
+    ),
+    "decisions": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(decisions={"a": "b"})),
+        "must be int",
+    ),
+    "problem": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0]["problem"].update(length=-1)),
+        "the problem of kernel 0 is damaged",
+    ),
+    "target": (
+        lambda folder: change_manifest(folder, lambda m: m["target"].update(kind="abacus")),
+        "its target is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_anything_but_an_untouched_bundle_is_refused(
+    name: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage, message = DAMAGES[name]
+    monkeypatch.setattr(dispatch, "load_library", lambda *a, **k: pytest.fail("a library was opened"))
+    load_bundle(copy, register=False)
+    damage(copy)
+    with pytest.raises(ValueError, match=f"copy is refused as a bundle: .*{message}"):
+        load_bundle(copy)
+    assert dispatch._bundles == []
+
+
+@pytest.mark.parametrize("arch", ["other cpu", "cuda"])
+def test_a_bundle_for_another_machine_is_refused(arch: str, copy: Path) -> None:
+    if arch == "cuda":
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        foreign = {"kind": "cuda", "arch": "sm_90a", "model": "nvidia-h200"}
+    else:
+        other = "aarch64" if detect_cpu().arch != "aarch64" else "x86-64-v4"
+        foreign = {"kind": "cpu", "arch": other, "model": "generic"}
+    change_manifest(copy, lambda manifest: manifest.update(target=foreign))
+    with pytest.raises(RuntimeError, match="can't run on this machine.*" + foreign["arch"]):
+        load_bundle(copy)
+
+
+def test_a_library_that_changed_after_loading_is_not_opened(copy: Path) -> None:
+    load_bundle(copy)
+    flip_a_byte(copy)
+    with pytest.raises(ValueError, match="is altered"):
+        find_kernel("forward", torch.randn(2, 4, 70, 32), LAYOUT.spec)
+
+
+def test_no_bundle_is_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no bundle folder"):
+        load_bundle(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"it has no manifest\.json"):
+        load_bundle(tmp_path)
+
+
+def test_an_export_replaces_a_bundle_and_nothing_else(copy: Path, tmp_path: Path) -> None:
+    assert export_bundle(copy, PROBLEMS[:1], detect_cpu()) == copy
+    assert len(load_bundle(copy, register=False).kernels) == 1
+    (copy / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds more than a bundle"):
+        export_bundle(copy, PROBLEMS, detect_cpu())
+    assert (copy / "thesis.tex").exists()
+    webapp = tmp_path / "webapp"
+    webapp.mkdir()
+    (webapp / MANIFEST).write_text('{"name": "an app"}')
+    with pytest.raises(ValueError, match="holds more than a bundle"):
+        export_bundle(webapp, PROBLEMS, detect_cpu())
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        export_bundle(file, PROBLEMS, detect_cpu())
+    with pytest.raises(ValueError, match="at least one problem"):
+        export_bundle(tmp_path / "new", [], detect_cpu())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_nearest_of_several_kernels_serves(tmp_path: Path) -> None:
+    problems = [
+        AttentionProblem("forward", "float32", 1, 4, 4, length, 32, LAYOUT) for length in (16, 64, 1024)
+    ]
+    loaded = load_bundle(export_bundle(tmp_path / "bundle", problems, detect_cpu()), register=False)
+    wanted = AttentionProblem("forward", "float32", 1, 4, 4, 80, 32, LAYOUT)
+    nearest = loaded.nearest(wanted, detect_cpu())
+    assert nearest is not None
+    assert nearest.problem.length == 64
+    assert (
+        loaded.nearest(AttentionProblem("forward", "float32", 1, 4, 4, 80, 64, LAYOUT), detect_cpu()) is None
+    )
+    assert loaded.nearest(wanted, MachineTarget("cuda", "sm_90a")) is None
+    assert loaded.nearest(wanted, detect_cpu(), families=("mma",)) is None
