@@ -505,7 +505,7 @@ def _schedules(problem: AttentionProblem, q: torch.Tensor, passes: Sequence[str]
     """What dispatch chose for our own calls, and why; nothing more than a lookup once they have run."""
     from .dispatch import find_kernel
 
-    chosen = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for direction in ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]:
         try:
             kernel = find_kernel(direction, q, problem.layout.spec, kv_heads=problem.kv_heads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,14 +118,14 @@ def parse_problems(
         try:
             batch, heads, length, head_dim = parts
             query_heads, _, kv_heads = heads.partition("/")
-            sizes = [int(text) for text in (batch, query_heads, kv_heads or query_heads, length, head_dim)]
+            sizes = (int(batch), int(query_heads), int(kv_heads or query_heads), int(length), int(head_dim))
         except ValueError:
             raise ValueError(
                 f"--shape is B,H,N,D such as 1,16,4096,64 or 1,16/4,4096,64, got {shape!r}"
             ) from None
         bands = parse_layout(layout, sizes[1], context)
         directions = DIRECTIONS if direction == "both" else (direction,)
-        problems += [AttentionProblem(name, dtype, *sizes, layout=bands) for name in directions]
+        problems += [AttentionProblem(name, dtype, *sizes, bands) for name in directions]
     return problems
 
 
@@ -176,7 +177,7 @@ def tune(
             raise RuntimeError(f"none of {result.trials} candidates was correct; see {result.log_dir}")
         typer.echo(
             f"best of {result.trials} trials ({result.errors} failed): {result.latency_us:,.1f} us with "
-            f"{result.family} {result.decisions}; log in {result.log_dir}"
+            f"{result.family}, {_listed(result.decisions)}; log in {result.log_dir}"
         )
         if result.ended == "interrupted":
             typer.echo("interrupted: the same command goes on from here")

@@ -253,7 +253,7 @@ def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         if direction == "forward":
-            results = launch_forward(kernel, t["q"], t["k"], t["v"], *arguments)
+            results: tuple[Tensor, ...] = launch_forward(kernel, t["q"], t["k"], t["v"], *arguments)
         else:
             o, lse = exact["o"].to(t["q"].dtype), exact["lse"].float()
             results = launch_backward(kernel, t["q"], t["k"], t["v"], o, lse, t["do"], t["dlse"], *arguments)
