@@ -181,6 +181,12 @@ def _bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Ten
     return _packed_on_host(spec, length, tuple(cu_seqlens.tolist())), cu_seqlens
 
 
+def clear_tables() -> None:
+    """Forget the cached band tables. No captured CUDA graph may still need them."""
+    for cached in (_unpacked, _packed_on_host, _table_of_each_length):
+        cached.cache_clear()
+
+
 # --- the implementation of both operators --------------------------------------------------------------
 
 
@@ -356,6 +362,12 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def _refuse_tangents(*tensors: Tensor) -> None:
+    # An operator with a registered backward drops tangents without a word.
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -394,6 +406,8 @@ def attend(
         ``(B, Hq, N)`` float32, float64 for float64 inputs.
     """
     if torch.compiler.is_compiling() or not _is_plain(q, k, v):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(q, k, v)
         return _FORWARD(q, k, v, cu_seqlens, layout, scale, deterministic, impl)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _apply(q, k, v, cu_seqlens, (layout, scale, deterministic, impl))
