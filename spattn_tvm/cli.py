@@ -191,9 +191,12 @@ def tune(
 
 def _print_records(records: list[ScheduleRecord]) -> None:
     for record in records:
-        typer.echo(
-            f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family} {record.decisions}"
-        )
+        decisions = _listed(record.decisions)
+        typer.echo(f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family}, {decisions}")
+
+
+def _listed(decisions: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{name}={value}" for name, value in (decisions or {}).items())
 
 
 @app.command(epilog="Example: spattn distill --target cpu")
