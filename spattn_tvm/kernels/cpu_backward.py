@@ -126,15 +126,20 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
             query_tile = T.alloc_buffer((JU, R), "float32", annotations=REGISTERS)
             dim_tile = T.alloc_buffer((DU, R), "float32", annotations=REGISTERS)
             gradient_tile = T.alloc_buffer((GU, GL), "float32", annotations=REGISTERS)
+            # As in the forward: divisions that the simplifier can't put into every index.
+            place = T.alloc_buffer((3,), "int32", annotations=REGISTERS)
 
             documents: T.let[T.int32] = T.cast(DOCUMENTS_1, "int32") - 1
             heads: T.let[T.int32] = T.cast(HQ, "int32")
             batch_heads: T.let[T.int32] = T.cast(B, "int32") * heads
             for turn in T.serial((batch_heads - worker + workers - 1) // workers):
                 batch_head: T.let[T.int32] = turn * workers + worker
-                b: T.let[T.int32] = batch_head // heads
-                h: T.let[T.int32] = batch_head % heads
-                hk: T.let[T.int32] = h // T.cast(HQ // HKV, "int32")
+                place[0] = batch_head // heads
+                place[1] = batch_head % heads
+                place[2] = place[1] // T.cast(HQ // HKV, "int32")
+                b: T.let[T.int32] = place[0]
+                h: T.let[T.int32] = place[1]
+                hk: T.let[T.int32] = place[2]
                 for j in T.serial(T.cast(N, "int32")):
                     for d in T.vectorized(D):
                         dk[b, h, j, d] = T.float32(0)
