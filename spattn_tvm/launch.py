@@ -122,10 +122,15 @@ def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients,
     """The kernel writes float32 dk and dv of each query head; heads that share a key head are summed here."""
     q, k, v = models
     dq = torch.empty_like(q)
+    is_grouped = q.shape[1] != k.shape[1]
+    if k.dtype is torch.float32 and not is_grouped and k.is_contiguous() and v.is_contiguous():
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        kernel.function(*inputs, dq, dk, dv, scale, torch.get_num_threads())
+        return dq, dk, dv
     per_head = [torch.empty(q.shape, dtype=torch.float32) for _ in range(2)]
-    _call(kernel.function, q.device, *inputs, dq, *per_head, scale, _workers(q))
-    batch, kv_heads, length, head_dim = k.shape
-    if q.shape[1] != kv_heads:
+    kernel.function(*inputs, dq, *per_head, scale, torch.get_num_threads())
+    if is_grouped:
+        batch, kv_heads, length, head_dim = k.shape
         grouped = (batch, kv_heads, q.shape[1] // kv_heads, length, head_dim)
         per_head = [gradient.view(grouped).sum(2) for gradient in per_head]
     dk, dv = (_like(gradient, model) for gradient, model in zip(per_head, (k, v), strict=True))
@@ -189,8 +194,7 @@ def launch_backward(
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
-    models = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    q, k, v = models
+    q, k, v = models = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     if kernel.family == "reference":
         with torch.no_grad():
             layout = BandLayout.from_spec(kernel.layout)
@@ -199,5 +203,15 @@ def launch_backward(
             )
             dq, dk, dv = (_like(gradient, model) for gradient, model in zip(gradients, models, strict=True))
             return dq, dk, dv
-    inputs = (*map(_readable, (q, k, v, o)), lse, _readable(do), dlse, bands, cu_seqlens)
+    inputs = (
+        _readable(q),
+        _readable(k),
+        _readable(v),
+        _readable(o),
+        lse,
+        _readable(do),
+        dlse,
+        bands,
+        cu_seqlens,
+    )
     return _BACKWARD[kernel.family](kernel, inputs, (q, k, v), scale)
