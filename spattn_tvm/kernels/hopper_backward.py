@@ -40,6 +40,12 @@ __device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, flo
 }
 
 
+_PIN_SOURCE = """
+__device__ __forceinline__ void spattn_pin(float p) {
+  asm volatile("{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
+}
+"""
+
 _BALLOT_SOURCE = """
 __device__ __forceinline__ unsigned int spattn_ballot(int p) { return __ballot_sync(0xffffffffu, p); }
 """
@@ -152,6 +158,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
     C_AT, C_BYTES = _dkv_arena(decisions, D)
     C_THREADS = 128 * (C_W + 1)
     A_CONSUMER_REGS, A_PRODUCER_REGS = decisions["dq_registers"], decisions["dq_producer_registers"]
+    A_HEADS, C_HEADS, C_AHEAD = decisions["dq_heads"], decisions["dkv_heads"], decisions["dkv_ahead"]
     C_CONSUMER_REGS, C_PRODUCER_REGS = decisions["dkv_registers"], decisions["dkv_producer_registers"]
 
     RESET_THREADS = 128
@@ -182,6 +189,10 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
     def ballot(condition: Any) -> Any:
         """Bit i of the result says whether the condition holds in lane i."""
         return T.cuda.func_call("spattn_ballot", T.Cast("int32", condition), source_code=_BALLOT_SOURCE, return_type="uint32")
+
+    def pin(probability: Any) -> Any:
+        """A branch never taken: without it ptxas moves the wait for the next product above the exponentials it should hide."""
+        return T.cuda.func_call("spattn_pin", probability, source_code=_PIN_SOURCE)
 
     def hold(accumulator: Any, count: int) -> Any:
         """Ties accumulator registers to this place: plain arithmetic on them must not move above the wait before it,
@@ -299,16 +310,24 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 if warp == 0:
                     # Lane w answers for warpgroup w: the producer has few registers.
                     fetched = T.alloc_local((1,), "int32")
+                    seg: T.int32 = 0
+                    c: T.int32 = 0
                     lo = T.alloc_local((1,), "int32")
                     hi = T.alloc_local((1,), "int32")
                     T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(tx == 0, 1, 0))
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
-                        # Late queries have the most keys: they go first, all heads of a slot together.
-                        slot: T.int32 = slots - 1 - T.truncdiv(fetched[0], B * HQ)
-                        bh: T.int32 = fetched[0] - T.truncdiv(fetched[0], B * HQ) * (B * HQ)
-                        b: T.int32 = T.truncdiv(bh, HQ)
-                        h: T.int32 = bh - b * HQ
+                        # A few heads at a time, so that what their tiles share stays in the L2; of those the late queries,
+                        # which have the most keys, first.
+                        pack: T.int32 = T.truncdiv(fetched[0], slots * A_HEADS)
+                        packed: T.int32 = T.min(B * HQ - pack * A_HEADS, A_HEADS)
+                        slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * A_HEADS), packed)
+                        h: T.int32 = fetched[0] - pack * (slots * A_HEADS) - slot * packed + pack * A_HEADS
+                        b: T.int32 = h - T.truncdiv(h, B) * B
+                        h = T.truncdiv(h, B)
+                        hk: T.int32 = T.truncdiv(h, group)
+                        slot = slots - 1 - slot
+                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(tx == 0, 1, 0))
                         doc: T.int32 = 0
                         doc_hi: T.int32 = docs - 1
                         while doc < doc_hi:
@@ -346,37 +365,42 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                             c_first = (T.max(mine - hi[0], begin) - k_first) // A_KEYS
                                             c_last = (mine_last - lo[0] - k_first) // A_KEYS
 
-                            for s in T.serial(2):
-                                segment(s)
+                            seg = 0
+                            while seg < 2:
+                                segment(seg)
                                 total = total + chunks
                                 count = count + c_last - c_first + 1
+                                seg = seg + 1
                             T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
                             tile_phase = tile_phase ^ 1
                             if tx < A_W:
                                 T.ptx["st.shared.s32"](at("tile", tx, 4) + T.uint32(16), count)
                             T.cuda.warp_sync()
                             if tx == 0:
-                                T.ptx["st.shared.v4.s32"](at("tile"), q0, begin, end, bh)
+                                T.ptx["st.shared.v4.s32"](at("tile"), q0, begin, end, b * HQ + h)
                                 T.ptx["st.shared.s32"](at("tile") + T.uint32(16 + 4 * A_W), total)
                                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full"), T.uint32(3 * A_ROWS * D * 2))
                                 T.ptx[LOAD](at("q"), T.address_of(qa_map), 0, q0, 0, h, b, at("tile_full"))
                                 T.ptx[LOAD](at("do"), T.address_of(ga_map), 0, q0, 0, h, b, at("tile_full"))
                                 T.ptx[LOAD](at("o"), T.address_of(oa_map), 0, q0, 0, h, b, at("tile_full"))
-                            for s in T.serial(2):
-                                segment(s)
-                                for c in T.serial(chunks):
+                            seg = 0
+                            while seg < 2:
+                                segment(seg)
+                                c = 0
+                                while c < chunks:
                                     needed: T.uint32 = ballot(T.And(c >= c_first, c <= c_last))
                                     T.cuda.mbarrier_wait(at("empty", stage, BARRIER_BYTES), phase ^ 1)
                                     if tx == 0:
                                         T.ptx["st.shared.v4.s32"](at("info", stage, INFO_BYTES), k_first + c * A_KEYS, lo[0], hi[0], T.Cast("int32", needed))
                                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("full", stage, BARRIER_BYTES), T.uint32(2 * A_KEYS * D * 2))
-                                        T.ptx[LOAD](at("k", stage, A_KEYS * D * 2), T.address_of(ka_map), 0, k_first + c * A_KEYS, 0, T.truncdiv(h, group), b, at("full", stage, BARRIER_BYTES))
-                                        T.ptx[LOAD](at("v", stage, A_KEYS * D * 2), T.address_of(va_map), 0, k_first + c * A_KEYS, 0, T.truncdiv(h, group), b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("k", stage, A_KEYS * D * 2), T.address_of(ka_map), 0, k_first + c * A_KEYS, 0, hk, b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("v", stage, A_KEYS * D * 2), T.address_of(va_map), 0, k_first + c * A_KEYS, 0, hk, b, at("full", stage, BARRIER_BYTES))
                                     stage = stage + 1
                                     if stage == A_STAGES:
                                         stage = 0
                                         phase = phase ^ 1
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(tx == 0, 1, 0))
+                                    c = c + 1
+                                seg = seg + 1
                         fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
                     if tx == 0:
@@ -411,6 +435,10 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 left: T.int32 = 0
                 found: T.int32 = 0
                 todo: T.int32 = 0
+                fresh: T.int32 = 0
+                b: T.int32 = 0
+                h: T.int32 = 0
+                dl = T.alloc_local((2,), "float32")
                 running: T.int32 = 1
                 scale2: T.float32 = scale * T.float32(LOG2E)
 
@@ -488,12 +516,53 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                     T.ptx.wgmma.commit_group.sync.aligned()
 
                 @T.inline
+                def load_fragment(frag, start, region, kk):
+                    T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
+                        *[frag[start + i] for i in range(4)],
+                        at(region) + T.uint32(kk // 4 * A_ROWS * ROW) + frag_offset + (((frag_col + T.uint32(kk % 4 * 2)) ^ frag_swizzle) << T.uint32(4)))
+
+                @T.inline
+                def row_statistics():
+                    # lse in base 2 and delta = rowsum(dO * O) - dlse, kept here and written for the dK/dV pass.
+                    for j in T.unroll(2):
+                        query: T.int32 = tinfo[0] + my_row + 8 * j
+                        lse2[j] = -T.float32(INF)
+                        dl[j] = T.float32(0)
+                        if query < tinfo[2]:
+                            lse2[j] = lse[b, h, query] * T.float32(LOG2E)
+                            dl[j] = dlse[b, h, query]
+                        delta[j] = T.float32(0)
+                    for kk in T.unroll(KS):
+                        load_fragment(ds, 0, "o", kk)
+                        for i in T.unroll(4):
+                            delta[i % 2] = T.cuda.func_call("spattn_dot2", ds[i], gf[4 * kk + i], delta[i % 2], source_code=_DOT_SOURCE[dtype], return_type="float32")
+                    T.cuda.warp_sync()
+                    if lane == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(at("tile_empty"))
+                    for j in T.unroll(2):
+                        query: T.int32 = tinfo[0] + my_row + 8 * j
+                        delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 1, 32, 32)
+                        delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 2, 32, 32) - dl[j]
+                        if lse2[j] < T.float32(-3e38):
+                            # A query with no key: +inf makes its probabilities vanish.
+                            lse2[j] = T.float32(INF)
+                            delta[j] = T.float32(0)
+                        if query < tinfo[2]:
+                            if lane % 4 == 0:
+                                stats[b, h, query // 2, query % 2] = lse2[j]
+                                stats[b, h, query // 2, query % 2 + 2] = delta[j]
+
+                @T.inline
                 def step(follows):
                     # The previous chunk's dQ product runs under this chunk's exponentials.
                     issue_product(s_acc, qf, "k")
                     if follows:
                         issue_output()
                     issue_product(p_acc, gf, "v")
+                    if not follows:
+                        if fresh == 1:
+                            row_statistics()
+                            fresh = 0
                     T.ptx.wgmma.wait_group.sync.aligned(2 if follows else 1)
                     hold(s_acc, A_KEYS // 2)
                     first_q: T.int32 = tinfo[0] + w * WARPGROUP_ROWS
@@ -510,6 +579,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                     for n in T.unroll(A_KEYS // 8):
                         for j in T.unroll(4):
                             T.ptx["ex2.approx.ftz.f32"](s_acc[4 * n + j], s_acc[4 * n + j] * scale2 - lse2[j // 2])
+                    pin(s_acc[A_KEYS // 2 - 1])
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     hold(p_acc, A_KEYS // 2)
                     if follows:
@@ -520,12 +590,6 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                        s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - delta[j]))
                     prev = stage
                     advance()
-
-                @T.inline
-                def load_fragment(frag, start, region, kk):
-                    T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                        *[frag[start + i] for i in range(4)],
-                        at(region) + T.uint32(kk // 4 * A_ROWS * ROW) + frag_offset + (((frag_col + T.uint32(kk % 4 * 2)) ^ frag_swizzle) << T.uint32(4)))
 
                 while running == 1:
                     T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
@@ -538,37 +602,16 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                     if tinfo[0] < 0:
                         running = 0
                     else:
-                        b: T.int32 = T.truncdiv(tinfo[3], HQ)
-                        h: T.int32 = tinfo[3] - b * HQ
-                        # delta = rowsum(dO * O) - dlse, from the fragments that the products need anyway.
-                        delta[0] = T.float32(0)
-                        delta[1] = T.float32(0)
+                        b = T.truncdiv(tinfo[3], HQ)
+                        h = tinfo[3] - b * HQ
                         for kk in T.unroll(KS):
                             load_fragment(qf, 4 * kk, "q", kk)
                             load_fragment(gf, 4 * kk, "do", kk)
-                            load_fragment(ds, 0, "o", kk)
-                            for i in T.unroll(4):
-                                delta[i % 2] = T.cuda.func_call("spattn_dot2", ds[i], gf[4 * kk + i], delta[i % 2], source_code=_DOT_SOURCE[dtype], return_type="float32")
-                        T.cuda.warp_sync()
-                        if lane == 0:
-                            T.ptx.mbarrier.arrive.shared.b64(at("tile_empty"))
-                        for j in T.unroll(2):
-                            delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 1, 32, 32)
-                            delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 2, 32, 32)
-                            lse2[j] = T.float32(INF)
-                            if tinfo[0] + my_row + 8 * j < tinfo[2]:
-                                query: T.int32 = tinfo[0] + my_row + 8 * j
-                                lse2[j] = lse[b, h, query] * T.float32(LOG2E)
-                                delta[j] = delta[j] - dlse[b, h, query]
-                                if lse2[j] < T.float32(-3e38):
-                                    # A query with no key: +inf makes its probabilities vanish.
-                                    lse2[j] = T.float32(INF)
-                                    delta[j] = T.float32(0)
-                                if lane % 4 == 0:
-                                    stats[b, h, query // 2, query % 2] = lse2[j]
-                                    stats[b, h, query // 2, query % 2 + 2] = delta[j]
                         for i in T.unroll(D // 2):
                             acc[i] = T.float32(0)
+                        fresh = 1
+                        if todo == 0:
+                            row_statistics()
                         # The loop is rotated so that no product is in flight across its back edge: ptxas serializes every
                         # wgmma otherwise (C7514).
                         while todo > 0:
@@ -623,16 +666,21 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](C_PRODUCER_REGS)
                 if warp == 0:
                     fetched = T.alloc_local((1,), "int32")
+                    seg: T.int32 = 0
+                    c: T.int32 = 0
                     lo = T.alloc_local((1,), "int32")
                     hi = T.alloc_local((1,), "int32")
                     T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(tx == 0, 1, 0))
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
-                        # Early keys have the most queries: they go first, all heads of a slot together.
-                        slot: T.int32 = T.truncdiv(fetched[0], B * HK)
-                        bh: T.int32 = fetched[0] - slot * (B * HK)
-                        b: T.int32 = T.truncdiv(bh, HK)
-                        hk: T.int32 = bh - b * HK
+                        # As above; the early keys have the most queries.
+                        pack: T.int32 = T.truncdiv(fetched[0], slots * C_HEADS)
+                        packed: T.int32 = T.min(B * HK - pack * C_HEADS, C_HEADS)
+                        slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * C_HEADS), packed)
+                        hk: T.int32 = fetched[0] - pack * (slots * C_HEADS) - slot * packed + pack * C_HEADS
+                        b: T.int32 = hk - T.truncdiv(hk, B) * B
+                        hk = T.truncdiv(hk, B)
+                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(tx == 0, 1, 0))
                         doc: T.int32 = 0
                         doc_hi: T.int32 = docs - 1
                         while doc < doc_hi:
@@ -672,40 +720,55 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                             c_first = (mine + lo[0] - q_first) // C_QUERIES
                                             c_last = (T.min(mine_last + hi[0], end - 1) - q_first) // C_QUERIES
 
-                            for s in T.serial(2 * group):
-                                segment(s)
+                            seg = 0
+                            while seg < 2 * group:
+                                segment(seg)
                                 total = total + chunks
                                 count = count + c_last - c_first + 1
-                            T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
-                            if tx < C_W:
-                                T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.Cast("uint32", 16 + 4 * tx), count)
-                            T.cuda.warp_sync()
-                            if tx == 0:
-                                T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), k0, begin, end, bh)
-                                T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * C_W), total)
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full", slab, BARRIER_BYTES), T.uint32(2 * C_ROWS * D * 2))
-                                T.ptx[LOAD](at("k", slab, C_ROWS * D * 2), T.address_of(kc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
-                                T.ptx[LOAD](at("v", slab, C_ROWS * D * 2), T.address_of(vc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
-                            slab = slab + 1
-                            if slab == C_BUFFERS:
-                                slab = 0
-                                tile_phase = tile_phase ^ 1
-                            for s in T.serial(2 * group):
-                                segment(s)
-                                for c in T.serial(chunks):
+                                seg = seg + 1
+                            @T.inline
+                            def load_tile():
+                                T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
+                                if tx < C_W:
+                                    T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.Cast("uint32", 16 + 4 * tx), count)
+                                T.cuda.warp_sync()
+                                if tx == 0:
+                                    T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), k0, begin, end, b * HK + hk)
+                                    T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * C_W), total)
+                                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full", slab, BARRIER_BYTES), T.uint32(2 * C_ROWS * D * 2))
+                                    T.ptx[LOAD](at("k", slab, C_ROWS * D * 2), T.address_of(kc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
+                                    T.ptx[LOAD](at("v", slab, C_ROWS * D * 2), T.address_of(vc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
+                                slab = slab + 1
+                                if slab == C_BUFFERS:
+                                    slab = 0
+                                    tile_phase = tile_phase ^ 1
+
+                            # The first chunks do not wait until the tile before is done with its K and V.
+                            sent: T.int32 = 0
+                            seg = 0
+                            while seg < 2 * group:
+                                segment(seg)
+                                c = 0
+                                while c < chunks:
+                                    if sent == C_AHEAD:
+                                        load_tile()
+                                    sent = sent + 1
                                     needed: T.uint32 = ballot(T.And(c >= c_first, c <= c_last))
                                     T.cuda.mbarrier_wait(at("empty", stage, BARRIER_BYTES), phase ^ 1)
                                     if tx == 0:
                                         T.ptx["st.shared.v4.s32"](at("info", stage, INFO_BYTES), q_first + c * C_QUERIES, lo[0], hi[0], T.Cast("int32", needed))
                                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("full", stage, BARRIER_BYTES), T.uint32(2 * C_QUERIES * D * 2 + C_QUERIES * 8))
-                                        T.ptx[LOAD](at("q", stage, C_QUERIES * D * 2), T.address_of(qc_map), 0, q_first + c * C_QUERIES, 0, hk * group + s // 2, b, at("full", stage, BARRIER_BYTES))
-                                        T.ptx[LOAD_STATS](at("stats", stage, C_QUERIES * 8), T.address_of(stats_map), 2 * (q_first + c * C_QUERIES), b * HQ + hk * group + s // 2, at("full", stage, BARRIER_BYTES))
-                                        T.ptx[LOAD](at("do", stage, C_QUERIES * D * 2), T.address_of(gc_map), 0, q_first + c * C_QUERIES, 0, hk * group + s // 2, b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("q", stage, C_QUERIES * D * 2), T.address_of(qc_map), 0, q_first + c * C_QUERIES, 0, hk * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD_STATS](at("stats", stage, C_QUERIES * 8), T.address_of(stats_map), 2 * (q_first + c * C_QUERIES), b * HQ + hk * group + seg // 2, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("do", stage, C_QUERIES * D * 2), T.address_of(gc_map), 0, q_first + c * C_QUERIES, 0, hk * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
                                     stage = stage + 1
                                     if stage == C_STAGES:
                                         stage = 0
                                         phase = phase ^ 1
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(tx == 0, 1, 0))
+                                    c = c + 1
+                                seg = seg + 1
+                            if sent <= C_AHEAD:
+                                load_tile()
                         fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
                     if tx == 0:
@@ -727,7 +790,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 info = T.alloc_local((4,), "int32")
                 tinfo = T.alloc_local((4,), "int32")
                 steps = T.alloc_local((2,), "int32")
-                stat = T.alloc_local((2,), "float32")
+                stat = T.alloc_local((C_QUERIES // 4,), "float32")
                 sector_col: T.int32 = lane % 2 * 8 + lane % 4 // 2 * 4
                 turn = T.alloc_local((3,), "uint32")
                 prev: T.int32 = 0
@@ -822,6 +885,8 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                         T.ptx.wgmma.wait_group.sync.aligned(1)
                         release(prev)
                     issue_product(p_acc, "v", "do")
+                    for n in T.unroll(C_QUERIES // 8):
+                        T.ptx["ld.shared.v2.f32"](stat[2 * n], stat[2 * n + 1], at("stats", stage, C_QUERIES * 8) + stats_lane + T.uint32(64 * n))
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     hold(s_acc, C_QUERIES // 2)
                     first_k: T.int32 = tinfo[0] + w * WARPGROUP_ROWS
@@ -836,19 +901,19 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                 s_acc[4 * n + j] = T.if_then_else(T.Cast("uint32", d0 + (8 * n + j)) < lim0, s_acc[4 * n + j], T.float32(-INF))
                                 s_acc[4 * n + 2 + j] = T.if_then_else(T.Cast("uint32", d0 - 8 + (8 * n + j)) < lim1, s_acc[4 * n + 2 + j], T.float32(-INF))
                     for n in T.unroll(C_QUERIES // 8):
-                        T.ptx["ld.shared.v2.f32"](stat[0], stat[1], at("stats", stage, C_QUERIES * 8) + stats_lane + T.uint32(64 * n))
                         for j in T.unroll(4):
-                            T.ptx["ex2.approx.ftz.f32"](s_acc[4 * n + j], s_acc[4 * n + j] * scale2 - stat[j % 2])
+                            T.ptx["ex2.approx.ftz.f32"](s_acc[4 * n + j], s_acc[4 * n + j] * scale2 - stat[2 * n + j % 2])
                         for j in T.unroll(2):
                             T.ptx[CVT](ps[2 * n + j], s_acc[4 * n + 2 * j + 1], s_acc[4 * n + 2 * j])
                     issue_output(v_acc, ps, "do", stage)
+                    for n in T.unroll(C_QUERIES // 8):
+                        T.ptx["ld.shared.v2.f32"](stat[2 * n], stat[2 * n + 1], at("stats", stage, C_QUERIES * 8) + stats_lane + T.uint32(64 * n + 8))
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     hold(p_acc, C_QUERIES // 2)
                     for n in T.unroll(C_QUERIES // 8):
-                        T.ptx["ld.shared.v2.f32"](stat[0], stat[1], at("stats", stage, C_QUERIES * 8) + stats_lane + T.uint32(64 * n + 8))
                         for j in T.unroll(2):
-                            T.ptx[CVT](ds[2 * n + j], s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - stat[1]),
-                                       s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - stat[0]))
+                            T.ptx[CVT](ds[2 * n + j], s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - stat[2 * n + 1]),
+                                       s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - stat[2 * n]))
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     prev = stage
                     advance()
