@@ -14,16 +14,25 @@ if TYPE_CHECKING:
     from .attention import banded_attention
     from .bands import BandLayout
     from .bundle import load_bundle
+    from .dispatch import FallbackWarning
     from .nn import BandedAttention
     from .reference import reference_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["BandLayout", "BandedAttention", "banded_attention", "load_bundle", "reference_attention"]
+__all__ = [
+    "BandLayout",
+    "BandedAttention",
+    "FallbackWarning",
+    "banded_attention",
+    "load_bundle",
+    "reference_attention",
+]
 
 _MODULE_OF = {
     "BandLayout": "bands",
     "BandedAttention": "nn",
+    "FallbackWarning": "dispatch",
     "banded_attention": "attention",
     "load_bundle": "bundle",
     "reference_attention": "reference",

@@ -88,6 +88,9 @@ _DRIVER_SYMBOLS = (
     "cuTensorMapEncodeTiled",
 )
 
+# Set in a process that was started to compile for CUDA.
+_COMPILES_CUDA = "SPATTN_COMPILES_CUDA"
+
 _ELF_MAGIC = b"\x7fELF"
 _ELF_MACHINE_CUDA = 190
 
@@ -324,9 +327,15 @@ def compile_obstacle(target: MachineTarget) -> str | None:
     return None
 
 
-def _compile_in_subprocess(request: dict[str, Any]) -> None:
-    """Compile for CUDA in a process of its own: the stub and TVM's compiler must not end up in the user's."""
+def compile_environment(target: MachineTarget) -> dict[str, str]:
+    """Environment for a process that compiles for a target, which a search starts once for many kernels.
+
+    For CUDA it makes a driver library findable, a stub's where there is no driver, and lets
+    :func:`compile_kernel` compile in that process. For a CPU it is this process's environment.
+    """
     environment = dict(os.environ)
+    if target.kind != "cuda":
+        return environment
     folders = _toolkit_folders()
     if not _has_driver():
         folders.insert(0, str(_driver_stub()))
@@ -334,6 +343,13 @@ def _compile_in_subprocess(request: dict[str, Any]) -> None:
         environment.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
     folders += [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
+    environment[_COMPILES_CUDA] = "1"
+    return environment
+
+
+def _compile_in_subprocess(request: dict[str, Any]) -> None:
+    """Compile for CUDA in a process of its own: the stub and TVM's compiler must not end up in the user's."""
+    environment = compile_environment(MachineTarget(**request["target"]))
     # The package may be importable only through this process's sys.path.
     paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -426,7 +442,7 @@ def compile_kernel(
                 "target": {"kind": target.kind, "arch": target.arch, "model": target.model},
                 "output": str(output),
             }
-            if target.kind == "cuda":
+            if target.kind == "cuda" and _COMPILES_CUDA not in os.environ:
                 _compile_in_subprocess(request)
             else:
                 _build(request)

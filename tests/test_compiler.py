@@ -234,3 +234,12 @@ def test_hopper_kernels_compile_to_machine_code_without_a_gpu(
     values = find_space("hopper", direction).untuned(128, "bfloat16", target)
     path = compile_kernel("hopper", direction, "bfloat16", 128, values, target)
     assert compiler._has_cubin(path.read_bytes())
+
+
+@pytest.mark.skipif(not compiler._has_nvcc(), reason="needs nvcc")
+def test_a_process_started_for_cuda_compiles_there_and_a_cpu_process_is_left_as_it_is() -> None:
+    environment = compiler.compile_environment(parse_target("nvidia/h200"))
+    code = "import tvm; assert tvm.runtime.enabled('cuda')"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert environment["SPATTN_COMPILES_CUDA"] == "1"
+    assert compiler.compile_environment(detect_cpu()) == dict(os.environ)

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from spattn_tvm.compiler import compile_environment
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -54,8 +55,8 @@ class Meter(Protocol):
 class _Worker:
     """One worker process and the request that it is busy with."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
+    def __init__(self, threads: int | None = None, compiles_for: MachineTarget | None = None) -> None:
+        self._threads, self._compiles_for = threads, compiles_for
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: Any = None
         self._received = b""
@@ -72,7 +73,9 @@ class _Worker:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        environment = dict(os.environ)
+        # A builder for CUDA compiles in its own process, which needs a driver library or a stub of one.
+        target = self._compiles_for
+        environment = dict(os.environ) if target is None else compile_environment(target)
         environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
@@ -190,7 +193,7 @@ class ProcessMeter:
         self._family, self._problem, self._target = family, problem, target
         self._seed, self._stopped = seed, stopped
         count = builders or min(_MOST_BUILDERS, available_cpus())
-        self._builders = [_Worker(threads=1) for _ in range(count)]
+        self._builders = [_Worker(threads=1, compiles_for=target) for _ in range(count)]
         self._runner = _Worker(threads=torch.get_num_threads())
         self._ready = False
         self._folder = Path(tempfile.mkdtemp(prefix="spattn-tuning-"))
