@@ -21,6 +21,7 @@ SWIZZLE_ROW_BYTES = 128  # a shared-memory row of one 64-column plane, 128-byte 
 BARRIER_BYTES = 8
 INFO_BYTES = 16  # int32 x 4 that travel with a chunk
 TILE_INFO_BYTES = 32  # int32 x 8 that travel with a tile
+QUEUE = 2  # tiles that the tile warp may be ahead of the chunk warp
 SHARED_LIMIT = 232448  # bytes a CTA may use on sm_90
 
 _DOT_SOURCE = {
@@ -43,6 +44,14 @@ __device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, flo
 _PIN_SOURCE = """
 __device__ __forceinline__ void spattn_pin(float p) {
   asm volatile("{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
+}
+"""
+
+_LOAD_SHARED_SOURCE = """
+__device__ __forceinline__ int spattn_load_shared(unsigned int at) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  return value;
 }
 """
 
@@ -99,10 +108,13 @@ def _dq_arena(decisions: dict[str, int], head_dim: int) -> tuple[dict[str, int],
         "v": arena.take(stages * chunk * head_dim * 2, 1024),
         "info": arena.take(stages * INFO_BYTES, 16),
         "tile": arena.take(TILE_INFO_BYTES, 16),
+        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
         "full": arena.take(stages * BARRIER_BYTES, 8),
         "empty": arena.take(stages * BARRIER_BYTES, 8),
         "tile_full": arena.take(BARRIER_BYTES, 8),
         "tile_empty": arena.take(BARRIER_BYTES, 8),
+        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
+        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
     }
     return at, arena.size
 
@@ -121,10 +133,13 @@ def _dkv_arena(decisions: dict[str, int], head_dim: int) -> tuple[dict[str, int]
         "stats": arena.take(stages * chunk * 8, 128),
         "info": arena.take(stages * INFO_BYTES, 16),
         "tile": arena.take(buffers * TILE_INFO_BYTES, 16),
+        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
         "full": arena.take(stages * BARRIER_BYTES, 8),
         "empty": arena.take(stages * BARRIER_BYTES, 8),
         "tile_full": arena.take(buffers * BARRIER_BYTES, 8),
         "tile_empty": arena.take(buffers * BARRIER_BYTES, 8),
+        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
+        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
     }
     return at, arena.size
 
@@ -158,7 +173,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
     C_AT, C_BYTES = _dkv_arena(decisions, D)
     C_THREADS = 128 * (C_W + 1)
     A_CONSUMER_REGS, A_PRODUCER_REGS = decisions["dq_registers"], decisions["dq_producer_registers"]
-    A_HEADS, C_HEADS, C_AHEAD = decisions["dq_heads"], decisions["dkv_heads"], decisions["dkv_ahead"]
+    A_HEADS, C_HEADS = decisions["dq_heads"], decisions["dkv_heads"]
     C_CONSUMER_REGS, C_PRODUCER_REGS = decisions["dkv_registers"], decisions["dkv_producer_registers"]
 
     RESET_THREADS = 128
@@ -185,6 +200,10 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
         """Global address of one element of a strided (B, H, N, D) tensor, in 64-bit arithmetic."""
         offset = sum(T.Cast("int64", i) * s for i, s in zip((b, h, row), strides, strict=True)) + T.Cast("int64", col)
         return T.reinterpret("uint64", start) + T.Cast("uint64", offset * 2)
+
+    def load_shared(at: Any) -> Any:
+        """An int32 in shared memory."""
+        return T.cuda.func_call("spattn_load_shared", at, source_code=_LOAD_SHARED_SOURCE, return_type="int32")
 
     def ballot(condition: Any) -> Any:
         """Bit i of the result says whether the condition holds in lane i."""
@@ -290,6 +309,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
             base: T.uint32 = T.cuda.cvta_generic_to_shared(arena.data)
             slots: T.int32 = N // A_ROWS + docs
             tiles: T.int32 = slots * B * HQ
+            lane: T.int32 = tx % 32
             stage: T.int32 = 0
             phase: T.int32 = 0
             tile_phase: T.int32 = 0
@@ -302,19 +322,58 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                     T.ptx.mbarrier.init.shared.b64(base + T.uint32(A_AT["empty"] + s * BARRIER_BYTES), T.uint32(4 * A_W))
                 T.ptx.mbarrier.init.shared.b64(base + T.uint32(A_AT["tile_full"]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(base + T.uint32(A_AT["tile_empty"]), T.uint32(4 * A_W))
+                for s in T.unroll(QUEUE):
+                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(A_AT["queue_full"] + s * BARRIER_BYTES), T.uint32(1))
+                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(A_AT["queue_empty"] + s * BARRIER_BYTES), T.uint32(1))
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
             if warp < 4:
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](A_PRODUCER_REGS)
-                if warp == 0:
-                    # Lane w answers for warpgroup w: the producer has few registers.
+                place: T.int32 = 0
+                place_phase: T.int32 = 0
+                seg: T.int32 = 0
+                lo = T.alloc_local((1,), "int32")
+                hi = T.alloc_local((1,), "int32")
+                q0: T.int32 = 0
+                begin: T.int32 = 0
+                end: T.int32 = 0
+                b: T.int32 = 0
+                h: T.int32 = 0
+                band_at: T.uint64 = T.uint64(0)
+                k_first: T.int32 = 0
+                c_first: T.int32 = 0
+                c_last: T.int32 = 0
+                chunks: T.int32 = 0
+
+                @T.inline
+                def next_place():
+                    place = place + 1
+                    if place == QUEUE:
+                        place = 0
+                        place_phase = place_phase ^ 1
+
+                @T.inline
+                def segment():
+                    # Chunks of keys from k_first on that the tile needs from one band, and those of lane w's warpgroup among
+                    # them: the producers have too few registers to keep a copy for each warpgroup.
+                    T.ptx["ld.global.nc.v2.s32"](lo[0], hi[0], band_at + T.Cast("uint64", seg * 8))
+                    mine: T.int32 = q0 + lane * WARPGROUP_ROWS
+                    mine_last: T.int32 = T.min(mine + WARPGROUP_ROWS, end) - 1
+                    k_first = T.max(q0 - hi[0], begin)
+                    chunks = T.max(T.min(q0 + A_ROWS, end) - 1 - lo[0] - k_first + A_KEYS, 0) // A_KEYS
+                    c_first = 1
+                    c_last = 0
+                    if lane < A_W:
+                        if mine <= mine_last:
+                            if mine_last - lo[0] >= T.max(mine - hi[0], begin):
+                                c_first = (T.max(mine - hi[0], begin) - k_first) // A_KEYS
+                                c_last = (mine_last - lo[0] - k_first) // A_KEYS
+
+                if warp == 1:
+                    # The tile warp: draws tiles, hands them to the chunk warp, and loads what stays for the whole tile.
                     fetched = T.alloc_local((1,), "int32")
-                    seg: T.int32 = 0
-                    c: T.int32 = 0
-                    lo = T.alloc_local((1,), "int32")
-                    hi = T.alloc_local((1,), "int32")
-                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(tx == 0, 1, 0))
+                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(lane == 0, 1, 0))
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
                         # A few heads at a time, so that what their tiles share stays in the L2; of those the late queries,
@@ -322,12 +381,11 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                         pack: T.int32 = T.truncdiv(fetched[0], slots * A_HEADS)
                         packed: T.int32 = T.min(B * HQ - pack * A_HEADS, A_HEADS)
                         slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * A_HEADS), packed)
-                        h: T.int32 = fetched[0] - pack * (slots * A_HEADS) - slot * packed + pack * A_HEADS
-                        b: T.int32 = h - T.truncdiv(h, B) * B
+                        h = fetched[0] - pack * (slots * A_HEADS) - slot * packed + pack * A_HEADS
+                        b = h - T.truncdiv(h, B) * B
                         h = T.truncdiv(h, B)
-                        hk: T.int32 = T.truncdiv(h, group)
                         slot = slots - 1 - slot
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(tx == 0, 1, 0))
+                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(lane == 0, 1, 0))
                         doc: T.int32 = 0
                         doc_hi: T.int32 = docs - 1
                         while doc < doc_hi:
@@ -336,61 +394,77 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                 doc = mid
                             else:
                                 doc_hi = mid - 1
-                        begin: T.int32 = cu[doc]
-                        end: T.int32 = cu[doc + 1]
-                        q0: T.int32 = begin + (slot - (begin // A_ROWS + doc)) * A_ROWS
-                        band_at: T.uint64 = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (T.if_then_else(M == 1, 0, doc) * HQ + h) * 16)
+                        begin = cu[doc]
+                        end = cu[doc + 1]
+                        q0 = begin + (slot - (begin // A_ROWS + doc)) * A_ROWS
+                        if M == 1:
+                            doc = 0
                         if q0 < end:
-                            mine: T.int32 = q0 + tx * WARPGROUP_ROWS
-                            mine_last: T.int32 = T.min(mine + WARPGROUP_ROWS, end) - 1
-                            k_first: T.int32 = 0
-                            c_first: T.int32 = 0
-                            c_last: T.int32 = 0
-                            chunks: T.int32 = 0
-                            count: T.int32 = 0
+                            T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+                            if lane == 0:
+                                T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), q0, begin, end, doc)
+                                T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
+                                T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+                            next_place()
+                            band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             total: T.int32 = 0
-
-                            @T.inline
-                            def segment(s):
-                                # Chunks of keys from k_first on that the tile needs from one band, and those of this lane's
-                                # warpgroup among them.
-                                T.ptx["ld.global.nc.v2.s32"](lo[0], hi[0], band_at + T.Cast("uint64", s * 8))
-                                k_first = T.max(q0 - hi[0], begin)
-                                chunks = T.max(T.min(q0 + A_ROWS, end) - 1 - lo[0] - k_first + A_KEYS, 0) // A_KEYS
-                                c_first = 1
-                                c_last = 0
-                                if tx < A_W:
-                                    if mine <= mine_last:
-                                        if mine_last - lo[0] >= T.max(mine - hi[0], begin):
-                                            c_first = (T.max(mine - hi[0], begin) - k_first) // A_KEYS
-                                            c_last = (mine_last - lo[0] - k_first) // A_KEYS
-
+                            count: T.int32 = 0
                             seg = 0
                             while seg < 2:
-                                segment(seg)
+                                segment()
                                 total = total + chunks
                                 count = count + c_last - c_first + 1
                                 seg = seg + 1
                             T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
                             tile_phase = tile_phase ^ 1
-                            if tx < A_W:
-                                T.ptx["st.shared.s32"](at("tile", tx, 4) + T.uint32(16), count)
+                            if lane < A_W:
+                                T.ptx["st.shared.s32"](at("tile", lane, 4) + T.uint32(16), count)
                             T.cuda.warp_sync()
-                            if tx == 0:
+                            if lane == 0:
                                 T.ptx["st.shared.v4.s32"](at("tile"), q0, begin, end, b * HQ + h)
                                 T.ptx["st.shared.s32"](at("tile") + T.uint32(16 + 4 * A_W), total)
                                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full"), T.uint32(3 * A_ROWS * D * 2))
                                 T.ptx[LOAD](at("q"), T.address_of(qa_map), 0, q0, 0, h, b, at("tile_full"))
                                 T.ptx[LOAD](at("do"), T.address_of(ga_map), 0, q0, 0, h, b, at("tile_full"))
                                 T.ptx[LOAD](at("o"), T.address_of(oa_map), 0, q0, 0, h, b, at("tile_full"))
+                        fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
+                    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+                    if lane == 0:
+                        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
+                        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+                    T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
+                    if lane == 0:
+                        T.ptx["st.shared.v4.s32"](at("tile"), -1, 0, 0, 0)
+                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full"))
+                if warp == 0:
+                    # The chunk warp: walks the bands of each tile and keeps the ring full, also across tiles.
+                    c: T.int32 = 0
+                    walking: T.int32 = 1
+                    while walking == 1:
+                        T.cuda.mbarrier_wait(at("queue_full", place, BARRIER_BYTES), place_phase)
+                        q0 = load_shared(at("queue", place, TILE_INFO_BYTES))
+                        if q0 < 0:
+                            walking = 0
+                        else:
+                            begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
+                            end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
+                            doc: T.int32 = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
+                            b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
+                            h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
+                            T.cuda.warp_sync()
+                            if lane == 0:
+                                T.ptx.mbarrier.arrive.shared.b64(at("queue_empty", place, BARRIER_BYTES))
+                            next_place()
+                            band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
+                            hk: T.int32 = T.truncdiv(h, group)
                             seg = 0
                             while seg < 2:
-                                segment(seg)
+                                segment()
                                 c = 0
                                 while c < chunks:
                                     needed: T.uint32 = ballot(T.And(c >= c_first, c <= c_last))
                                     T.cuda.mbarrier_wait(at("empty", stage, BARRIER_BYTES), phase ^ 1)
-                                    if tx == 0:
+                                    if lane == 0:
                                         T.ptx["st.shared.v4.s32"](at("info", stage, INFO_BYTES), k_first + c * A_KEYS, lo[0], hi[0], T.Cast("int32", needed))
                                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("full", stage, BARRIER_BYTES), T.uint32(2 * A_KEYS * D * 2))
                                         T.ptx[LOAD](at("k", stage, A_KEYS * D * 2), T.address_of(ka_map), 0, k_first + c * A_KEYS, 0, hk, b, at("full", stage, BARRIER_BYTES))
@@ -401,15 +475,9 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                         phase = phase ^ 1
                                     c = c + 1
                                 seg = seg + 1
-                        fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
-                    T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
-                    if tx == 0:
-                        T.ptx["st.shared.v4.s32"](at("tile"), -1, 0, 0, 0)
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full"))
             else:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](A_CONSUMER_REGS)
                 w: T.int32 = warp // 4 - 1
-                lane: T.int32 = tx % 32
                 strip: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16  # this warp's rows of the tile
                 my_row: T.int32 = strip + lane // 4
                 # One address serves ldmatrix and stmatrix: the 8 lanes of a matrix take 8 rows, and the 16-byte column is
@@ -430,7 +498,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 lse2 = T.alloc_local((2,), "float32")
                 delta = T.alloc_local((2,), "float32")
                 sector_col: T.int32 = lane % 2 * 8 + lane % 4 // 2 * 4
-                turn = T.alloc_local((3,), "uint32")
+                turn = T.alloc_local((3 * D // 16,), "uint32")
                 prev: T.int32 = 0
                 left: T.int32 = 0
                 found: T.int32 = 0
@@ -446,11 +514,12 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 def store_rows(values, j, factor, row_at, wanted):
                     # Neighbouring lanes swap halves of two 8-column blocks: a quad then writes whole 32-byte sectors.
                     for n in T.unroll(D // 16):
-                        T.ptx[CVT](turn[0], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
-                        T.ptx[CVT](turn[1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
-                        turn[2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[1], turn[0]), 1, 32, 32)
-                        if wanted:
-                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[0], turn[2]), T.if_then_else(lane % 2 == 0, turn[2], turn[1]))
+                        T.ptx[CVT](turn[3 * n], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
+                        T.ptx[CVT](turn[3 * n + 1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
+                        turn[3 * n + 2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[3 * n + 1], turn[3 * n]), 1, 32, 32)
+                    if wanted:
+                        for n in T.unroll(D // 16):
+                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[3 * n], turn[3 * n + 2]), T.if_then_else(lane % 2 == 0, turn[3 * n + 2], turn[3 * n + 1]))
 
                 @T.inline
                 def release(which):
@@ -646,6 +715,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
             base: T.uint32 = T.cuda.cvta_generic_to_shared(arena.data)
             slots: T.int32 = N // C_ROWS + docs
             tiles: T.int32 = slots * B * HK
+            lane: T.int32 = tx % 32
             stage: T.int32 = 0
             phase: T.int32 = 0
             slab: T.int32 = 0
@@ -659,28 +729,70 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 for s in T.unroll(C_BUFFERS):
                     T.ptx.mbarrier.init.shared.b64(base + T.uint32(C_AT["tile_full"] + s * BARRIER_BYTES), T.uint32(1))
                     T.ptx.mbarrier.init.shared.b64(base + T.uint32(C_AT["tile_empty"] + s * BARRIER_BYTES), T.uint32(4 * C_W))
+                for s in T.unroll(QUEUE):
+                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(C_AT["queue_full"] + s * BARRIER_BYTES), T.uint32(1))
+                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(C_AT["queue_empty"] + s * BARRIER_BYTES), T.uint32(1))
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
             if warp < 4:
                 T.ptx["setmaxnreg.dec.sync.aligned.u32"](C_PRODUCER_REGS)
-                if warp == 0:
+                place: T.int32 = 0
+                place_phase: T.int32 = 0
+                seg: T.int32 = 0
+                lo = T.alloc_local((1,), "int32")
+                hi = T.alloc_local((1,), "int32")
+                k0: T.int32 = 0
+                begin: T.int32 = 0
+                end: T.int32 = 0
+                b: T.int32 = 0
+                h: T.int32 = 0
+                band_at: T.uint64 = T.uint64(0)
+                q_first: T.int32 = 0
+                c_first: T.int32 = 0
+                c_last: T.int32 = 0
+                chunks: T.int32 = 0
+
+                @T.inline
+                def next_place():
+                    place = place + 1
+                    if place == QUEUE:
+                        place = 0
+                        place_phase = place_phase ^ 1
+
+                @T.inline
+                def segment():
+                    # Chunks of queries from q_first on. That is even, because TMA traps on rows of stats (two queries are 16
+                    # bytes) that do not start at 16 bytes.
+                    T.ptx["ld.global.nc.v2.s32"](lo[0], hi[0], band_at + T.Cast("uint64", seg * 8))
+                    mine: T.int32 = k0 + lane * WARPGROUP_ROWS
+                    mine_last: T.int32 = T.min(mine + WARPGROUP_ROWS, end) - 1
+                    q_first = (k0 + lo[0]) // 2 * 2
+                    chunks = 0
+                    if T.min(T.min(k0 + C_ROWS, end) - 1 + hi[0], end - 1) >= k0 + lo[0]:
+                        chunks = (T.min(T.min(k0 + C_ROWS, end) - 1 + hi[0], end - 1) - q_first) // C_QUERIES + 1
+                    c_first = 1
+                    c_last = 0
+                    if lane < C_W:
+                        if mine <= mine_last:
+                            if T.min(mine_last + hi[0], end - 1) >= mine + lo[0]:
+                                c_first = (mine + lo[0] - q_first) // C_QUERIES
+                                c_last = (T.min(mine_last + hi[0], end - 1) - q_first) // C_QUERIES
+
+                if warp == 1:
+                    # The tile warp: draws tiles, hands them to the chunk warp, and loads what stays for the whole tile.
                     fetched = T.alloc_local((1,), "int32")
-                    seg: T.int32 = 0
-                    c: T.int32 = 0
-                    lo = T.alloc_local((1,), "int32")
-                    hi = T.alloc_local((1,), "int32")
-                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(tx == 0, 1, 0))
+                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
                         # As above; the early keys have the most queries.
                         pack: T.int32 = T.truncdiv(fetched[0], slots * C_HEADS)
                         packed: T.int32 = T.min(B * HK - pack * C_HEADS, C_HEADS)
                         slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * C_HEADS), packed)
-                        hk: T.int32 = fetched[0] - pack * (slots * C_HEADS) - slot * packed + pack * C_HEADS
-                        b: T.int32 = hk - T.truncdiv(hk, B) * B
-                        hk = T.truncdiv(hk, B)
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(tx == 0, 1, 0))
+                        h = fetched[0] - pack * (slots * C_HEADS) - slot * packed + pack * C_HEADS
+                        b = h - T.truncdiv(h, B) * B
+                        h = T.truncdiv(h, B)
+                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
                         doc: T.int32 = 0
                         doc_hi: T.int32 = docs - 1
                         while doc < doc_hi:
@@ -689,95 +801,92 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                                 doc = mid
                             else:
                                 doc_hi = mid - 1
-                        begin: T.int32 = cu[doc]
-                        end: T.int32 = cu[doc + 1]
-                        k0: T.int32 = begin + (slot - (begin // C_ROWS + doc)) * C_ROWS
-                        band_at: T.uint64 = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (T.if_then_else(M == 1, 0, doc) * HQ + hk * group) * 16)
+                        begin = cu[doc]
+                        end = cu[doc + 1]
+                        k0 = begin + (slot - (begin // C_ROWS + doc)) * C_ROWS
+                        if M == 1:
+                            doc = 0
                         if k0 < end:
-                            mine: T.int32 = k0 + tx * WARPGROUP_ROWS
-                            mine_last: T.int32 = T.min(mine + WARPGROUP_ROWS, end) - 1
-                            q_first: T.int32 = 0
-                            c_first: T.int32 = 0
-                            c_last: T.int32 = 0
-                            chunks: T.int32 = 0
-                            count: T.int32 = 0
+                            T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+                            if lane == 0:
+                                T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), k0, begin, end, doc)
+                                T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
+                                T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+                            next_place()
+                            band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             total: T.int32 = 0
-
-                            @T.inline
-                            def segment(s):
-                                # Chunks of queries from q_first on. That is even, because TMA traps on rows of stats (two queries
-                                # are 16 bytes) that do not start at 16 bytes.
-                                T.ptx["ld.global.nc.v2.s32"](lo[0], hi[0], band_at + T.Cast("uint64", s * 8))
-                                q_first = (k0 + lo[0]) // 2 * 2
-                                chunks = 0
-                                if T.min(T.min(k0 + C_ROWS, end) - 1 + hi[0], end - 1) >= k0 + lo[0]:
-                                    chunks = (T.min(T.min(k0 + C_ROWS, end) - 1 + hi[0], end - 1) - q_first) // C_QUERIES + 1
-                                c_first = 1
-                                c_last = 0
-                                if tx < C_W:
-                                    if mine <= mine_last:
-                                        if T.min(mine_last + hi[0], end - 1) >= mine + lo[0]:
-                                            c_first = (mine + lo[0] - q_first) // C_QUERIES
-                                            c_last = (T.min(mine_last + hi[0], end - 1) - q_first) // C_QUERIES
-
+                            count: T.int32 = 0
                             seg = 0
                             while seg < 2 * group:
-                                segment(seg)
+                                segment()
                                 total = total + chunks
                                 count = count + c_last - c_first + 1
                                 seg = seg + 1
-                            @T.inline
-                            def load_tile():
-                                T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
-                                if tx < C_W:
-                                    T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.Cast("uint32", 16 + 4 * tx), count)
-                                T.cuda.warp_sync()
-                                if tx == 0:
-                                    T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), k0, begin, end, b * HK + hk)
-                                    T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * C_W), total)
-                                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full", slab, BARRIER_BYTES), T.uint32(2 * C_ROWS * D * 2))
-                                    T.ptx[LOAD](at("k", slab, C_ROWS * D * 2), T.address_of(kc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
-                                    T.ptx[LOAD](at("v", slab, C_ROWS * D * 2), T.address_of(vc_map), 0, k0, 0, hk, b, at("tile_full", slab, BARRIER_BYTES))
-                                slab = slab + 1
-                                if slab == C_BUFFERS:
-                                    slab = 0
-                                    tile_phase = tile_phase ^ 1
-
-                            # The first chunks do not wait until the tile before is done with its K and V.
-                            sent: T.int32 = 0
+                            T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
+                            if lane < C_W:
+                                T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.Cast("uint32", 16 + 4 * lane), count)
+                            T.cuda.warp_sync()
+                            if lane == 0:
+                                T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), k0, begin, end, b * HK + h)
+                                T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * C_W), total)
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("tile_full", slab, BARRIER_BYTES), T.uint32(2 * C_ROWS * D * 2))
+                                T.ptx[LOAD](at("k", slab, C_ROWS * D * 2), T.address_of(kc_map), 0, k0, 0, h, b, at("tile_full", slab, BARRIER_BYTES))
+                                T.ptx[LOAD](at("v", slab, C_ROWS * D * 2), T.address_of(vc_map), 0, k0, 0, h, b, at("tile_full", slab, BARRIER_BYTES))
+                            slab = slab + 1
+                            if slab == C_BUFFERS:
+                                slab = 0
+                                tile_phase = tile_phase ^ 1
+                        fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
+                    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+                    if lane == 0:
+                        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
+                        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+                    T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
+                    if lane == 0:
+                        T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), -1, 0, 0, 0)
+                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full", slab, BARRIER_BYTES))
+                if warp == 0:
+                    # The chunk warp: walks the bands of each tile and keeps the ring full, also across tiles.
+                    c: T.int32 = 0
+                    walking: T.int32 = 1
+                    while walking == 1:
+                        T.cuda.mbarrier_wait(at("queue_full", place, BARRIER_BYTES), place_phase)
+                        k0 = load_shared(at("queue", place, TILE_INFO_BYTES))
+                        if k0 < 0:
+                            walking = 0
+                        else:
+                            begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
+                            end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
+                            doc: T.int32 = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
+                            b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
+                            h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
+                            T.cuda.warp_sync()
+                            if lane == 0:
+                                T.ptx.mbarrier.arrive.shared.b64(at("queue_empty", place, BARRIER_BYTES))
+                            next_place()
+                            band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
                             while seg < 2 * group:
-                                segment(seg)
+                                segment()
                                 c = 0
                                 while c < chunks:
-                                    if sent == C_AHEAD:
-                                        load_tile()
-                                    sent = sent + 1
                                     needed: T.uint32 = ballot(T.And(c >= c_first, c <= c_last))
                                     T.cuda.mbarrier_wait(at("empty", stage, BARRIER_BYTES), phase ^ 1)
-                                    if tx == 0:
+                                    if lane == 0:
                                         T.ptx["st.shared.v4.s32"](at("info", stage, INFO_BYTES), q_first + c * C_QUERIES, lo[0], hi[0], T.Cast("int32", needed))
                                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(at("full", stage, BARRIER_BYTES), T.uint32(2 * C_QUERIES * D * 2 + C_QUERIES * 8))
-                                        T.ptx[LOAD](at("q", stage, C_QUERIES * D * 2), T.address_of(qc_map), 0, q_first + c * C_QUERIES, 0, hk * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
-                                        T.ptx[LOAD_STATS](at("stats", stage, C_QUERIES * 8), T.address_of(stats_map), 2 * (q_first + c * C_QUERIES), b * HQ + hk * group + seg // 2, at("full", stage, BARRIER_BYTES))
-                                        T.ptx[LOAD](at("do", stage, C_QUERIES * D * 2), T.address_of(gc_map), 0, q_first + c * C_QUERIES, 0, hk * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("q", stage, C_QUERIES * D * 2), T.address_of(qc_map), 0, q_first + c * C_QUERIES, 0, h * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD_STATS](at("stats", stage, C_QUERIES * 8), T.address_of(stats_map), 2 * (q_first + c * C_QUERIES), b * HQ + h * group + seg // 2, at("full", stage, BARRIER_BYTES))
+                                        T.ptx[LOAD](at("do", stage, C_QUERIES * D * 2), T.address_of(gc_map), 0, q_first + c * C_QUERIES, 0, h * group + seg // 2, b, at("full", stage, BARRIER_BYTES))
                                     stage = stage + 1
                                     if stage == C_STAGES:
                                         stage = 0
                                         phase = phase ^ 1
                                     c = c + 1
                                 seg = seg + 1
-                            if sent <= C_AHEAD:
-                                load_tile()
-                        fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
-                    T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
-                    if tx == 0:
-                        T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), -1, 0, 0, 0)
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full", slab, BARRIER_BYTES))
             else:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](C_CONSUMER_REGS)
                 w: T.int32 = warp // 4 - 1
-                lane: T.int32 = tx % 32
                 strip: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16
                 my_row: T.int32 = strip + lane // 4
                 stats_lane: T.uint32 = T.Cast("uint32", lane % 4 * 16)
@@ -792,7 +901,7 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 steps = T.alloc_local((2,), "int32")
                 stat = T.alloc_local((C_QUERIES // 4,), "float32")
                 sector_col: T.int32 = lane % 2 * 8 + lane % 4 // 2 * 4
-                turn = T.alloc_local((3,), "uint32")
+                turn = T.alloc_local((3 * D // 16,), "uint32")
                 prev: T.int32 = 0
                 left: T.int32 = 0
                 found: T.int32 = 0
@@ -804,11 +913,12 @@ def build_hopper_backward(decisions: dict[str, int], head_dim: int, dtype: str) 
                 def store_rows(values, j, factor, row_at, wanted):
                     # Neighbouring lanes swap halves of two 8-column blocks: a quad then writes whole 32-byte sectors.
                     for n in T.unroll(D // 16):
-                        T.ptx[CVT](turn[0], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
-                        T.ptx[CVT](turn[1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
-                        turn[2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[1], turn[0]), 1, 32, 32)
-                        if wanted:
-                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[0], turn[2]), T.if_then_else(lane % 2 == 0, turn[2], turn[1]))
+                        T.ptx[CVT](turn[3 * n], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
+                        T.ptx[CVT](turn[3 * n + 1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
+                        turn[3 * n + 2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[3 * n + 1], turn[3 * n]), 1, 32, 32)
+                    if wanted:
+                        for n in T.unroll(D // 16):
+                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[3 * n], turn[3 * n + 2]), T.if_then_else(lane % 2 == 0, turn[3 * n + 2], turn[3 * n + 1]))
 
                 @T.inline
                 def release(which):
