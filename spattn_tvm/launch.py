@@ -143,7 +143,7 @@ def _backward_mma(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients,
 def _backward_hopper(
     kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float
 ) -> Gradients:
-    """The kernel keeps lse and delta of each query in a workspace, two queries a row, and two tile counters."""
+    """The kernel has a workspace for lse and delta, two queries a row, and one for two tile counters."""
     dq, dk, dv = (torch.empty_like(model) for model in models)
     batch, heads, length, _ = dq.shape
     stats = torch.empty((batch, heads, (length + 1) // 2, 4), dtype=torch.float32, device=dq.device)
