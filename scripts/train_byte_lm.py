@@ -1,6 +1,6 @@
 """Train a byte-level language model twice, with SPAttention and with dense attention, on real English text.
 
-The text is CPython's own documentation topics (``pydoc_data.topics``, about 460 kB), which every Python
+The text is CPython's own documentation topics (``pydoc_data.topics``, about 370 kB), which every Python
 carries; every eighth topic is held out. Both models start from the same weights, see the same batches in the
 same order and take turns every few steps, so that their losses and their speeds can be compared.
 
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm.nn import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+ROPE_THETA = 10_000.0
 # Steps of one model before the other has its turn. Both thread pools spin for a while after their last piece
 # of work, so a turn starts after a pause and its first step is not timed.
 TURN_STEPS = 10
@@ -75,6 +77,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
         # (B, N, H*D) -> (B, H, N, D) as a view: the kernels take any strides with a contiguous last one.
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k = rotate(q, ROPE_THETA), rotate(k, ROPE_THETA)
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
@@ -85,7 +88,6 @@ class ByteModel(nn.Module):
     def __init__(self, sizes: Sizes, attend: Attend) -> None:
         super().__init__()
         self.byte = nn.Embedding(256, sizes.width)
-        self.position = nn.Embedding(sizes.context, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, attend) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.width, bias=False)
         for name, weight in self.named_parameters():
@@ -96,7 +98,7 @@ class ByteModel(nn.Module):
                 nn.init.normal_(weight, std=0.02 * depth_scale)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.byte(text) + self.position.weight[: text.shape[1]]
+        x = self.byte(text)
         for block in self.blocks:
             x = block(x)
         return self.norm(x) @ self.byte.weight.T
@@ -107,17 +109,22 @@ class ByteModel(nn.Module):
 
 
 def load_text() -> tuple[Tensor, Tensor]:
-    """Training and held-out bytes."""
+    """Training and held-out bytes.
+
+    Some topics repeat others ("async" is a part of "compound"): a paragraph is used once, and one that
+    stands in the training text is not held out.
+    """
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
     parts: tuple[list[str], list[str]] = ([], [])
-    for index, name in enumerate(names):
-        parts[index % 8 == 2].append(topics[name])
-    train, held_out = (
-        torch.frombuffer(bytearray("\n\n".join(part).encode()), dtype=torch.uint8).long() for part in parts
+    for index, name in enumerate(sorted(topics)):
+        parts[index % 8 == 2].extend(text.strip("\n") for text in topics[name].split("\n\n"))
+    train = "\n\n".join(dict.fromkeys(parts[0]))
+    held_out = "\n\n".join(text for text in dict.fromkeys(parts[1]) if text not in train)
+    first, second = (
+        torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() for text in (train, held_out)
     )
-    return train, held_out
+    return first, second
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
