@@ -3,7 +3,6 @@ is spent."""
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import threading
 import time
@@ -175,15 +174,6 @@ def _key(decisions: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(decisions.items()))
 
 
-def kernel_hash(space: Space, problem: AttentionProblem, target: MachineTarget) -> str:
-    """Identifies kernel code and space: SHA-256 over the untuned kernel's TVMScript and the choices, 12
-    digits."""
-    key = (problem.head_dim, problem.dtype)
-    module = space.build(space.untuned(*key, target), *key, target)
-    text = f"{module.script()}\n{sorted(space.choices(*key).items())}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def run_search(
     search: DecisionSearch, meter: Meter, session: _Session, family: str, kernel: str, first: dict[str, int]
 ) -> str:
@@ -309,7 +299,7 @@ def tune(
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
     spaces = _supporting_spaces(problem, target, families)
 
-    from .strategy import DecisionSearch, workload_hash
+    from .strategy import DecisionSearch, kernel_hash, workload_hash
 
     folder = log_folder(log_root, target, problem, strategy)
     log = TuningLog(folder, problem, target, strategy)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule import _ffi_api
@@ -58,9 +59,26 @@ def search_workload(problem: AttentionProblem, family: str, kernel: str) -> tvm.
     )
 
 
+def structural_digest(module: tvm.IRModule) -> str:
+    """TVM's structural hash in hexadecimal: the same in every process, whatever the variables are called."""
+    return f"{tvm_ffi.structural_hash(module) % 2**64:016x}"
+
+
 def workload_hash(problem: AttentionProblem) -> str:
-    """SHA-256 of the workload's TVMScript; TVM calls its own structural hash environment-dependent."""
-    return hashlib.sha256(build_workload(problem).script().encode()).hexdigest()
+    """Identifies a problem's workload."""
+    return structural_digest(build_workload(problem))
+
+
+def kernel_hash(space: Space, problem: AttentionProblem, target: MachineTarget) -> str:
+    """Identifies a kernel's code and its space, by the untuned kernel and the choices; 12 hexadecimal digits.
+
+    Unlike a hash of the source text it does not change with a comment. Code that only other decisions reach
+    does not enter it; results that such code has made stale are found when a log is distilled.
+    """
+    key = (problem.head_dim, problem.dtype)
+    module = space.build(space.untuned(*key, target), *key, target)
+    text = f"{structural_digest(module)} {sorted(space.choices(*key).items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def trace_decisions(trace: Any, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
