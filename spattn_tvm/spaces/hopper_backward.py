@@ -1,0 +1,178 @@
+"""Decision space of the Hopper backward: tile shapes, pipeline depths and the tile order of its two passes.
+
+The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.spaces import Decisions, Space
+
+if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
+    from spattn_tvm.target import MachineTarget
+
+DTYPES = ("float16", "bfloat16")
+HEAD_DIMS = (64, 128)
+
+WARPGROUP_ROWS = 64
+SHARED_LIMIT = 232448  # bytes that a CTA may use on sm_90
+REGISTERS = 65536
+LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
+
+# What a consumer thread keeps besides accumulators and operands: addresses, loop state, masks. ptxas spilled
+# nothing where these left room, and serialized every wgmma (C7512) where they did not.
+DQ_OTHER_REGISTERS = 32
+DKV_OTHER_REGISTERS = 16
+
+
+def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    if target.kind != "cuda" or target.arch != "sm_90a":
+        return f"the hopper family needs sm_90a, not {target.folder}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not among {', '.join(DTYPES)}"
+    if head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} is not among {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
+def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
+    return {
+        # One warpgroup starts with more registers than setmaxnreg would raise it to; three would get 160 each
+        # and need 176.
+        "dq_warpgroups": (2,),
+        "dq_keys": (32, 48, 64, 96),
+        "dq_stages": (2, 3, 4, 5, 6, 8),
+        "dq_heads": (1, 2, 4, 8, 16, 32),
+        "dq_registers": (232, 240),
+        "dq_producer_registers": (24, 40),
+        "dkv_warpgroups": (2,),
+        "dkv_queries": (32, 48, 64, 96),
+        "dkv_stages": (2, 3, 4, 5, 6, 8),
+        "dkv_buffers": (1, 2),
+        "dkv_heads": (1, 2, 4, 8, 16, 32),
+        "dkv_registers": (232, 240),
+        "dkv_producer_registers": (24, 40),
+    }
+
+
+def _dq_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the dQ pass: Q, dO and O of a tile, rings of K and V, 1 KiB for all that is small."""
+    rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
+    ring = decisions["dq_stages"] * decisions["dq_keys"]
+    return (3 * rows + 2 * ring) * head_dim * 2 + 1024
+
+
+def _dkv_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]
+    ring = decisions["dkv_stages"] * decisions["dkv_queries"]
+    return (2 * rows + 2 * ring) * head_dim * 2 + ring * 8 + 512
+
+
+def _dq_registers(decisions: Decisions, head_dim: int) -> int:
+    """Registers of a dQ consumer: dQ, the fragments of Q and dO, scores, dP and dS."""
+    keys = decisions["dq_keys"]
+    return head_dim // 2 + 2 * (head_dim // 4) + keys + keys // 4 + DQ_OTHER_REGISTERS
+
+
+def _dkv_registers(decisions: Decisions, head_dim: int) -> int:
+    """Registers of a dK/dV consumer: dK and dV, scores, dP, P and dS or the statistics of a chunk."""
+    queries = decisions["dkv_queries"]
+    return head_dim + queries + queries // 2 + DKV_OTHER_REGISTERS
+
+
+def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | None:
+    """Registers move between warpgroups only within what the launch allotted to all of them alike."""
+    threads = 128 * (warpgroups + 1)
+    launch = REGISTERS // threads // LAUNCH_GRAIN * LAUNCH_GRAIN
+    if warpgroups * consumers + producer > (warpgroups + 1) * launch:
+        return (
+            f"{warpgroups} warpgroups of {consumers} and one of {producer} registers a thread, "
+            f"where the launch allots {warpgroups + 1} times {launch}"
+        )
+    return None
+
+
+def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    needs = {
+        "dq": (_dq_bytes(decisions, head_dim), _dq_registers(decisions, head_dim)),
+        "dkv": (_dkv_bytes(decisions, head_dim), _dkv_registers(decisions, head_dim)),
+    }
+    for name, (shared, registers) in needs.items():
+        if shared > SHARED_LIMIT:
+            return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
+        allotted = decisions[f"{name}_registers"]
+        if registers > allotted:
+            return f"the {name} pass needs about {registers} registers a thread, {name}_registers={allotted}"
+        conflict = _register_conflict(
+            allotted, decisions[f"{name}_producer_registers"], decisions[f"{name}_warpgroups"]
+        )
+        if conflict is not None:
+            return f"the {name} pass: {conflict}"
+    return None
+
+
+def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
+    """Sizes on a logarithmic scale, work executed against useful work, bytes in flight, and the tiles that
+    each multiprocessor of a full chip gets.
+    """
+    useful = max(1, problem.layout.pairs(problem.length))
+    features = [math.log2(value) for _, value in sorted(decisions.items())]
+    for name, chunk in (("dq", "dq_keys"), ("dkv", "dkv_queries")):
+        # By symmetry the queries of a key tile are counted like the keys of a query tile.
+        executed = problem.layout.executed_pairs(problem.length, WARPGROUP_ROWS, decisions[chunk])
+        rows = WARPGROUP_ROWS * decisions[f"{name}_warpgroups"]
+        heads = problem.query_heads if name == "dq" else problem.kv_heads
+        tiles = problem.batch * heads * math.ceil(problem.length / rows)
+        features.append(executed / useful)
+        features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
+        features.append(math.log2(tiles / 132))
+    features.append(_dq_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
+    features.append(_dkv_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
+    features.append(_dq_registers(decisions, problem.head_dim) / decisions["dq_registers"])
+    features.append(_dkv_registers(decisions, problem.head_dim) / decisions["dkv_registers"])
+    return features
+
+
+def _untuned(head_dim: int, dtype: str, target: MachineTarget) -> dict[str, int]:
+    """Chunks of 64 and the deepest rings that fit, with one buffer of K and V: two buffers and three stages
+    took 0.442 ms instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead
+    of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64 (H200, bfloat16, spattention).
+    """
+    wide = head_dim == 128
+    return {
+        "dq_warpgroups": 2,
+        "dq_keys": 64,
+        "dq_stages": 4 if wide else 6,
+        "dq_heads": 8,
+        "dq_registers": 240,
+        "dq_producer_registers": 24,
+        "dkv_warpgroups": 2,
+        "dkv_queries": 64,
+        "dkv_stages": 5 if wide else 8,
+        "dkv_buffers": 1,
+        "dkv_heads": 8,
+        "dkv_registers": 240,
+        "dkv_producer_registers": 24,
+    }
+
+
+def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
+    from spattn_tvm.kernels.hopper_backward import build_hopper_backward
+
+    return build_hopper_backward(decisions, head_dim, dtype)
+
+
+BACKWARD = Space(
+    family="hopper",
+    direction="backward",
+    choices=_choices,
+    illegal=_illegal,
+    features=_features,
+    untuned=_untuned,
+    build=_build,
+    unsupported=_unsupported,
+)
