@@ -1,7 +1,7 @@
 """Allocation around a kernel call: outputs, accumulators and the workspaces of each family.
 
 Inputs whose last dimension is not contiguous are copied. On CUDA so are those that a TMA descriptor can't
-describe: an address, or the stride of a dimension longer than 1, that is no multiple of 16 bytes.
+describe: an address or a stride that is no multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -33,21 +33,17 @@ def _workers(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else torch.get_num_threads()
 
 
-def _has_describable_strides(tensor: Tensor) -> bool:
+def _is_describable(tensor: Tensor) -> bool:
     step = _TMA_BYTES // tensor.element_size()
-    return tensor.stride(3) == 1 and all(
-        size == 1 or stride % step == 0
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    )
+    b, h, n, d = tensor.stride()
+    return d == 1 and not (tensor.data_ptr() % _TMA_BYTES or b % step or h % step or n % step)
 
 
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy if kernels can't read it in place."""
     if not tensor.is_cuda:
         return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-    if tensor.data_ptr() % _TMA_BYTES or not (tensor.is_contiguous() or _has_describable_strides(tensor)):
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
+    return tensor if _is_describable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _call(function: Callable[..., object], device: torch.device, *arguments: object) -> None:
@@ -64,6 +60,34 @@ def _like(result: Tensor, model: Tensor) -> Tensor:
     if result.dtype == model.dtype and result.is_contiguous() and model.is_contiguous():
         return result
     return torch.empty_like(model).copy_(result)
+
+
+@cache
+def _kept_counters(device: torch.device, stream: int) -> Tensor:
+    # Made outside of inference mode, because calls outside of it use them as well.
+    with torch.inference_mode(False):
+        return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _tile_counters(device: torch.device) -> Tensor:
+    """Two zeros, which each Hopper forward leaves zero: kept for each stream, whose calls follow one another.
+
+    A captured graph may be replayed beside them, so it gets its own, cleared by each replay.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _forward_hopper(
+    kernel: Kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor], scale: float
+) -> None:
+    if scale <= 0:
+        # The kernel finds a row's maximum before it scales, which only a positive factor allows.
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        inputs = (inputs[0] * sign, *inputs[1:])
+    device = outputs[0].device
+    _call(kernel.function, device, *inputs, *outputs, _tile_counters(device), scale, _workers(outputs[0]))
 
 
 def launch_forward(
@@ -111,7 +135,10 @@ def launch_forward(
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
         return o, lse
     inputs = (_readable(q), _readable(k), _readable(v), bands, cu_seqlens)
-    _call(kernel.function, q.device, *inputs, o, lse, scale, _workers(q))
+    if kernel.family == "hopper":
+        _forward_hopper(kernel, inputs, (o, lse), scale)
+    else:
+        _call(kernel.function, q.device, *inputs, o, lse, scale, _workers(q))
     return o, lse
 
 
