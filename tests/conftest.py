@@ -1,8 +1,13 @@
 """Tests marked ``gpu`` are skipped, with the reason, where PyTorch sees no CUDA device."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
+
+from spattn_tvm import launch
 
 # A first example may compile a kernel, which no per-example deadline allows for.
 settings.register_profile("spattn", deadline=None, print_blob=True)
@@ -16,3 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def poisoned_outputs() -> Iterator[None]:
+    """Whatever a kernel is given to write holds NaN before, so that what it leaves out is seen."""
+
+    class Poisoning:
+        def __getattr__(self, name: str) -> Any:
+            original = getattr(torch, name)
+            if name not in ("empty", "empty_like"):
+                return original
+            return lambda *args, **kwargs: original(*args, **kwargs).fill_(torch.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "torch", Poisoning())
+        yield

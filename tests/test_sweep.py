@@ -1,8 +1,8 @@
 """The property that matters most: on any problem, forward and backward, ours errs at most twice as much as
 plain PyTorch in the same dtype.
 
-1,000 problems by default; ``SPATTN_SWEEP=10000 pytest tests/test_sweep.py`` runs more, and the GPU's as well
-where there is one.
+1,000 problems by default; ``SPATTN_SWEEP=10000 pytest tests/test_sweep.py`` runs more, and with
+``tests/test_hopper.py`` the GPU's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "1000"))
 sweep = settings(max_examples=PROBLEMS, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.timeout(240 + PROBLEMS)
 @sweep
 @given(problem=problems())
