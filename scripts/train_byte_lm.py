@@ -160,6 +160,11 @@ class Run:
         self.losses.append(loss.item())
         self.step_seconds.append(time.perf_counter() - begin)
 
+    def __str__(self) -> str:
+        recent = self.losses[-TURN_STEPS:]
+        training = f"{sum(recent) / len(recent) / math.log(2):.3f} bits/byte, " if recent else ""
+        return f"{self.name}: {training}held out {self.held_out[-1][1]:.3f}"
+
     @torch.no_grad()
     def evaluate(self, text: Tensor, context: int) -> None:
         """Bits a byte over the whole of `text`, in windows of at most `context` bytes."""
@@ -182,41 +187,37 @@ def median_step_seconds(run: Run) -> float:
 
 
 def train(
-    sizes: Sizes, steps: int, learning_rate: float, seed: int, minutes: float | None
-) -> tuple[list[Run], int]:
-    """Train both models for `steps` steps, or for as many as fit `minutes`; returns them and the steps."""
+    sizes: Sizes, learning_rate: float, seed: int, *, steps: int | None = None, minutes: float | None = None
+) -> list[Run]:
+    """Train both models for a number of steps, or for as many as fit a time, evaluations included."""
     training, held_out = load_text()
     runs = [Run.start(name, sizes, seed, learning_rate) for name in VARIANTS]
     order = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(training) - sizes.context, (max(steps, 100_000), sizes.batch), generator=order)
-
     began = time.monotonic()
     made = 0
-    while made < steps:
-        for run in runs:
-            time.sleep(PAUSE_S)
-            for index in range(made, min(made + TURN_STEPS, steps)):
-                rate = learning_rate_at(index / steps, learning_rate)
-                run.step(windows(training, starts[index], sizes.context), rate)
-        made = min(made + TURN_STEPS, steps)
-        if made == TURN_STEPS and minutes is not None:
-            # The learning rate needs the number of steps in advance: reckon it from the first turns, with
-            # room for the evaluations.
-            pair_seconds = sum(median_step_seconds(run) for run in runs)
-            steps = max(3 * TURN_STEPS, int(0.9 * minutes * 60 / pair_seconds) // TURN_STEPS * TURN_STEPS)
-        if made % (5 * TURN_STEPS) == 0 or made == steps:
+    while True:
+        seconds = time.monotonic() - began
+        progress = seconds / (60 * minutes) if minutes is not None else made / (steps or 1)
+        if made % (5 * TURN_STEPS) == 0 or progress >= 1:
             for run in runs:
                 run.evaluate(held_out, sizes.context)
-            shown = "   ".join(
-                f"{run.name}: loss {sum(run.losses[-TURN_STEPS:]) / TURN_STEPS / math.log(2):.3f}, "
-                f"held out {run.held_out[-1][1]:.3f} bits/byte"
-                for run in runs
+            print(
+                f"step {made:5d}, {min(progress, 1):4.0%}, {seconds:4.0f} s   " + "   ".join(map(str, runs)),
+                flush=True,
             )
-            print(f"step {made:5d} of {steps}, {time.monotonic() - began:4.0f} s   {shown}", flush=True)
-    return runs, made
+        if progress >= 1:
+            return runs
+        rate = learning_rate_at(progress, learning_rate)
+        starts = torch.randint(len(training) - sizes.context, (TURN_STEPS, sizes.batch), generator=order)
+        for run in runs:
+            time.sleep(PAUSE_S)
+            for start in starts:
+                run.step(windows(training, start, sizes.context), rate)
+        made += TURN_STEPS
 
 
-def summarize(runs: list[Run], sizes: Sizes, steps: int, seed: int) -> dict:
+def summarize(runs: list[Run], sizes: Sizes, seed: int) -> dict:
+    steps = len(runs[0].losses)
     tokens = sizes.batch * sizes.context
     return {
         "format": 1,
@@ -283,7 +284,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, help="train for about this long (overrides --steps)")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each model")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each model, rounded up to tens")
     parser.add_argument("--shape", default="1,8,2048,32", help="sequences, heads, bytes a sequence, head dim")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -296,8 +297,10 @@ def main() -> None:
 
     batch, heads, context, head_dim = map(int, arguments.shape.split(","))
     sizes = Sizes(context, batch, arguments.layers, heads, head_dim)
-    runs, steps = train(sizes, arguments.steps, arguments.learning_rate, arguments.seed, arguments.minutes)
-    summary = summarize(runs, sizes, steps, arguments.seed)
+    runs = train(
+        sizes, arguments.learning_rate, arguments.seed, steps=arguments.steps, minutes=arguments.minutes
+    )
+    summary = summarize(runs, sizes, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "byte_lm.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     plot(summary, arguments.out / "byte_lm.png")

@@ -92,9 +92,8 @@ def test_model_is_causal(training: ModuleType) -> None:
 
 def test_training_lowers_both_losses(training: ModuleType, tmp_path: Path) -> None:
     sizes = training.Sizes(context=128, batch=2, layers=1, heads=4, head_dim=32)
-    runs, steps = training.train(sizes, 30, 3e-3, 0, None)
-    assert steps == 30
-    summary = training.summarize(runs, sizes, steps, 0)
+    runs = training.train(sizes, 3e-3, 0, steps=30)
+    summary = training.summarize(runs, sizes, 0)
     for run in runs:
         assert len(run.losses) == 30
         assert sum(run.losses[-5:]) < 0.85 * sum(run.losses[:5])
@@ -102,6 +101,8 @@ def test_training_lowers_both_losses(training: ModuleType, tmp_path: Path) -> No
         assert last == 30
         assert 2 < bits < 8
     assert summary["tokens"] == 30 * 2 * 128
+    first = [run.held_out[0] for run in runs]
+    assert all(step == 0 and 7.5 < bits < 8.5 for step, bits in first)
     training.plot(summary, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
