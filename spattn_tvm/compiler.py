@@ -427,8 +427,16 @@ def compile_kernel(
     obstacle = compile_obstacle(target)
     if obstacle is not None:
         raise CompilerMissingError(obstacle)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _file_lock(path.with_suffix(".lock")):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock")
+        lock.touch()
+    except OSError as error:
+        raise RuntimeError(
+            f"can't write compiled kernels to {folder} ({error}): set SPATTN_CACHE_DIR to a folder where this "
+            "process may write"
+        ) from error
+    with _file_lock(lock):
         if _is_intact(path, identity):
             return path
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:

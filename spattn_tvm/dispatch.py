@@ -75,6 +75,7 @@ class Kernel:
 _lock = threading.RLock()
 _found: dict[Any, Kernel] = {}
 _functions: dict[tuple[Path, str], Callable[..., Any]] = {}
+_compiled_paths: dict[Any, Path] = {}
 _bundles: list[Bundle] = []
 _environment_bundle: list[str] = []
 _warned: set[str] = set()
@@ -85,11 +86,14 @@ def _no_function(*arguments: object) -> None:
 
 
 def _target_of(device: torch.device) -> MachineTarget:
-    if device.type == "cuda":
-        return detect_cuda(torch.cuda.current_device() if device.index is None else device.index)
-    if device.type == "cpu":
-        return detect_cpu()
-    raise ValueError(f"no kernels for tensors on {device}; known: cpu, cuda")
+    try:
+        if device.type == "cuda":
+            return detect_cuda(torch.cuda.current_device() if device.index is None else device.index)
+        if device.type == "cpu":
+            return detect_cpu()
+    except ValueError as error:  # a chip that no kernels are made for
+        raise NoKernelError(str(error)) from error
+    raise NoKernelError(f"no kernels for tensors on {device}; known: cpu, cuda")
 
 
 def register_bundle(bundle: Bundle) -> None:
@@ -116,6 +120,7 @@ def clear_cache() -> None:
 
     with _lock:
         _found.clear()
+        _compiled_paths.clear()
         _warned.clear()
         store.clear_cache()
 
@@ -160,9 +165,12 @@ def _from_bundles(
 
 
 def _compiled(problem: AttentionProblem, target: MachineTarget, choice: Choice) -> Kernel:
-    path = compile_kernel(
-        choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
-    )
+    identity = (choice.family, problem.direction, problem.dtype, problem.head_dim)
+    key = (*identity, target, *sorted(choice.decisions.items()))
+    path = _compiled_paths.get(key)
+    if path is None:
+        # Finding a library on disk takes 2 ms, too much for each new length.
+        path = _compiled_paths[key] = compile_kernel(*identity, choice.decisions, target)
     function = _function(path, problem.direction, cuda=target.kind == "cuda")
     return Kernel(
         function, choice.family, problem.direction, choice.decisions, choice.status, choice.reason, path

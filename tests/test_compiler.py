@@ -243,3 +243,12 @@ def test_a_process_started_for_cuda_compiles_there_and_a_cpu_process_is_left_as_
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert environment["SPATTN_COMPILES_CUDA"] == "1"
     assert compiler.compile_environment(detect_cpu()) == dict(os.environ)
+
+
+def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="SPATTN_CACHE_DIR"):
+        compile_backward()

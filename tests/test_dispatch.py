@@ -211,3 +211,14 @@ def test_a_gpu_call_runs_a_kernel_or_says_why_not() -> None:
     else:
         o = banded_attention(q, q, q, LAYOUT)
         torch.testing.assert_close(o.float(), reference_attention(q, q, q, LAYOUT)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_chip_that_no_kernel_is_made_for_falls_back_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detect() -> MachineTarget:
+        raise ValueError("no CPU kernels for a 'vax' machine")
+
+    monkeypatch.setattr(dispatch, "detect_cpu", detect)
+    with pytest.warns(FallbackWarning, match="vax"):
+        assert find_kernel("forward", query(), LAYOUT.spec).family == "reference"
+    with pytest.raises(ValueError, match="vax"):
+        find_kernel("forward", query(), LAYOUT.spec, "cpu")
