@@ -3,6 +3,7 @@ is spent."""
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import threading
 import time
@@ -289,7 +290,7 @@ def tune(
     ValueError
         When the target is not this machine, no family supports the problem, or an argument makes no sense.
     RuntimeError
-        When not even a family's untuned default can be built, run or is correct.
+        When TVM or xgboost is missing, or not even a family's untuned default builds, runs and is correct.
     """
     budget = Budget(64 if trials is None and minutes is None else trials, minutes)
     if strategy not in STRATEGIES:
@@ -298,6 +299,11 @@ def tune(
     if reason is not None:
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
     spaces = _supporting_spaces(problem, target, families)
+    missing = [name for name in ("tvm", "xgboost") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"a search needs {' and '.join(missing)}: install them with `pip install 'spattn-tvm[tune]'`"
+        )
 
     from .strategy import DecisionSearch, kernel_hash, workload_hash
 

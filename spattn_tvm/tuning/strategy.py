@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
+import xgboost
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule import _ffi_api
@@ -193,12 +194,17 @@ class _DecisionFeatures(ms.feature_extractor.PyFeatureExtractor):
 
 
 @contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """XGBModel draws its first scores from NumPy's global generator."""
+def _cost_model_settings(seed: int) -> Iterator[None]:
+    """Random scores from a seed, and one thread.
+
+    XGBModel draws its first scores from NumPy's global generator, and waking xgboost's threads takes longer
+    than the work on a hundred candidates.
+    """
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
-        yield
+        with xgboost.config_context(nthread=1):
+            yield
     finally:
         np.random.set_state(state)  # noqa: NPY002
 
@@ -348,7 +354,7 @@ class DecisionSearch:
     def ask(self) -> list[tuple[dict[str, int], Any]] | None:
         """The next batch as (decisions, candidate), possibly empty; None when the space is exhausted."""
         self._batches += 1
-        with _numpy_seed(self._seed + self._batches):
+        with _cost_model_settings(self._seed + self._batches):
             candidates = self._context.generate_measure_candidates()
         if candidates is None:
             return None
@@ -365,7 +371,8 @@ class DecisionSearch:
             results.append(ms.runner.RunnerResult(None if latency is None else [latency * 1e-6], failed))
         self._context.notify_runner_results(list(candidates), results)
         if self._strategy == "evolutionary" and candidates:
-            self._model.update(self._context, list(candidates), results)
+            with _cost_model_settings(self._seed):
+                self._model.update(self._context, list(candidates), results)
 
     def keep(self, candidate: Any, latency_us: float | None) -> None:
         """Append one measurement to the database at once; a failure as MetaSchedule writes it, with 1e10
