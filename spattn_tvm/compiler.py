@@ -433,8 +433,8 @@ def compile_kernel(
         lock.touch()
     except OSError as error:
         raise RuntimeError(
-            f"can't write compiled kernels to {folder} ({error}): set SPATTN_CACHE_DIR to a folder where this "
-            "process may write"
+            f"can't write compiled kernels to {folder} ({error}): set SPATTN_CACHE_DIR to a folder that this "
+            "process may write to"
         ) from error
     with _file_lock(lock):
         if _is_intact(path, identity):

@@ -28,7 +28,7 @@ from .store import Choice, NoKernelError, find_schedule, is_same_problem
 from .target import MachineTarget, detect_cpu, detect_cuda
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from .bundle import Bundle, BundledKernel
 
 IMPLEMENTATIONS = ("auto", "reference", *FAMILIES)
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -144,6 +144,13 @@ def _function(path: Path, direction: str, **options: Any) -> Callable[..., Any]:
     return _functions[key]
 
 
+def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKernel) -> tuple[str, str]:
+    status = entry.status
+    if status == "tuned" and not is_same_problem(problem, entry.problem):
+        status = "nearest"
+    return status, f"bundle {bundle.path}, exported for {entry.problem.key}: {entry.reason}"
+
+
 def _from_bundles(
     problem: AttentionProblem, target: MachineTarget, families: tuple[str, ...]
 ) -> Kernel | None:
@@ -151,10 +158,7 @@ def _from_bundles(
         entry = bundle.nearest(problem, target, families)
         if entry is None:
             continue
-        status = entry.status
-        if status == "tuned" and not is_same_problem(problem, entry.problem):
-            status = "nearest"
-        reason = f"bundle {bundle.path}, exported for {entry.problem.key}: {entry.reason}"
+        status, reason = _bundled_status(problem, bundle, entry)
         if (entry.path, problem.direction) not in _functions:
             bundle.verify()
         function = _function(
@@ -303,11 +307,11 @@ def explain(problem: AttentionProblem, target: MachineTarget) -> str:
     for bundle in _bundles_in_use() if obstacle is None else []:
         entry = bundle.nearest(problem, target, families_for(target))
         if entry is not None:
+            status, reason = _bundled_status(problem, bundle, entry)
             lines += [
-                ("bundle", str(bundle.path)),
                 ("family", entry.family),
-                ("status", entry.status),
-                ("reason", f"exported for {entry.problem.key}: {entry.reason}"),
+                ("status", status),
+                ("reason", reason),
                 ("decisions", _listed(entry.decisions)),
             ]
             return _aligned(lines)

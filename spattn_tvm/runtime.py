@@ -151,7 +151,7 @@ def _use_openmp_pool(path: str) -> bool:
     none.
 
     Two pools on the same cores starve each other: OpenMP's workers spin after each PyTorch operator while
-    TVM's want to run.
+    TVM's want to run. ``SPATTN_THREAD_POOL=tvm`` in the environment keeps TVM's.
     """
     if os.environ.get("SPATTN_THREAD_POOL", "openmp") == "tvm" or not _openmp_is_loaded():
         return False
