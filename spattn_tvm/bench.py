@@ -33,7 +33,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,12 +196,51 @@ def _prepare_flex(problem: AttentionProblem, device: torch.device) -> Attention:
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
 
 
-def _prepare_flash_sparse(problem: AttentionProblem, device: torch.device) -> Attention:
-    if importlib.util.find_spec("flash_sparse_attn") is None:
-        raise PeerUnavailable("the package flash-sparse-attn is not installed")
-    raise PeerUnavailable(
-        "its window_sizes take one window per head: two disjoint bands need a build that accepts them"
-    )
+def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
+    """A layout as flash-sparse-attn 2 takes it: sink, far width, gap and near width of each key/value head.
+
+    A head sees the distances ``[0, near)`` and ``[near + gap, near + gap + far)``.
+
+    Raises
+    ------
+    PeerUnavailable
+        For bands that do not start at distance 0, or differ between query heads of one key/value head.
+    """
+    group = problem.query_heads // problem.kv_heads
+    bands = problem.layout.bands(problem.length)
+    rows = []
+    for first in range(0, problem.query_heads, group):
+        head = bands[first]
+        if any(other != head for other in bands[first : first + group]):
+            raise PeerUnavailable("it has one pair of bands per key/value head, not per query head")
+        if not head or head[0][0] != 0:
+            raise PeerUnavailable("its near band starts at distance 0")
+        near = head[0][1] + 1
+        far_lo, far_hi = head[1] if len(head) > 1 else (near, near - 1)
+        rows.append((0, far_hi - far_lo + 1, far_lo - near, near))
+    return rows
+
+
+def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.device], Attention]:
+    def prepare(problem: AttentionProblem, device: torch.device) -> Attention:
+        import torch
+
+        if importlib.util.find_spec("flash_sparse_attn") is None:
+            raise PeerUnavailable("the package flash-sparse-attn is not installed")
+        if backend == "cute":
+            from flash_sparse_attn.ops.cute import flash_attn_func as function
+        else:
+            from flash_sparse_attn.ops.triton import flash_dense_attn_func as function
+        sizes = torch.tensor(window_sizes(problem), dtype=torch.int32, device=device)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # It takes (B, N, H, D); a transposed view, as its own users pass, costs nothing here.
+            o = function(*(t.transpose(1, 2) for t in (q, k, v)), window_sizes=sizes, is_local=True)
+            return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
+
+        return attend
+
+    return prepare
 
 
 PEERS: dict[str, Peer] = {
@@ -212,7 +251,14 @@ PEERS: dict[str, Peer] = {
         Peer("cudnn", "cuDNN SDPA, dense causal", ("cuda",), False, _prepare_sdpa("CUDNN_ATTENTION")),
         Peer("flash", "Flash SDPA, dense causal", ("cuda",), False, _prepare_sdpa("FLASH_ATTENTION")),
         Peer("flex", "FlexAttention, same mask", ("cpu", "cuda"), True, _prepare_flex),
-        Peer("fsa", "flash-sparse-attn, same mask", ("cuda",), True, _prepare_flash_sparse),
+        Peer("fsa", "flash-sparse-attn CuTe, same mask", ("cuda",), True, _prepare_flash_sparse("cute")),
+        Peer(
+            "fsa_triton",
+            "flash-sparse-attn Triton, same mask",
+            ("cuda",),
+            True,
+            _prepare_flash_sparse("triton"),
+        ),
     )
 }
 
@@ -708,22 +754,24 @@ def benchmark(
     seed = random.randrange(2**31) if seed is None else seed
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
+    current_device = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
     try:
-        results = [
-            _benchmark_problem(
-                problem,
-                passes,
-                names if names is not None else peers_for(target.kind),
-                place,
-                target,
-                clock,
-                rounds=rounds,
-                budget_s=budget_s,
-                seed=seed,
-                report=lambda text, problem=problem: report(f"{describe(problem)} {text}"),  # type: ignore[misc]
-            )
-            for problem in problems
-        ]
+        with current_device:
+            results = [
+                _benchmark_problem(
+                    problem,
+                    passes,
+                    names if names is not None else peers_for(target.kind),
+                    place,
+                    target,
+                    clock,
+                    rounds=rounds,
+                    budget_s=budget_s,
+                    seed=seed,
+                    report=lambda text, problem=problem: report(f"{describe(problem)} {text}"),  # type: ignore[misc]
+                )
+                for problem in problems
+            ]
         return {
             "format": FORMAT,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -294,7 +294,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     peers: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, flex, fsa (CUDA)."),
+        typer.Option(
+            help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, flex, fsa, fsa_triton (CUDA)."
+        ),
     ] = None,
     passes: Annotated[
         str, typer.Option(help="Comma-separated: forward, backward, forward_backward.")

@@ -10,7 +10,7 @@ import torch
 from spattn_tvm import bench
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.reference import reference_attention
+from spattn_tvm.reference import attention_mask, reference_attention
 
 
 def problem(length: int = 70, heads: int = 4, kv_heads: int = 2) -> AttentionProblem:
@@ -226,3 +226,36 @@ def test_check_sees_every_output(seed: int) -> None:
             found += name in bench._check(altered, inputs, p.layout, p, seed)[1]
         group = outputs[name].shape[1] // 2
         assert found == group, f"{name}: one key/value head of one batch entry is checked"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        BandLayout.spattention(4, 70),
+        BandLayout.local_only(4, 70),
+        BandLayout.sliding_window(4, 9),
+        BandLayout.custom([[(0, 3), (4, 8)], [(0, 0), (2, 2)], [(0, 69)], [(0, 5), (60, 69)]], 70),
+    ],
+)
+def test_window_sizes_name_the_same_mask(layout: BandLayout) -> None:
+    problem = AttentionProblem("forward", "bfloat16", 1, 4, 4, 70, 64, layout)
+    distance = torch.arange(70)[:, None] - torch.arange(70)
+    for (sink, far, gap, near), expected in zip(
+        bench.window_sizes(problem), attention_mask(layout, 70), strict=True
+    ):
+        assert sink == 0
+        mask = (distance < near) | ((distance >= near + gap) & (distance < near + gap + far))
+        assert torch.equal(mask & (distance >= 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kv_heads", "message"),
+    [
+        (BandLayout.exclusive(4, 70), 4, "starts at distance 0"),
+        (BandLayout.spattention(4, 70), 2, "per key/value head"),
+    ],
+)
+def test_masks_that_window_sizes_cannot_name(layout: BandLayout, kv_heads: int, message: str) -> None:
+    problem = AttentionProblem("forward", "bfloat16", 1, 4, kv_heads, 70, 64, layout)
+    with pytest.raises(bench.PeerUnavailable, match=message):
+        bench.window_sizes(problem)
