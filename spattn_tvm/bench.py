@@ -363,6 +363,8 @@ def _check(
 class _CpuClock:
     """Wall time of a step after an idle gap, with as many calls as make a sample last some milliseconds."""
 
+    matmul_size = 2048
+
     def __init__(self, idle_ms: float, sample_ms: float = 10.0) -> None:
         self.idle_ms, self.sample_ms = idle_ms, sample_ms
 
@@ -383,12 +385,9 @@ class _CpuClock:
     def peak_memory_mib(self, step: Step) -> float | None:
         return None
 
-    @staticmethod
-    def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-        import torch
-
-        size = 2048 if dtype == torch.float32 else 1024
-        return _matmul_rate(size, dtype, device, lambda step: _CpuClock(80.0).measure_ms(step, 1), rounds=5)
+    def matmul_tflops(self, dtype: torch.dtype, device: torch.device) -> float:
+        size = self.matmul_size if dtype.itemsize == 4 else self.matmul_size // 2
+        return _matmul_rate(size, dtype, device, lambda step: self.measure_ms(step, 1), rounds=5)
 
 
 class _CudaClock:

@@ -13,6 +13,11 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 
 
+@pytest.fixture(autouse=True)
+def small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench._CpuClock, "matmul_size", 128)
+
+
 def problem(length: int = 70, heads: int = 4, kv_heads: int = 2) -> AttentionProblem:
     layout = BandLayout.spattention(heads)
     return AttentionProblem("forward", "float32", 2, heads, kv_heads, length, 32, layout)
