@@ -23,7 +23,7 @@ from typing import Any
 from .problem import AttentionProblem
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
 from .store import find_schedule, is_same_problem, problem_distance
-from .target import MachineTarget
+from .target import MachineTarget, detect_cpu
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -163,12 +163,18 @@ def export_bundle(
     Raises
     ------
     ValueError
-        Without problems, for one that no kernel serves, or when `path` is taken by something else.
+        Without problems, for one that no kernel serves, for a CPU of another architecture, or when `path` is
+        taken by something else.
     RuntimeError
         When a compiler or TVM's runtime library is missing.
     """
     from .compiler import compile_kernel
 
+    if target.kind == "cpu" and (target.arch == "aarch64") != (detect_cpu().arch == "aarch64"):
+        raise ValueError(
+            f"a bundle for {target.folder} needs TVM's runtime library for {target.arch}; the one here is "
+            f"for {detect_cpu().arch}: export it on such a machine"
+        )
     problems = list(dict.fromkeys(problems))
     if not problems:
         raise ValueError("a bundle needs at least one problem, got none")

@@ -316,9 +316,17 @@ def compile_obstacle(target: MachineTarget) -> str | None:
     """What this machine lacks to compile for a target and how to get it, or None."""
     try:
         tvm_version()
-        find_compiler()
+        compiler = find_compiler()
     except RuntimeError as error:
         return str(error)
+    if target.kind == "cpu":
+        links_for = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
+        machine = links_for.stdout.strip()
+        if machine.startswith("aarch64") != (target.arch == "aarch64"):
+            return (
+                f"{compiler} links for {machine or 'an unknown machine'}, not for {target.arch}: name a "
+                "cross compiler in CXX, such as aarch64-linux-gnu-g++ (Debian, Ubuntu: g++-aarch64-linux-gnu)"
+            )
     if target.kind == "cuda" and not _has_nvcc() and not _has_driver():
         return (
             "compiling for CUDA needs nvcc (CUDA toolkit 13) on PATH: install it, or run an exported bundle, "

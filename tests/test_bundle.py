@@ -331,3 +331,10 @@ def test_the_nearest_of_several_kernels_serves(tmp_path: Path) -> None:
     )
     assert loaded.nearest(wanted, MachineTarget("cuda", "sm_90a")) is None
     assert loaded.nearest(wanted, detect_cpu(), families=("mma",)) is None
+
+
+def test_a_bundle_for_another_architecture_is_not_written(tmp_path: Path) -> None:
+    other = MachineTarget("cpu", "x86-64" if detect_cpu().arch == "aarch64" else "aarch64")
+    with pytest.raises(ValueError, match="export it on such a machine"):
+        export_bundle(tmp_path / "new", PROBLEMS, other)
+    assert not (tmp_path / "new").exists()

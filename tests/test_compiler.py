@@ -252,3 +252,11 @@ def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match="SPATTN_CACHE_DIR"):
         compile_backward()
+
+
+def test_another_architecture_needs_a_cross_compiler() -> None:
+    other = "x86-64" if detect_cpu().arch == "aarch64" else "aarch64"
+    assert "cross compiler" in (compile_obstacle(MachineTarget("cpu", other)) or "")
+    with pytest.raises(CompilerMissingError, match="name a cross compiler in CXX"):
+        target = MachineTarget("cpu", other)
+        compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, decisions(target), target)
