@@ -1,6 +1,7 @@
 """What the README shows runs, the training script trains, and the scripts say what a bare machine lacks."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -156,3 +157,48 @@ def test_scripts_are_valid_shell() -> None:
         subprocess.run(["bash", "-n", str(ROOT / "scripts" / name)], check=True, timeout=20)
     for name in ("scripts/quickstart", "scripts/test", ".ci/run"):
         assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
+
+
+def test_readme_is_filled_from_reports(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spattn_tvm import bench
+    from spattn_tvm.bands import BandLayout
+    from spattn_tvm.problem import AttentionProblem
+
+    monkeypatch.setattr(bench._CpuClock, "matmul_size", 64)
+    update = load_script("update_readme")
+    for name, path in (
+        ("ROOT", "."),
+        ("LOGS", "logs"),
+        ("DOCS", "docs"),
+        ("LANGUAGE_MODEL", "results/byte_lm.json"),
+    ):
+        monkeypatch.setattr(update, name, tmp_path / path)
+    monkeypatch.setattr(sys, "argv", ["update_readme.py"])
+    shutil.copy(ROOT / "README.md", tmp_path)
+    problem = AttentionProblem("forward", "float32", 1, 2, 2, 60, 32, BandLayout.spattention(2))
+    report = bench.benchmark([problem], rounds=2, idle_ms=0, peers=("ours", "sdpa", "cudnn"))
+    path = bench.write_report(report, tmp_path / "logs")
+    sizes = training.Sizes(context=64, batch=1, layers=1, heads=2, head_dim=32)
+    runs = training.train(sizes, 1e-3, 0, steps=10)
+    summary = training.summarize(runs, sizes, 0)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "byte_lm.json").write_text(json.dumps(summary))
+    training.plot(summary, tmp_path / "results" / "byte_lm.png")
+
+    update.main()
+    text = (tmp_path / "README.md").read_text()
+    entries = report["results"][0]["entries"]
+    for entry in entries:
+        if entry["median_ms"] is not None:
+            assert f"{entry['median_ms']:.4g}" in text
+    assert "cuDNN SDPA, dense causal, forward: not made for cpu" in text
+    assert str(path.relative_to(tmp_path)) in text
+    for model in summary["models"].values():
+        assert f"{model['tokens_per_second']:,.0f} | " in text
+    for picture in re.findall(r"\((docs/[a-z_-]+\.png)\)", text):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+    update.main()
+    assert (tmp_path / "README.md").read_text() == text, "filling twice changes nothing"
