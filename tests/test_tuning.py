@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.spaces import Space, find_space
 from spattn_tvm.store import find_schedule
 from spattn_tvm.target import MachineTarget, detect_cpu
-from spattn_tvm.tuning import curve, distill, tune
+from spattn_tvm.tuning import compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
 from spattn_tvm.tuning.log import (
     MEASUREMENTS,
@@ -137,6 +137,9 @@ def test_random_control_has_its_own_log(searched: tuple[Path, Any]) -> None:
     assert control.trials == 3 and len(set(_keys(read_measurements(control.log_dir)))) == 3
     assert read_run(control.log_dir)["strategy"] == "random"
     assert (first.log_dir / MEASUREMENTS).read_bytes() == before
+    latencies = compare_strategies(first.log_dir, rounds=3)
+    assert list(latencies) == ["untuned", "evolutionary", "random"]
+    assert all(latency > 0 for latency in latencies.values())
 
 
 def test_search_refuses_what_it_can_not_do(tmp_path: Path) -> None:
@@ -214,6 +217,20 @@ def _plain(data: TrialData, layout: BandLayout) -> dict[str, torch.Tensor]:
         return {"o": o.detach(), "lse": lse.detach()}
     loss = (o.float() * data.do.float()).sum() + (lse * data.dlse).sum()
     return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, (q, k, v)), strict=True))
+
+
+def test_a_busy_machine_is_taken_out_of_the_latency() -> None:
+    data = TrialData(PROBLEM, "cpu", seed=0)
+
+    def sleeper(milliseconds: float) -> Callable[[TrialData], None]:
+        return lambda _: time.sleep(milliseconds * 1e-3)
+
+    latency_us, slowdown = data.latency_us(sleeper(8), anchor=(sleeper(6), 2000.0))
+    assert 2.5 < slowdown < 4.5, "the anchor takes three times as long as usual"
+    assert latency_us * slowdown > 8000
+    assert 1700 < latency_us < 3300
+    latency_us, slowdown = data.latency_us(sleeper(8))
+    assert slowdown == 1.0 and latency_us > 8000
 
 
 def test_trial_data_is_not_degenerate() -> None:
@@ -336,7 +353,10 @@ class _FakeMeter:
         self.measured: list[dict[str, int]] = []
 
     def measure(
-        self, batch: Sequence[Mapping[str, int]], best_us: float | None
+        self,
+        batch: Sequence[Mapping[str, int]],
+        best_us: float | None,
+        anchor: tuple[Mapping[str, int], float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         for position, decisions in enumerate(batch):
             self.measured.append(dict(decisions))

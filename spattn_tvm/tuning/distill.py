@@ -81,6 +81,57 @@ def _distill_family(
     )
 
 
+def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int = 15) -> dict[str, float]:
+    """Median latency, in microseconds, of the untuned default and of each strategy's best, measured in turns.
+
+    A search and its random control ran at different times, on a machine that may have been slower during one
+    of them; only this tells which found the faster kernel.
+
+    Parameters
+    ----------
+    log_dir : Path
+        Log folder of a search, its control inside.
+    family : str, optional
+        Kernel family; the first one of the log by default.
+    rounds : int
+        Measurements of each.
+
+    Returns
+    -------
+    dict
+        By ``"untuned"`` and the names of the strategies.
+
+    Raises
+    ------
+    ValueError
+        When this machine is not the log's target, or a strategy found no correct candidate.
+    RuntimeError
+        When a kernel does not build or is wrong.
+    """
+    logs = list(find_logs(Path(log_dir)))
+    run = read_run(Path(log_dir))
+    problem, target = AttentionProblem.from_json(run["problem"]), parse_target(run["target"])
+    reason = target.can_run_here()
+    if reason is not None:
+        raise ValueError(f"{log_dir} must be measured on its target {target.folder}: {reason}")
+    family = family or next(iter(run["families"]))
+    space = find_space(family, problem.direction)
+    contestants = {"untuned": space.untuned(problem.head_dim, problem.dtype, target)}
+    for log in sorted(logs, key=lambda log: len(log.parts)):  # the search before its controls
+        best = _best_candidates([log], family, problem, target, top=1)
+        if not best:
+            raise ValueError(f"{log} holds no correct candidate of the {family} family")
+        contestants[read_run(log)["strategy"]] = best[0][1].decisions
+    with ProcessMeter(family, problem, target) as meter:
+        outcomes = meter.compare(list(contestants.values()), rounds)
+    latencies = {}
+    for name, outcome in zip(contestants, outcomes, strict=True):
+        if outcome.latency_us is None:
+            raise RuntimeError(f"the {name} kernel of {log_dir}: {outcome.error}")
+        latencies[name] = outcome.latency_us
+    return latencies
+
+
 def distill(
     log_root: Path = Path("autotune_logs"),
     *,

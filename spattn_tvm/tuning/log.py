@@ -54,11 +54,14 @@ class Measurement:
         comparable.
     decisions : dict[str, int]
     latency_us : float or None
-        Median time of one call, None when there is an error.
+        Median time of one call, None when there is an error. Other programs' share is taken out of it.
     error : str or None
         Why there is no latency: it didn't build, crashed, took too long or computed a wrong result.
     elapsed_s : float
         Search time of the log folder up to this measurement, over all sessions.
+    slowdown : float
+        How much slower than at the start of the search the untuned default ran around this measurement; the
+        clock showed ``latency_us * slowdown``.
     """
 
     family: str
@@ -67,6 +70,7 @@ class Measurement:
     latency_us: float | None
     error: str | None
     elapsed_s: float
+    slowdown: float = 1.0
 
 
 def drop_torn_line(path: Path) -> None:

@@ -32,23 +32,32 @@ MEASURE_TIMEOUT_S = 60.0
 PREPARE_TIMEOUT_S = 600.0
 _POLL_S = 0.1
 _MOST_BUILDERS = 16
+_ANCHOR = -1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Median latency in microseconds, or why there is none."""
+    """Median latency in microseconds or why there is none, and the machine's slowdown, 1 as usual."""
 
     latency_us: float | None = None
     error: str | None = None
+    slowdown: float = 1.0
 
 
 class Meter(Protocol):
     """What a search needs to have candidates measured; :class:`ProcessMeter` is the real one."""
 
     def measure(
-        self, batch: Sequence[Mapping[str, int]], best_us: float | None
+        self,
+        batch: Sequence[Mapping[str, int]],
+        best_us: float | None,
+        anchor: tuple[Mapping[str, int], float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """Yield (position in the batch, outcome), each candidate once, as they become known."""
+        """Yield (position in the batch, outcome), each candidate once, as they become known.
+
+        `best_us` is the fastest so far. `anchor` names decisions and their usual latency, which tell the
+        machine's present speed.
+        """
         ...
 
 
@@ -216,9 +225,12 @@ class ProcessMeter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def measure(
-        self, batch: Sequence[Mapping[str, int]], best_us: float | None
+        self,
+        batch: Sequence[Mapping[str, int]],
+        best_us: float | None,
+        anchor: tuple[Mapping[str, int], float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """See :class:`Meter`.
+        """See :class:`Meter`; on a CPU, which other programs share, an anchor is timed around each candidate.
 
         Raises
         ------
@@ -228,6 +240,9 @@ class ProcessMeter:
         waiting = deque(enumerate(batch))
         built: deque[tuple[int, dict[str, Any]]] = deque()
         remaining = len(batch)
+        usual: dict[str, Any] | None = None
+        if anchor is not None and self._target.kind == "cpu" and batch:
+            waiting.appendleft((_ANCHOR, anchor[0]))
         while remaining and not self._stopped():
             self._feed_builders(waiting)
             building = any(worker.busy for worker in self._builders)
@@ -236,9 +251,13 @@ class ProcessMeter:
                     self._send_prepare()
                 elif built and (self._target.kind == "cuda" or not building):
                     position, kernel = built.popleft()
-                    request = {"do": "measure", **kernel, "best_us": best_us}
+                    request = {"do": "measure", **kernel, "best_us": best_us, "anchor": usual}
                     self._runner.send(position, request, MEASURE_TIMEOUT_S)
             for worker, job, answer in self._finished():
+                if job == _ANCHOR:
+                    if anchor is not None and "path" in answer:
+                        usual = {**self._kernel(anchor[0], answer["path"]), "usual_us": anchor[1]}
+                    continue
                 if worker is not self._runner and "path" in answer:
                     built.append((job, self._kernel(batch[job], answer["path"])))
                     continue
@@ -249,7 +268,7 @@ class ProcessMeter:
                     if "error" in answer and self._target.kind == "cuda":
                         worker.kill()  # after an illegal access every later call in that process fails too
                 remaining -= 1
-                outcome = Outcome(answer.get("latency_us"), answer.get("error"))
+                outcome = Outcome(answer.get("latency_us"), answer.get("error"), answer.get("slowdown", 1.0))
                 if outcome.latency_us is not None:
                     best_us = min(outcome.latency_us, best_us or outcome.latency_us)
                 yield job, outcome

@@ -217,7 +217,9 @@ def run_search(
 
         told = []
         best_us = _best_us(session.of_family(family, kernel))
-        for position, outcome in meter.measure([decisions for decisions, _ in fresh], best_us):
+        usual_us = known.get(_key(first))
+        anchor = None if usual_us is None else (first, usual_us)
+        for position, outcome in meter.measure([decisions for decisions, _ in fresh], best_us, anchor):
             decisions, candidate = fresh[position]
             if outcome.error is not None and decisions == first:
                 # The compiler, the device or the kernel's code is at fault, not this candidate. Failures that
@@ -225,7 +227,13 @@ def run_search(
                 raise RuntimeError(f"the untuned default of {family} fails: {outcome.error}")
             session.log.append(
                 Measurement(
-                    family, kernel, decisions, outcome.latency_us, outcome.error, round(session.elapsed_s, 3)
+                    family,
+                    kernel,
+                    decisions,
+                    outcome.latency_us,
+                    outcome.error,
+                    round(session.elapsed_s, 3),
+                    round(outcome.slowdown, 4),
                 )
             )
             search.keep(candidate, outcome.latency_us)

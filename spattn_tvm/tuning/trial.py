@@ -23,7 +23,12 @@ _SECONDS = 1.0
 _LEAST_REPEATS = 3
 _MOST_REPEATS = 50
 _HOPELESS = 2.0
+_ANCHOR_US = 2e4
+_ANCHOR_NOISE = 0.03
 _L2_FLUSH_BYTES = 256 * 2**20
+
+
+Launch = Callable[["TrialData"], object]
 
 
 class TrialData:
@@ -105,28 +110,49 @@ class TrialData:
                 return f"{name} is wrong: error {error:.3g}, at most {limit:.3g} is accepted"
         return None
 
-    def latency_us(self, launch: Callable[[TrialData], object], best_us: float | None = None) -> float:
-        """Median time of a launch in microseconds, after a warm-up.
+    def latency_us(
+        self, launch: Launch, best_us: float | None = None, anchor: tuple[Launch, float] | None = None
+    ) -> tuple[float, float]:
+        """Median time of a launch after a warm-up, and the machine's slowdown while it was taken.
 
         Parameters
         ----------
         launch : callable
         best_us : float, optional
             A launch that takes more than twice as long is measured less carefully.
+        anchor : (callable, float), optional
+            A launch and its usual time in microseconds. It is timed before and after, and what other programs
+            take from the machine at the moment is taken out of the result.
+
+        Returns
+        -------
+        latency_us, slowdown : float
+            In microseconds, and a factor; the clock showed their product.
         """
         sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
         # PyTorch's threads spin for a while after the check, and would share the cores with the kernel's.
         time.sleep(0.02)
+        anchored = self._anchor_samples(anchor)
         warm_up = sample(launch, self)
         samples = [sample(launch, self)]
         estimate = min(warm_up, samples[0])
-        if best_us is not None and estimate > _HOPELESS * best_us:
-            return statistics.median([warm_up, *samples])
-        repeats = int(min(max(_SECONDS * 1e6 / estimate, _LEAST_REPEATS), _MOST_REPEATS))
-        samples.extend(sample(launch, self) for _ in range(repeats - 1))
-        return statistics.median(samples)
+        if best_us is not None and estimate > _HOPELESS * best_us * _slowdown(anchored, anchor):
+            samples.append(warm_up)
+        else:
+            repeats = int(min(max(_SECONDS * 1e6 / estimate, _LEAST_REPEATS), _MOST_REPEATS))
+            samples.extend(sample(launch, self) for _ in range(repeats - 1))
+        slowdown = _slowdown(anchored + self._anchor_samples(anchor), anchor)
+        return statistics.median(samples) / slowdown, slowdown
 
-    def _cuda_sample(self, launch: Callable[[TrialData], object], data: TrialData) -> float:
+    def _anchor_samples(self, anchor: tuple[Launch, float] | None) -> list[float]:
+        if anchor is None:
+            return []
+        launch, usual_us = anchor
+        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
+        sample(launch, self)
+        return [sample(launch, self) for _ in range(int(min(max(_ANCHOR_US / usual_us, 2), 10)))]
+
+    def _cuda_sample(self, launch: Launch, data: TrialData) -> float:
         flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
@@ -136,7 +162,7 @@ class TrialData:
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) * 1e3
 
-    def interleaved_us(self, launches: Sequence[Callable[[TrialData], object]], rounds: int) -> list[float]:
+    def interleaved_us(self, launches: Sequence[Launch], rounds: int) -> list[float]:
         """Median time of each launch in microseconds, taken in turns so that a slow spell hits all of
         them."""
         sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
@@ -150,7 +176,15 @@ class TrialData:
         return [statistics.median(collected) for collected in times]
 
 
-def _cpu_sample(launch: Callable[[TrialData], object], data: TrialData) -> float:
+def _slowdown(samples: list[float], anchor: tuple[Launch, float] | None) -> float:
+    """The anchor's time now relative to its usual one; 1 without an anchor or within the clock's noise."""
+    if anchor is None:
+        return 1.0
+    slowdown = statistics.median(samples) / anchor[1]
+    return 1.0 if abs(slowdown - 1.0) < _ANCHOR_NOISE else slowdown
+
+
+def _cpu_sample(launch: Launch, data: TrialData) -> float:
     start = time.perf_counter_ns()
     launch(data)
     return (time.perf_counter_ns() - start) * 1e-3

@@ -92,7 +92,10 @@ class _Measurer:
         wrong = self.data.wrong(self.data.outputs(launch))
         if wrong is not None:
             return {"error": wrong}
-        return {"latency_us": self.data.latency_us(launch, request["best_us"])}
+        anchor = request["anchor"]
+        usual = None if anchor is None else (self._launch(anchor), anchor["usual_us"])
+        latency_us, slowdown = self.data.latency_us(launch, request["best_us"], usual)
+        return {"latency_us": latency_us, "slowdown": slowdown}
 
     def compare(self, request: dict[str, Any]) -> dict[str, Any]:
         launches = [self._launch(kernel) for kernel in request["kernels"]]
