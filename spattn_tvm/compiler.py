@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .runtime import forbids_tvm
 from .spaces import FAMILIES, find_space
 from .target import MachineTarget
 
@@ -356,7 +357,7 @@ def compile_environment(target: MachineTarget) -> dict[str, str]:
 
 
 def _compile_in_subprocess(request: dict[str, Any]) -> None:
-    """Compile for CUDA in a process of its own: the stub and TVM's compiler must not end up in the user's."""
+    """Compile in a process of its own: for CUDA, so that the stub does not end up in the user's."""
     environment = compile_environment(MachineTarget(**request["target"]))
     # The package may be importable only through this process's sys.path.
     paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
@@ -458,7 +459,8 @@ def compile_kernel(
                 "target": {"kind": target.kind, "arch": target.arch, "model": target.model},
                 "output": str(output),
             }
-            if target.kind == "cuda" and _COMPILES_CUDA not in os.environ:
+            apart = target.kind == "cuda" and _COMPILES_CUDA not in os.environ
+            if apart or forbids_tvm():
                 _compile_in_subprocess(request)
             else:
                 _build(request)

@@ -73,6 +73,13 @@ def runtime_folder(bundle_folder: Path | None = None) -> Path:
     )
 
 
+def forbids_tvm() -> bool:
+    """Would ``import tvm`` end this process, because a runtime library other than its own is loaded?"""
+    loaded = _loaded.get(RUNTIME_LIBRARY)
+    installed = _installed_runtime_folder()
+    return loaded is not None and installed is not None and loaded.parent != installed.resolve()
+
+
 def _set_thread_defaults() -> None:
     """Settings that TVM reads when its thread pool starts; the user's own win."""
     # Without it TVM uses half of the cores on x86, and its pool can only be narrowed after its start.

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -202,6 +203,24 @@ def test_a_missing_runtime_says_where_it_was_looked_for_and_how_to_get_it(
     monkeypatch.setenv("SPATTN_TVM_RUNTIME", str(tmp_path))
     with pytest.raises(RuntimeError, match="SPATTN_TVM_RUNTIME is"):
         load_runtime()
+
+
+def test_compiling_works_beside_a_runtime_that_tvm_would_refuse(tmp_path: Path) -> None:
+    installed = runtime._installed_runtime_folder()
+    assert installed is not None
+    (tmp_path / "runtime").mkdir()
+    shutil.copy(installed / runtime.RUNTIME_LIBRARY, tmp_path / "runtime")
+    code = (
+        "import json, sys, torch; from spattn_tvm import BandLayout, banded_attention, reference_attention;"
+        "from spattn_tvm.runtime import load_runtime; folder = load_runtime(); layout = BandLayout.causal(2);"
+        "q = torch.randn(1, 2, 9, 32); o = banded_attention(q, q, q, layout, impl='cpu');"
+        "torch.testing.assert_close(o, reference_attention(q, q, q, layout)[0]);"
+        "print(json.dumps(dict(folder=str(folder), tvm='tvm' in sys.modules)))"
+    )
+    answer = run_elsewhere(
+        code, SPATTN_TVM_RUNTIME=str(tmp_path / "runtime"), SPATTN_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert answer == {"folder": str(tmp_path / "runtime"), "tvm": False}
 
 
 def test_settings_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
