@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .bands import BandLayout
-from .torch_ops import IMPLEMENTATIONS, attend
+from .torch_ops import IMPLEMENTATIONS, attend_by_operator, attend_eagerly, find_prepared, is_plain, prepare
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu", "cuda", "meta")
 
 
 def _check_ranks(q: Any, k: Any, v: Any) -> None:
@@ -49,7 +48,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
         raise TypeError(f"float64 is computed by impl='reference' only (or 'auto'), got impl={impl!r}")
     if k.device != device or v.device != device:
         raise ValueError(f"q, k and v must be on one device, got {device}, {k.device} and {v.device}")
-    if device.type not in _DEVICES:
+    if not (q.is_cpu or q.is_cuda or q.is_meta):
         raise ValueError(f"banded_attention runs on cpu and cuda devices, got tensors on {device}")
 
     if k_shape != v.shape:
@@ -202,11 +201,17 @@ def banded_attention(
     device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
     if torch.is_autocast_enabled(device_type):
         q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
-    _check_inputs(q, k, v, layout, impl)
-    if cu_seqlens is None:
-        layout.check_length(q.shape[2])
-    else:
-        _check_cu_seqlens(cu_seqlens, q.device)
+    plain = is_plain(q, k, v)
+    prepared = None
+    if plain and cu_seqlens is None and isinstance(layout, BandLayout):
+        prepared = find_prepared(q, k, v, layout.spec, impl)
+    if prepared is None:
+        _check_inputs(q, k, v, layout, impl)
+        if cu_seqlens is None:
+            layout.check_length(q.shape[2])
+            prepared = prepare(q, k, layout.spec, impl) if plain else None
+        else:
+            _check_cu_seqlens(cu_seqlens, q.device)
     if scale is None:
         scale = q.shape[3] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -214,6 +219,10 @@ def banded_attention(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    o, lse = attend(q, k, v, cu_seqlens, layout.spec, float(scale), bool(deterministic), impl)
+    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+    settings = (layout.spec, float(scale), deterministic, impl)
+    if plain:
+        o, lse = attend_eagerly(q, k, v, cu_seqlens, settings, prepared)
+    else:
+        o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
     return (o, lse) if return_lse else o

@@ -79,6 +79,7 @@ _compiled_paths: dict[Any, Path] = {}
 _bundles: list[Bundle] = []
 _environment_bundle: list[str] = []
 _warned: set[str] = set()
+_listeners: list[Callable[[], None]] = []
 
 
 def _no_function(*arguments: object) -> None:
@@ -96,6 +97,17 @@ def _target_of(device: torch.device) -> MachineTarget:
     raise NoKernelError(f"no kernels for tensors on {device}; known: cpu, cuda")
 
 
+def call_on_change(function: Callable[[], None]) -> None:
+    """Have a function called whenever earlier answers of `find_kernel` may no longer hold."""
+    _listeners.append(function)
+
+
+def _forget() -> None:
+    _found.clear()
+    for function in _listeners:
+        function()
+
+
 def register_bundle(bundle: Bundle) -> None:
     """Let dispatch use a bundle's kernels before anything it would compile; the latest registered comes
     first.
@@ -103,7 +115,7 @@ def register_bundle(bundle: Bundle) -> None:
     with _lock:
         if bundle not in _bundles:
             _bundles.insert(0, bundle)
-        _found.clear()
+        _forget()
 
 
 def unregister_bundle(bundle: Bundle) -> None:
@@ -111,7 +123,7 @@ def unregister_bundle(bundle: Bundle) -> None:
     with _lock:
         if bundle in _bundles:
             _bundles.remove(bundle)
-        _found.clear()
+        _forget()
 
 
 def clear_cache() -> None:
@@ -119,7 +131,7 @@ def clear_cache() -> None:
     from . import store
 
     with _lock:
-        _found.clear()
+        _forget()
         _compiled_paths.clear()
         _warned.clear()
         store.clear_cache()

@@ -24,9 +24,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .bands import EMPTY, BandLayout
-from .dispatch import find_kernel
+from .dispatch import Kernel, call_on_change, find_kernel
 from .launch import launch_backward, launch_forward
 from .reference import reference_attention, reference_gradients
+
+# Layout (BandLayout.spec), scale, deterministic, impl.
+Settings = tuple[str, float, bool, str]
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "hopper", "mma")
 
@@ -169,10 +172,10 @@ def _packed_on_device(spec: str, length: int, cu_seqlens: Tensor, stream: int) -
     return _upload(layout.packed_table(lengths.tolist()), cu_seqlens.device)
 
 
-def _bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The band table and the document boundaries, as kernels take them."""
     device, length = q.device, q.shape[2]
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if q.is_cuda else 0
+    stream = _current_stream(device.index) if q.is_cuda else 0
     if cu_seqlens is None:
         return _unpacked(spec, length, device, stream)
     cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
@@ -183,6 +186,7 @@ def _bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Ten
 
 def clear_tables() -> None:
     """Forget the cached band tables. No captured CUDA graph may still need them."""
+    _prepared.clear()
     for cached in (_unpacked, _packed_on_host, _table_of_each_length):
         cached.cache_clear()
 
@@ -195,7 +199,7 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _with_contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _like(result: Tensor, model: Tensor) -> Tensor:
@@ -222,7 +226,7 @@ def _forward(
                 q, k, v, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
             )
             return _like(o, q), lse.to(_lse_dtype(q.dtype))
-    bands, cu_seqlens = _bands(layout, q, cu_seqlens)
+    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
     return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
 
 
@@ -250,7 +254,7 @@ def _backward(
                 q, k, v, o, lse, do, dlse, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
             )
             return _like(dq, q), _like(dk, k), _like(dv, v)
-    bands, cu_seqlens = _bands(layout, q, cu_seqlens)
+    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
     return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
 
@@ -303,7 +307,7 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor
     if do is None:
         do = torch.zeros_like(o)
     # With create_graph=True the gradients need a history that raises, which only the operator gives them.
-    backward = _backward if not torch.is_grad_enabled() and _is_plain(q, k, v) else _BACKWARD
+    backward = _backward if not torch.is_grad_enabled() and is_plain(q, k, v) else _BACKWARD
     return backward(do, dlse, q, k, v, o, lse, cu_seqlens, *ctx.settings)
 
 
@@ -326,12 +330,104 @@ torch.library.register_autograd(
 )
 
 
+# --- eager calls ---------------------------------------------------------------------------------------
+
+# What serves an unpacked call: kernel, band table, document boundaries.
+Prepared = tuple[Kernel, Tensor, Tensor]
+
+_prepared: dict[Any, Prepared] = {}
+# Each new shape, length and layout is an entry.
+_MAX_PREPARED = 4096
+
+call_on_change(_prepared.clear)
+
+# Looked up once: attribute by attribute they would cost a call another 0.3 us.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_is_profiling = torch.autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+# A CPU build of PyTorch has no such function, and no CUDA tensor to ask it for.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+def is_plain(q: Any, k: Any, v: Any) -> bool:
+    """Is this an eager call on CPU or CUDA tensors while nobody watches operators?"""
+    return (
+        not _is_compiling()
+        and (type(q) is Tensor or type(q) is Parameter)
+        and (type(k) is Tensor or type(k) is Parameter)
+        and (type(v) is Tensor or type(v) is Parameter)
+        and (q.is_cpu or q.is_cuda)
+        and not _dispatch_modes()
+        and not _has_function_mode()
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and not _is_profiling()
+        and forward_ad._current_level < 0
+    )
+
+
+def find_prepared(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Prepared | None:
+    """What served an earlier call with the same shapes, dtypes, device, layout and `impl`, which was valid.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        Anything of type Tensor.
+
+    Returns
+    -------
+    tuple or None
+        None also for an invalid call, as it never was prepared.
+    """
+    k_shape, dtype, device = k.shape, q.dtype, q.device
+    stream = _current_stream(device.index) if q.is_cuda else 0
+    prepared = _prepared.get((q.shape, k_shape, dtype, device, stream, layout, impl))
+    if (
+        prepared is not None
+        and v.shape == k_shape
+        and k.dtype == dtype
+        and v.dtype == dtype
+        and k.device == device
+        and v.device == device
+    ):
+        return prepared
+    return None
+
+
+def prepare(q: Tensor, k: Tensor, layout: str, impl: str) -> Prepared | None:
+    """Find what serves a valid unpacked call, for `find_prepared`; None for the reference, an empty batch."""
+    if q.shape[0] == 0:
+        return None
+    kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
+    if kernel.family == "reference":
+        return None
+    stream = _current_stream(q.device.index) if q.is_cuda else 0
+    prepared = (kernel, *find_bands(layout, q, None))
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[q.shape, k.shape, q.dtype, q.device, stream, layout, impl] = prepared
+    return prepared
+
+
 class _BandedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: tuple[Any, ...]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        settings: Settings,
+        prepared: Prepared | None,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(q, k, v, cu_seqlens, *settings)
+        if prepared is None:
+            o, lse = _forward(q, k, v, cu_seqlens, *settings)
+        else:
+            o, lse = launch_forward(prepared[0], q, k, v, prepared[1], prepared[2], settings[1])
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
@@ -339,64 +435,32 @@ class _BandedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, do, dlse), None, None
+        return *_gradients(ctx, do, dlse), None, None, None
 
 
-# Function.apply without the part that serves functorch, which _is_plain excludes: 2 us less a call.
+# Function.apply without the part that serves functorch, which is_plain excludes: 2 us less a call.
 _apply = super(torch.autograd.Function, _BandedAttention).apply
 
 
-def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Is nobody watching operators, so that a call may pass by the dispatcher?"""
-    return (
-        (q.is_cpu or q.is_cuda)
-        and (type(q) is Tensor or type(q) is Parameter)
-        and (type(k) is Tensor or type(k) is Parameter)
-        and (type(v) is Tensor or type(v) is Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
-        and forward_ad._current_level < 0
-    )
-
-
-def _refuse_tangents(*tensors: Tensor) -> None:
-    # An operator with a registered backward drops tangents without a word.
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
-
-
-def attend(
+def attend_eagerly(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
-    layout: str,
-    scale: float,
-    deterministic: bool,
-    impl: str,
+    settings: Settings,
+    prepared: Prepared | None,
 ) -> tuple[Tensor, Tensor]:
-    """``banded_attention_forward`` by the cheapest route that is correct here; differentiable. Checks
-    nothing.
+    """``banded_attention_forward`` past the dispatcher, for a plain call; differentiable, unchecked.
 
     Parameters
     ----------
-    q : Tensor
-        ``(B, Hq, N, D)``.
-    k, v : Tensor
-        ``(B, Hkv, N, D)``.
-    cu_seqlens : Tensor or None
-        ``(num_documents + 1,)`` int32 or int64.
-    layout : str
-        ``BandLayout.spec``.
-    scale : float
-        Factor of the scores.
-    deterministic : bool
-        Ask for gradients that are bitwise equal from run to run.
-    impl : str
-        One of `IMPLEMENTATIONS`.
+    q, k, v, cu_seqlens
+        As in ``banded_attention``.
+    settings : (str, float, bool, str)
+        The operator's further arguments: ``BandLayout.spec``, factor of the scores, whether gradients must
+        be bitwise equal from run to run, and one of `IMPLEMENTATIONS`.
+    prepared : tuple or None
+        From `find_prepared` or `prepare`.
 
     Returns
     -------
@@ -405,10 +469,20 @@ def attend(
     lse : Tensor
         ``(B, Hq, N)`` float32, float64 for float64 inputs.
     """
-    if torch.compiler.is_compiling() or not _is_plain(q, k, v):
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(q, k, v)
-        return _FORWARD(q, k, v, cu_seqlens, layout, scale, deterministic, impl)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _apply(q, k, v, cu_seqlens, (layout, scale, deterministic, impl))
-    return _forward(q, k, v, cu_seqlens, layout, scale, deterministic, impl)
+    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _apply(q, k, v, cu_seqlens, settings, prepared)
+    if prepared is None:
+        return _forward(q, k, v, cu_seqlens, *settings)
+    return launch_forward(prepared[0], q, k, v, prepared[1], prepared[2], settings[1])
+
+
+def attend_by_operator(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """``banded_attention_forward`` through the dispatcher, for who needs to see an operator; unchecked."""
+    # An operator with a registered backward drops tangents without a word.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)
+    ):
+        raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
+    return _FORWARD(q, k, v, cu_seqlens, *settings)

@@ -187,6 +187,8 @@ class FakeDevice(Tensor):
     def __new__(cls, tensor: Tensor) -> Tensor:
         return tensor.as_subclass(cls)
 
+    is_cpu = False
+
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("xpu")
