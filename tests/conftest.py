@@ -1,11 +1,12 @@
 """Tests marked ``gpu`` are skipped, with the reason, where PyTorch sees no CUDA device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 from spattn_tvm import launch
 
@@ -27,13 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def poisoned_outputs() -> Iterator[None]:
     """Whatever a kernel is given to write holds NaN before, so that what it leaves out is seen."""
 
+    def poisoning(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return allocate
+
     class Poisoning:
         def __getattr__(self, name: str) -> Any:
             original = getattr(torch, name)
-            if name not in ("empty", "empty_like"):
-                return original
-            return lambda *args, **kwargs: original(*args, **kwargs).fill_(torch.nan)
+            return poisoning(original) if name in ("empty", "empty_like") else original
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "torch", Poisoning())
+        patch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
         yield
