@@ -3,7 +3,7 @@
 A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
 
 - ``benchmark cpu``, ``benchmark cuda``: the newest report of ``spattn bench`` in ``autotune_logs/``
-- ``search``: searches under ``autotune_logs/`` that have a random control with the same number of trials
+- ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 
 A block whose measurement is missing stays as it is.
@@ -25,7 +25,7 @@ from typing import Any
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.tuning.log import curve, find_logs, read_run
+from spattn_tvm.tuning.log import curve, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "autotune_logs"
@@ -96,35 +96,36 @@ def benchmark_block(kind: str) -> str | None:
 def search_block() -> str | None:
     rows = []
     series = []
-    for folder in find_logs(LOGS):
-        run = read_run(folder)
-        if run["strategy"] != "evolutionary" or not (folder / "random").is_dir():
-            continue
+    for path in sorted(LOGS.rglob("comparison.json")):
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+        run = read_run(path.parent)
         problem = AttentionProblem.from_json(run["problem"])
-        (trials, found), (control_trials, control) = curve(folder), curve(folder / "random")
-        if not found or not control:
-            continue
-        count = min(trials[-1], control_trials[-1])
-        best = [
-            min(us for trial, us in zip(*points, strict=True) if trial <= count)
-            for points in ((trials, found), (control_trials, control))
-        ]
+        latency_us, trials = comparison["latency_us"], comparison["trials"]
         rows.append(
             [
                 run["target"],
                 problem.key,
-                str(count),
-                *(f"{us / 1e3:.4g}" for us in best),
-                f"{best[0] / best[1]:.3f}",
+                " / ".join(str(trials[name]) for name in ("evolutionary", "random")),
+                *(f"{latency_us[name] / 1e3:.4g}" for name in ("untuned", "evolutionary", "random")),
+                f"{latency_us['evolutionary'] / latency_us['random']:.3f}",
             ]
         )
-        for label, points in (("cost model", (trials, found)), ("random", (control_trials, control))):
-            series.append((f"{problem.direction} {label}", list(zip(*points, strict=True))))
+        for label, folder in (("cost model", path.parent), ("random", path.parent / "random")):
+            series.append((f"{problem.direction} {label}", list(zip(*curve(folder), strict=True))))
     if not rows:
         return None
     plot_tuning_curve(series[:4], DOCS / "tuning.png", title="Best so far")
-    titles = ["target", "problem", "trials each", "cost model, best ms", "random, best ms", "ratio"]
-    return "\n".join([*_table(titles, rows), "", "![Tuning curves](docs/tuning.png)"])
+    titles = [
+        "target",
+        "problem",
+        "trials",
+        "untuned ms",
+        "cost model ms",
+        "random ms",
+        "cost model / random",
+    ]
+    text = "The three kernels of a row are timed in turns in one process after both searches; medians."
+    return "\n".join([*_table(titles, rows), "", text, "", "![Tuning curves](docs/tuning.png)"])
 
 
 def language_model_block() -> str | None:

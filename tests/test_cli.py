@@ -188,6 +188,17 @@ def test_tune_distill_explain_plot(tmp_path: Path) -> None:
     out = tmp_path / "curve.png"
     invoke("plot", "tuning", str(logs), "--out", str(out))
     assert out.read_bytes()[:4] == b"\x89PNG"
+    control = [*shape, "--direction", "forward", "--trials", "2", "--log-root", str(logs)]
+    assert spattn("tune", *control, "--strategy", "random", "--no-distill").returncode == 0
+    script = Path(__file__).resolve().parent.parent / "scripts" / "compare_strategies.py"
+    command = [sys.executable, str(script), "--log-root", str(logs), "--rounds", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (comparison,) = logs.rglob("comparison.json")
+    measured = json.loads(comparison.read_text())
+    assert set(measured["latency_us"]) == {"untuned", "evolutionary", "random"}
+    assert all(latency > 0 for latency in measured["latency_us"].values())
+    assert measured["trials"] == {"evolutionary": 2, "random": 2}
+
     again = invoke("distill", "--log-root", str(logs), "--schedules", str(schedules), "--rounds", "1")
     assert problem.key in again
 
