@@ -6,7 +6,6 @@ describe: an address or a stride that is no multiple of 16 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -29,10 +28,6 @@ def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def _workers(tensor: Tensor) -> int:
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else torch.get_num_threads()
-
-
 def _is_describable(tensor: Tensor) -> bool:
     step = _TMA_BYTES // tensor.element_size()
     b, h, n, d = tensor.stride()
@@ -41,18 +36,17 @@ def _is_describable(tensor: Tensor) -> bool:
 
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy if kernels can't read it in place."""
-    if not tensor.is_cuda:
+    if tensor.is_cpu:
         return tensor if tensor.stride(3) == 1 else tensor.contiguous()
     return tensor if _is_describable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _call(function: Callable[..., object], device: torch.device, *arguments: object) -> None:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # A compiled host function makes its tensors' device the current one and leaves it so.
-        with torch.cuda.device(device):
-            function(*arguments)
-    else:
-        function(*arguments)
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Is a tensor on a GPU that is not the current one?
+
+    A compiled host function makes its tensors' device the current one and leaves it so.
+    """
+    return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
 
 
 def _like(result: Tensor, model: Tensor) -> Tensor:
@@ -63,31 +57,32 @@ def _like(result: Tensor, model: Tensor) -> Tensor:
 
 
 @cache
-def _kept_counters(device: torch.device, stream: int) -> Tensor:
+def _kept_counters(direction: str, index: int, stream: int) -> Tensor:
     # Made outside of inference mode, because calls outside of it use them as well.
     with torch.inference_mode(False):
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
 
 
-def _tile_counters(device: torch.device) -> Tensor:
-    """Two zeros, which each Hopper forward leaves zero: kept for each stream, whose calls follow one another.
+def _tile_counters(direction: str, index: int) -> Tensor:
+    """Two int32 that hand out a Hopper kernel's tiles; each forward finds and leaves them zero.
 
-    A captured graph may be replayed beside them, so it gets its own, cleared by each replay.
+    They are kept for each stream, whose calls follow one another. A captured graph may be replayed beside
+    those, so it gets its own, cleared by each replay.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream)
+        return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
+    return _kept_counters(direction, index, torch._C._cuda_getCurrentRawStream(index))
 
 
-def _forward_hopper(
-    kernel: Kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor], scale: float
-) -> None:
-    if scale <= 0:
-        # The kernel finds a row's maximum before it scales, which only a positive factor allows.
-        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-        inputs = (inputs[0] * sign, *inputs[1:])
-    device = outputs[0].device
-    _call(kernel.function, device, *inputs, *outputs, _tile_counters(device), scale, _workers(outputs[0]))
+def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Queries and a positive factor that give the same scores, and the sign that went into the queries.
+
+    The Hopper kernels mask and find a row's maximum before they scale, which only a positive factor allows.
+    """
+    if scale > 0:
+        return q, scale, 1.0
+    sign = -1.0 if scale < 0 else 0.0
+    return q * sign, abs(scale) or 1.0, sign
 
 
 def launch_forward(
@@ -117,6 +112,9 @@ def launch_forward(
     lse : Tensor
         ``(B, Hq, N)`` float32, contiguous.
     """
+    if _is_elsewhere(q):
+        with torch.cuda.device(q.device):
+            return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
     if not q.is_contiguous() and q.stride(3) != 1:
         q = q.contiguous()
     if kernel.family == "reference":
@@ -134,11 +132,14 @@ def launch_forward(
         v = v if v.is_contiguous() or v.stride(3) == 1 else v.contiguous()
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
         return o, lse
-    inputs = (_readable(q), _readable(k), _readable(v), bands, cu_seqlens)
+    index = q.get_device()
+    q, k, v = _readable(q), _readable(k), _readable(v)
     if kernel.family == "hopper":
-        _forward_hopper(kernel, inputs, (o, lse), scale)
+        q, scale, _ = _with_positive_scale(q, scale)
+        counters = _tile_counters("forward", index)
+        kernel.function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, _multiprocessors(index))
     else:
-        _call(kernel.function, q.device, *inputs, o, lse, scale, _workers(q))
+        kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, _multiprocessors(index))
     return o, lse
 
 
@@ -163,7 +164,7 @@ def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients,
 
 def _backward_mma(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
     dq, dk, dv = (torch.empty_like(model) for model in models)
-    _call(kernel.function, dq.device, *inputs, dq, dk, dv, scale, _workers(dq))
+    kernel.function(*inputs, dq, dk, dv, scale, _multiprocessors(dq.get_device()))
     return dq, dk, dv
 
 
@@ -173,10 +174,12 @@ def _backward_hopper(
     """The kernel has a workspace for lse and delta, two queries a row, and one for two tile counters."""
     dq, dk, dv = (torch.empty_like(model) for model in models)
     batch, heads, length, _ = dq.shape
-    stats = torch.empty((batch, heads, (length + 1) // 2, 4), dtype=torch.float32, device=dq.device)
-    counters = torch.empty(2, dtype=torch.int32, device=dq.device)
-    _call(kernel.function, dq.device, *inputs, dq, dk, dv, stats, counters, scale, _workers(dq))
-    return dq, dk, dv
+    index = dq.get_device()
+    stats = dq.new_empty((batch, heads, (length + 1) // 2, 4), dtype=torch.float32)
+    counters = _tile_counters("backward", index)
+    q, scale, sign = _with_positive_scale(inputs[0], scale)
+    kernel.function(q, *inputs[1:], dq, dk, dv, stats, counters, scale, _multiprocessors(index))
+    return dq if sign == 1 else dq.mul_(sign), dk, dv
 
 
 _BACKWARD = {"cpu": _backward_cpu, "hopper": _backward_hopper, "mma": _backward_mma}
@@ -213,6 +216,9 @@ def launch_backward(
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
+    if _is_elsewhere(q):
+        with torch.cuda.device(q.device):
+            return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
     q, k, v = models = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     if kernel.family == "reference":
         with torch.no_grad():
