@@ -51,7 +51,7 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 
 def _like(result: Tensor, model: Tensor) -> Tensor:
     """The result in the dtype and the strides of ``torch.empty_like(model)``; itself if it has them."""
-    if result.dtype == model.dtype and result.is_contiguous() and model.is_contiguous():
+    if result.dtype == model.dtype and model.is_contiguous() and result.stride() == model.stride():
         return result
     return torch.empty_like(model).copy_(result)
 
