@@ -60,8 +60,8 @@ class Measurement:
     elapsed_s : float
         Search time of the log folder up to this measurement, over all sessions.
     slowdown : float
-        How much slower than at the start of the search the untuned default ran around this measurement; the
-        clock showed ``latency_us * slowdown``.
+        How much slower than at the start of the search the untuned default ran during this measurement; the
+        clock showed about ``latency_us * slowdown``.
     """
 
     family: str

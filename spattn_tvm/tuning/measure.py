@@ -230,7 +230,7 @@ class ProcessMeter:
         best_us: float | None,
         anchor: tuple[Mapping[str, int], float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """See :class:`Meter`; on a CPU, which other programs share, an anchor is timed around each candidate.
+        """See :class:`Meter`; on a CPU, which other programs share, candidates are timed against the anchor.
 
         Raises
         ------

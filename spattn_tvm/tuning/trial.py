@@ -23,8 +23,6 @@ _SECONDS = 1.0
 _LEAST_REPEATS = 3
 _MOST_REPEATS = 50
 _HOPELESS = 2.0
-_ANCHOR_US = 2e4
-_ANCHOR_NOISE = 0.03
 _L2_FLUSH_BYTES = 256 * 2**20
 
 
@@ -110,47 +108,62 @@ class TrialData:
                 return f"{name} is wrong: error {error:.3g}, at most {limit:.3g} is accepted"
         return None
 
-    def latency_us(
-        self, launch: Launch, best_us: float | None = None, anchor: tuple[Launch, float] | None = None
-    ) -> tuple[float, float]:
-        """Median time of a launch after a warm-up, and the machine's slowdown while it was taken.
+    def latency_us(self, launch: Launch, best_us: float | None = None) -> float:
+        """Median time of a launch in microseconds, after a warm-up.
 
         Parameters
         ----------
         launch : callable
         best_us : float, optional
             A launch that takes more than twice as long is measured less carefully.
-        anchor : (callable, float), optional
-            A launch and its usual time in microseconds. It is timed before and after, and what other programs
-            take from the machine at the moment is taken out of the result.
+        """
+        sample = self._sampler()
+        estimate = min(sample(launch, self), sample(launch, self))
+        hopeless = best_us is not None and estimate > _HOPELESS * best_us
+        repeats = 1 if hopeless else _repeats(estimate)
+        return statistics.median([estimate, *(sample(launch, self) for _ in range(repeats))])
+
+    def anchored_latency_us(
+        self, launch: Launch, anchor: Launch, usual_us: float, best_us: float | None = None
+    ) -> tuple[float, float]:
+        """The same on a machine that other programs share: between two runs of another kernel each time.
+
+        Parameters
+        ----------
+        launch : callable
+        anchor : callable
+            The other kernel.
+        usual_us : float
+            What one run of it takes when the machine is as fast as the result is to be stated for.
+        best_us : float, optional
+            As in :meth:`latency_us`.
 
         Returns
         -------
-        latency_us, slowdown : float
-            In microseconds, and a factor; the clock showed their product.
+        latency_us : float
+            Median ratio to the runs of the anchor before and after, times `usual_us`.
+        slowdown : float
+            Median time of the anchor over `usual_us`.
         """
-        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
+        sample = self._sampler()
+        sample(anchor, self)
+        sample(launch, self)
+        before = [sample(anchor, self)]
+        ratios: list[float] = []
+        repeats = _LEAST_REPEATS
+        while len(ratios) < repeats:
+            time_us = sample(launch, self)
+            before.append(sample(anchor, self))
+            ratios.append(2 * time_us / (before[-2] + before[-1]))
+            if len(ratios) == 1:
+                hopeless = best_us is not None and ratios[0] * usual_us > _HOPELESS * best_us
+                repeats = 2 if hopeless else _repeats(time_us + before[-1])
+        return statistics.median(ratios) * usual_us, statistics.median(before) / usual_us
+
+    def _sampler(self) -> Callable[[Launch, TrialData], float]:
         # PyTorch's threads spin for a while after the check, and would share the cores with the kernel's.
         time.sleep(0.02)
-        anchored = self._anchor_samples(anchor)
-        warm_up = sample(launch, self)
-        samples = [sample(launch, self)]
-        estimate = min(warm_up, samples[0])
-        if best_us is not None and estimate > _HOPELESS * best_us * _slowdown(anchored, anchor):
-            samples.append(warm_up)
-        else:
-            repeats = int(min(max(_SECONDS * 1e6 / estimate, _LEAST_REPEATS), _MOST_REPEATS))
-            samples.extend(sample(launch, self) for _ in range(repeats - 1))
-        slowdown = _slowdown(anchored + self._anchor_samples(anchor), anchor)
-        return statistics.median(samples) / slowdown, slowdown
-
-    def _anchor_samples(self, anchor: tuple[Launch, float] | None) -> list[float]:
-        if anchor is None:
-            return []
-        launch, usual_us = anchor
-        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
-        sample(launch, self)
-        return [sample(launch, self) for _ in range(int(min(max(_ANCHOR_US / usual_us, 2), 10)))]
+        return self._cuda_sample if self.device.type == "cuda" else _cpu_sample
 
     def _cuda_sample(self, launch: Launch, data: TrialData) -> float:
         flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
@@ -165,7 +178,7 @@ class TrialData:
     def interleaved_us(self, launches: Sequence[Launch], rounds: int) -> list[float]:
         """Median time of each launch in microseconds, taken in turns so that a slow spell hits all of
         them."""
-        sample = self._cuda_sample if self.device.type == "cuda" else _cpu_sample
+        sample = self._sampler()
         times: list[list[float]] = [[] for _ in launches]
         for launch in launches:
             sample(launch, self)
@@ -176,12 +189,8 @@ class TrialData:
         return [statistics.median(collected) for collected in times]
 
 
-def _slowdown(samples: list[float], anchor: tuple[Launch, float] | None) -> float:
-    """The anchor's time now relative to its usual one; 1 without an anchor or within the clock's noise."""
-    if anchor is None:
-        return 1.0
-    slowdown = statistics.median(samples) / anchor[1]
-    return 1.0 if abs(slowdown - 1.0) < _ANCHOR_NOISE else slowdown
+def _repeats(sample_us: float) -> int:
+    return int(min(max(_SECONDS * 1e6 / sample_us, _LEAST_REPEATS), _MOST_REPEATS))
 
 
 def _cpu_sample(launch: Launch, data: TrialData) -> float:

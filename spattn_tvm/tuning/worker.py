@@ -92,9 +92,12 @@ class _Measurer:
         wrong = self.data.wrong(self.data.outputs(launch))
         if wrong is not None:
             return {"error": wrong}
-        anchor = request["anchor"]
-        usual = None if anchor is None else (self._launch(anchor), anchor["usual_us"])
-        latency_us, slowdown = self.data.latency_us(launch, request["best_us"], usual)
+        anchor, best_us = request["anchor"], request["best_us"]
+        if anchor is None:
+            return {"latency_us": self.data.latency_us(launch, best_us)}
+        latency_us, slowdown = self.data.anchored_latency_us(
+            launch, self._launch(anchor), anchor["usual_us"], best_us
+        )
         return {"latency_us": latency_us, "slowdown": slowdown}
 
     def compare(self, request: dict[str, Any]) -> dict[str, Any]:
