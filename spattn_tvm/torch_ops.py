@@ -36,12 +36,14 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "hopper", "mma")
 _LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 _LIBRARY.define(
     "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, float scale, "
-    "bool deterministic, str impl) -> (Tensor o, Tensor lse)"
+    "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
     "Tensor? cu_seqlens, str layout, float scale, bool deterministic, str impl) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 # --- band tables: int32 (M, Hq, 4), M = 1 or one row a document ----------------------------------------

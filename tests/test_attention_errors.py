@@ -158,6 +158,8 @@ GOOD = tensors()
     ],
 )
 def test_message(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    # A good call of the same shapes before must not make a bad one pass.
+    banded_attention(**GOOD, layout=LAYOUT)
     arguments = {**GOOD, "layout": LAYOUT, **changes}
     with pytest.raises(error, match=message):
         banded_attention(**arguments)

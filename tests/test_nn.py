@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +85,14 @@ def test_layout_by_name_and_by_value() -> None:
 def test_state_dict_names() -> None:
     names = {f"{p}.{n}" for p in ("q_proj", "k_proj", "v_proj", "out_proj") for n in ("weight", "bias")}
     assert set(BandedAttention(64, 2, bias=True).state_dict()) == names
+
+
+def test_a_copy_works_like_the_original(tmp_path: Path) -> None:
+    module = BandedAttention(64, 2, layout=BandLayout.custom([[(0, 3)], [(2, 9), (20, 30)]]), rope_theta=9.0)
+    x = torch.randn(1, 40, 64)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    torch.save(module, tmp_path / "module.pt")
+    assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(x), module(x))
 
 
 def test_parameters_have_the_device_and_dtype_asked_for() -> None:

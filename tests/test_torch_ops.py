@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from spattn_tvm import torch_ops
+from spattn_tvm import dispatch, torch_ops
 from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.reference import reference_attention
@@ -393,6 +394,50 @@ def test_functional_transforms_are_refused() -> None:
     q, k, v = draw()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda q: banded_attention(q, k, v, SPATTENTION).sum())(q)
+
+
+def test_what_serves_a_call_is_found_anew_when_kernels_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = draw()
+    banded_attention(q, k, v, SPATTENTION)
+    found = []
+    find_kernel = torch_ops.find_kernel
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        found.append(find_kernel(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(torch_ops, "find_kernel", recording)
+    banded_attention(q, k, v, SPATTENTION)
+    assert not found
+    dispatch.clear_cache()
+    banded_attention(q, k, v, SPATTENTION)
+    assert [kernel.direction for kernel in found] == ["forward"]
+
+
+def test_layouts_of_equal_shapes_are_not_confused() -> None:
+    q, k, v = draw()
+    for layout in (*LAYOUTS, BandLayout.causal(4)):
+        if layout.context_length is None:
+            expected, _ = reference_attention(q, k, v, layout)
+            for impl in ("auto", "reference", "cpu"):
+                o = banded_attention(q, k, v, layout, impl=impl)
+                torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_share_no_state() -> None:
+    """Calls of several shapes from several threads at once, the caches cold."""
+    torch_ops.clear_tables()
+    inputs = [requiring_grad(*draw(length=length)) for length in (5, 37, 64, 90) * 4]
+    expected = [reference_attention(*each, SPATTENTION)[0] for each in inputs]
+
+    def work(each: tuple[Tensor, ...]) -> Tensor:
+        o = banded_attention(*each, SPATTENTION)
+        o.sum().backward()
+        return o
+
+    with ThreadPoolExecutor(4) as pool:
+        for o, wanted in zip(pool.map(work, inputs), expected, strict=True):
+            torch.testing.assert_close(o, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_batch() -> None:
