@@ -2,7 +2,8 @@
 
 A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
 
-- ``benchmark cpu``, ``benchmark cuda``: the newest report of ``spattn bench`` in ``autotune_logs/``
+- ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
+  from reports of one device and one set of versions
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 
@@ -34,16 +35,29 @@ LANGUAGE_MODEL = ROOT / "results" / "quickstart" / "byte_lm.json"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest_report(kind: str) -> Path | None:
-    """The last report of a device kind; names are dates, so the last in order."""
-    return max(LOGS.glob(f"{kind}-*/benchmarks/*.json"), key=lambda path: path.name, default=None)
+def newest_results(kind: str) -> tuple[dict[str, Any], list[Path]] | None:
+    """The last report of a device kind, with each problem's newest result from all reports of the same device
+    and versions, and those reports' paths. Names are dates, so the last in order is the newest.
+    """
+    paths = sorted(LOGS.glob(f"{kind}-*/benchmarks/*.json"), key=lambda path: path.name)
+    reports = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    if not reports:
+        return None
+    newest = reports[-1][1]
+    comparable = ("device", "versions", "threads")
+    results = {}
+    for path, report in reports:
+        if all(report[key] == newest[key] for key in comparable):
+            results |= {result["shape"]: (path, result) for result in report["results"]}
+    merged = {**newest, "results": [result for _, result in results.values()]}
+    return merged, sorted({path for path, _ in results.values()})
 
 
 def benchmark_block(kind: str) -> str | None:
-    path = newest_report(kind)
-    if path is None:
+    newest = newest_results(kind)
+    if newest is None:
         return None
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report, paths = newest
     picture = DOCS / f"benchmark-{kind}.png"
     plot_benchmark(report, picture)
     cuda = kind == "cuda"
@@ -80,13 +94,14 @@ def benchmark_block(kind: str) -> str | None:
                 cells += [f"{entry['peak_memory_mib']:.0f}"] if cuda else []
             rows.append(cells)
     versions = report["versions"]
+    compiler = f"TVM {versions['apache-tvm']}" if versions["apache-tvm"] else "kernels from a bundle"
     lines = [
         *_table(titles, rows),
         "",
         *(f"- {note}" for note in notes),
         *([""] if notes else []),
         f"Measured on {where}, {report['date'][:10]}, PyTorch {versions['torch']}, "
-        f"TVM {versions['apache-tvm']}; [{path.relative_to(ROOT)}]({path.relative_to(ROOT)}).",
+        f"{compiler}; " + ", ".join(f"[{path.name}]({path.relative_to(ROOT)})" for path in paths) + ".",
         "",
         f"![Benchmark]({picture.relative_to(ROOT)})",
     ]

@@ -160,7 +160,7 @@ def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKer
     status = entry.status
     if status == "tuned" and not is_same_problem(problem, entry.problem):
         status = "nearest"
-    return status, f"bundle {bundle.path}, exported for {entry.problem.key}: {entry.reason}"
+    return status, f"bundle {bundle.path.name!r}, exported for {entry.problem.key}: {entry.reason}"
 
 
 def _from_bundles(
