@@ -154,5 +154,8 @@ def test_this_environment_is_the_pinned_one() -> None:
     import importlib.metadata
 
     for name, requirements in pinned().items():
-        (pin,) = (r for r in requirements if r.marker is None or r.marker.evaluate())
+        applying = [r for r in requirements if r.marker is None or r.marker.evaluate()]
+        if not applying:
+            continue  # a backport for an older Python
+        (pin,) = applying
         assert pin.specifier.contains(importlib.metadata.version(name)), f"{name} is not at its pin {pin}"
