@@ -1,0 +1,63 @@
+"""Every shipped schedule: legal decisions, evidence in its log, a kernel that computes the right thing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from spattn_tvm.compiler import compile_kernel
+from spattn_tvm.dispatch import Kernel
+from spattn_tvm.runtime import load_library
+from spattn_tvm.spaces import find_space
+from spattn_tvm.store import ScheduleRecord, find_schedule, load_records
+from spattn_tvm.target import detect_cpu, parse_target
+from spattn_tvm.verify import RandomProblem, check_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = [
+    record
+    for folder in sorted(path.name for path in (ROOT / "schedules").iterdir() if path.is_dir())
+    for record in load_records(folder, ROOT / "schedules")
+]
+
+
+def test_schedules_are_shipped() -> None:
+    assert RECORDS
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record.target}-{record.problem.key}")
+def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord) -> None:
+    problem, target = record.problem, parse_target(record.target)
+    space = find_space(record.family, problem.direction)
+    assert space.rejection(record.decisions, problem.head_dim, problem.dtype, target) is None
+    choice = find_schedule(problem, target, root=ROOT / "schedules")
+    assert (choice.status, dict(choice.decisions)) == ("tuned", dict(record.decisions))
+    lines = (ROOT / "autotune_logs" / record.source_log / "measurements.jsonl").read_text().splitlines()
+    measured = [entry for entry in map(json.loads, lines) if entry["decisions"] == dict(record.decisions)]
+    assert any(entry["error"] is None for entry in measured)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [record for record in RECORDS if parse_target(record.target).kind == "cpu"],
+    ids=lambda record: f"{record.target}-{record.problem.key}",
+)
+def test_a_shipped_schedule_computes_the_right_thing(record: ScheduleRecord) -> None:
+    problem, target = record.problem, detect_cpu()
+    space = find_space(record.family, problem.direction)
+    reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
+    if reason is not None:
+        pytest.skip(f"tuned for {record.target}: {reason}")
+    path = compile_kernel(
+        record.family, problem.direction, problem.dtype, problem.head_dim, record.decisions, target
+    )
+    function = load_library(path, problem.direction)
+    kernel = Kernel(function, record.family, problem.direction, record.decisions, path=path)
+    rng = random.Random()
+    for _ in range(10):
+        drawn = RandomProblem.draw(rng, problem.dtype, problem.head_dim, 520)
+        assert check_kernel(kernel, drawn, torch.device("cpu")) == "", str(drawn)
