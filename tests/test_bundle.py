@@ -145,7 +145,7 @@ def test_a_registered_bundle_serves_calls_and_says_so(copy: Path) -> None:
     kernel = find_kernel("forward", q, LAYOUT.spec)
     assert kernel.path is not None
     assert kernel.path.parent == loaded.path
-    assert str(loaded.path) in kernel.reason
+    assert loaded.path.name in kernel.reason
     torch.testing.assert_close(banded_attention(q, k, v, LAYOUT), reference_attention(q, k, v, LAYOUT)[0])
     assert str(loaded.path) in explain(PROBLEMS[0], detect_cpu())
     dispatch.unregister_bundle(loaded)

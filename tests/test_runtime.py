@@ -48,9 +48,11 @@ def expected(a: torch.Tensor) -> torch.Tensor:
 
 def run_elsewhere(code: str, **environment: str) -> dict:
     """What a fresh process prints as JSON."""
+    # Loading a kernel in this process has set TVM's own defaults, which the other is to choose for itself.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TVM_")}
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=False,
