@@ -160,6 +160,7 @@ def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKer
     status = entry.status
     if status == "tuned" and not is_same_problem(problem, entry.problem):
         status = "nearest"
+    # The name alone: reasons end up in benchmark reports, which are to be shared.
     return status, f"bundle {bundle.path.name!r}, exported for {entry.problem.key}: {entry.reason}"
 
 
@@ -324,6 +325,7 @@ def explain(problem: AttentionProblem, target: MachineTarget) -> str:
                 ("family", entry.family),
                 ("status", status),
                 ("reason", reason),
+                ("bundle", str(bundle.path)),
                 ("decisions", _listed(entry.decisions)),
             ]
             return _aligned(lines)
