@@ -207,7 +207,9 @@ def _filled(series: Series) -> list[tuple[str, Points]]:
     return filled
 
 
-def plot_tuning_curve(series: Series, path: str | PathLike[str], *, title: str = "Tuning") -> Path:
+def plot_tuning_curve(
+    series: Series, path: str | PathLike[str], *, title: str = "Tuning", relative: bool = False
+) -> Path:
     """Draw best-so-far latency over trials.
 
     Parameters
@@ -216,6 +218,9 @@ def plot_tuning_curve(series: Series, path: str | PathLike[str], *, title: str =
         Points are (trial, best latency in µs so far), by rising trial; empty series are left out.
     path : path
         Where to write; parent folders are made.
+    relative : bool
+        Draw each series over its first point, which in a search is the untuned default: searches that ran
+        while the machine was faster or slower can then be compared.
 
     Raises
     ------
@@ -225,8 +230,14 @@ def plot_tuning_curve(series: Series, path: str | PathLike[str], *, title: str =
         No series has a point.
     """
     shown = _filled(series)
+    if relative:
+        shown = [
+            (label, [(trial, latency / points[0][1]) for trial, latency in points]) for label, points in shown
+        ]
     in_ms = max(latency for _, points in shown for _, latency in points) >= 1e4
     unit, per_unit = ("ms", 1e3) if in_ms else ("µs", 1.0)
+    if relative:
+        unit = "of untuned"
     last_trial = max(points[-1][0] for _, points in shown)
     scaled = []
     for label, points in shown:
@@ -244,7 +255,7 @@ def plot_tuning_curve(series: Series, path: str | PathLike[str], *, title: str =
     lowest, highest = (pick(y for _, line in scaled for _, y in line) for pick in (min, max))
     if highest > 5 * lowest > 0:
         axes.set_yscale("log")
-    else:
+    elif not relative:
         axes.set_ylim(bottom=0)
     return _save(figure, path)
 

@@ -108,6 +108,14 @@ def test_tuning_curve_shows_the_points_and_the_best(figure_of):
     assert axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
 
 
+def test_relative_tuning_curves_start_at_their_first_trial(figure_of):
+    series = [("fast", [(1, 200.0), (9, 100.0)]), ("slow", [(1, 400.0), (7, 300.0)])]
+    axes = figure_of(plot_tuning_curve, series, ..., relative=True).axes[0]
+    lines = [list(line.get_ydata()) for line in axes.get_lines()]
+    assert [(line[0], line[-1]) for line in lines] == [(1.0, 0.5), (1.0, 0.75)]
+    assert axes.get_ylabel() == "best latency so far, of untuned"
+
+
 def test_tuning_curve_of_slow_kernels_is_in_ms_and_of_wide_range_logarithmic(figure_of):
     axes = figure_of(plot_tuning_curve, [("model", [(1, 90000.0), (5, 4000.0)])], ...).axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[1, 90], [5, 4]]
