@@ -22,6 +22,7 @@ from typing import Any
 
 from .problem import AttentionProblem
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
+from .spaces import find_space
 from .store import find_schedule, is_same_problem, problem_distance
 from .target import MachineTarget, detect_cpu
 
@@ -92,11 +93,16 @@ class Bundle:
         _verify_files(self.path, self.files)
 
     def nearest(
-        self, problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None = None
+        self,
+        problem: AttentionProblem,
+        target: MachineTarget,
+        families: Sequence[str] | None = None,
+        deterministic: bool = False,
     ) -> BundledKernel | None:
         """The kernel exported for the problem nearest to this one.
 
-        None if there is none for its direction, dtype and head dim, or the bundle is for another device.
+        None if there is none for its direction, dtype and head dim, none whose results are bitwise
+        reproducible where that is asked for, or the bundle is for another device.
         """
         if self.target.kind != target.kind or (target.kind == "cuda" and self.target.arch != target.arch):
             return None
@@ -107,6 +113,7 @@ class Bundle:
             and kernel.problem.dtype == problem.dtype
             and kernel.problem.head_dim == problem.head_dim
             and (families is None or kernel.family in families)
+            and (not deterministic or _is_deterministic(kernel))
         ]
         return min(
             able,
@@ -116,6 +123,10 @@ class Bundle:
             ),
             default=None,
         )
+
+
+def _is_deterministic(kernel: BundledKernel) -> bool:
+    return find_space(kernel.family, kernel.problem.direction).is_deterministic(kernel.decisions)
 
 
 def _sha256(path: Path) -> str:
@@ -150,7 +161,8 @@ def export_bundle(
     path : path-like
         Folder to write: a new one, an empty one, or an older bundle, which is replaced.
     problems : iterable of AttentionProblem
-        Each gets the kernel that dispatch would choose on `target`. A kernel serves every shape and layout of
+        Each gets the kernel that dispatch would choose on `target`, and, where that one's gradients are not
+        bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout of
         its direction, dtype and head dim; a training run needs both directions.
     target : MachineTarget
         This machine's or any other that this machine can compile for.
@@ -190,22 +202,24 @@ def export_bundle(
         build.mkdir(mode=0o755)
         entries = []
         for problem in problems:
-            choice = find_schedule(problem, target)
-            library = compile_kernel(
-                choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
-            )
-            if not (build / library.name).exists():
-                shutil.copyfile(library, build / library.name)
-            entries.append(
-                {
-                    "problem": problem.to_json(),
-                    "family": choice.family,
-                    "decisions": dict(sorted(choice.decisions.items())),
-                    "status": choice.status,
-                    "reason": choice.reason,
-                    "library": library.name,
-                }
-            )
+            # The fastest comes first, so that it is the one of equally near kernels that a call takes.
+            choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
+            for choice in choices if choices[0].decisions != choices[1].decisions else choices[:1]:
+                library = compile_kernel(
+                    choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
+                )
+                if not (build / library.name).exists():
+                    shutil.copyfile(library, build / library.name)
+                entries.append(
+                    {
+                        "problem": problem.to_json(),
+                        "family": choice.family,
+                        "decisions": dict(sorted(choice.decisions.items())),
+                        "status": choice.status,
+                        "reason": choice.reason,
+                        "library": library.name,
+                    }
+                )
         names = [RUNTIME_LIBRARY] + ([CUDA_RUNTIME_LIBRARY] if target.kind == "cuda" else [])
         for name in names:
             shutil.copyfile(runtime_folder() / name, build / name)

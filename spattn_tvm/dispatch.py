@@ -165,10 +165,10 @@ def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKer
 
 
 def _from_bundles(
-    problem: AttentionProblem, target: MachineTarget, families: tuple[str, ...]
+    problem: AttentionProblem, target: MachineTarget, families: tuple[str, ...], deterministic: bool
 ) -> Kernel | None:
     for bundle in _bundles_in_use():
-        entry = bundle.nearest(problem, target, families)
+        entry = bundle.nearest(problem, target, families, deterministic)
         if entry is None:
             continue
         status, reason = _bundled_status(problem, bundle, entry)
@@ -231,6 +231,7 @@ def _find(
     layout: str,
     impl: str,
     kv_heads: int | None,
+    deterministic: bool,
 ) -> Kernel:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
@@ -242,10 +243,11 @@ def _find(
         problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
         target = _target_of(device)
         families = _families(impl, target)
-        kernel = _from_bundles(problem, target, families)
+        kernel = _from_bundles(problem, target, families, deterministic)
         if kernel is not None:
             return kernel
-        return _compiled(problem, target, find_schedule(problem, target, families=families))
+        choice = find_schedule(problem, target, families=families, deterministic=deterministic)
+        return _compiled(problem, target, choice)
     except (NoKernelError, CompilerMissingError) as error:
         if impl != "auto":
             raise
@@ -278,7 +280,7 @@ def find_kernel(
     impl : str
         ``"auto"``, ``"reference"`` or a kernel family, which is never replaced by another.
     deterministic : bool
-        Ask for results that are bitwise equal from run to run. Every family's are.
+        Only a kernel whose results are bitwise equal from run to run.
     kv_heads : int, optional
         Key heads, where they differ from the query heads.
 
@@ -294,7 +296,7 @@ def find_kernel(
     RuntimeError
         For an explicit `impl` that would have to be compiled without a compiler; or when compiling fails.
     """
-    key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads)
+    key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads, deterministic)
     kernel = _found.get(key)
     if kernel is None:
         with _lock:
@@ -305,7 +307,7 @@ def find_kernel(
     return kernel
 
 
-def explain(problem: AttentionProblem, target: MachineTarget) -> str:
+def explain(problem: AttentionProblem, target: MachineTarget, deterministic: bool = False) -> str:
     """Which kernel would serve a problem on a target and why, as lines of text. Compiles and loads nothing.
 
     Parameters
@@ -313,12 +315,14 @@ def explain(problem: AttentionProblem, target: MachineTarget) -> str:
     problem : AttentionProblem
     target : MachineTarget
         This machine's or any other.
+    deterministic : bool
+        As in :func:`find_kernel`.
     """
     obstacle = target.can_run_here()
     lines = [("problem", problem.key), ("target", target.folder)]
     lines.append(("here", "runs on this machine" if obstacle is None else f"does not run here: {obstacle}"))
     for bundle in _bundles_in_use() if obstacle is None else []:
-        entry = bundle.nearest(problem, target, families_for(target))
+        entry = bundle.nearest(problem, target, families_for(target), deterministic)
         if entry is not None:
             status, reason = _bundled_status(problem, bundle, entry)
             lines += [
@@ -330,7 +334,7 @@ def explain(problem: AttentionProblem, target: MachineTarget) -> str:
             ]
             return _aligned(lines)
     try:
-        choice = find_schedule(problem, target)
+        choice = find_schedule(problem, target, deterministic=deterministic)
     except NoKernelError as error:
         return _aligned([*lines, ("family", "reference (slow, eager)"), ("reason", str(error))])
     lines += [

@@ -162,23 +162,36 @@ def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients,
     return dq, dk, dv
 
 
+def _query_gradient_sums(kernel: Kernel, dq: Tensor) -> tuple[Tensor, ...]:
+    """The float32 workspace in which a kernel of one pass adds up dq, which it clears itself."""
+    if not kernel.decisions.get("one_pass"):
+        return ()
+    return (dq.new_empty(dq.shape, dtype=torch.float32),)
+
+
 def _backward_mma(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
+    """The kernel has a workspace for delta, and in one pass one for the sum of dq."""
     dq, dk, dv = (torch.empty_like(model) for model in models)
-    kernel.function(*inputs, dq, dk, dv, scale, _multiprocessors(dq.get_device()))
+    delta = torch.empty_like(inputs[4])
+    sums = _query_gradient_sums(kernel, dq)
+    kernel.function(*inputs, dq, dk, dv, delta, *sums, scale, _multiprocessors(dq.get_device()))
     return dq, dk, dv
 
 
 def _backward_hopper(
     kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float
 ) -> Gradients:
-    """The kernel has a workspace for lse and delta, two queries a row, and one for two tile counters."""
+    """The kernel has a workspace for lse and delta, two queries a row, one for two tile counters, and in one
+    pass one for the sum of dq.
+    """
     dq, dk, dv = (torch.empty_like(model) for model in models)
     batch, heads, length, _ = dq.shape
     index = dq.get_device()
     stats = dq.new_empty((batch, heads, (length + 1) // 2, 4), dtype=torch.float32)
     counters = _tile_counters("backward", index)
     q, scale, sign = _with_positive_scale(inputs[0], scale)
-    kernel.function(q, *inputs[1:], dq, dk, dv, stats, counters, scale, _multiprocessors(index))
+    sums = _query_gradient_sums(kernel, dq)
+    kernel.function(q, *inputs[1:], dq, dk, dv, stats, counters, *sums, scale, _multiprocessors(index))
     return dq if sign == 1 else dq.mul_(sign), dk, dv
 
 

@@ -196,11 +196,19 @@ def _order(record: ScheduleRecord) -> tuple[Any, ...]:
         problem.query_heads,
         problem.kv_heads,
         record.family,
+        is_deterministic(record),
     )
+
+
+def is_deterministic(record: ScheduleRecord) -> bool:
+    """Whether the recorded kernel's results are bitwise equal from run to run."""
+    return find_space(record.family, record.problem.direction).is_deterministic(record.decisions)
 
 
 def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) -> list[Path]:
     """Write records; each replaces the one of the same problem, target and family.
+
+    A record whose gradients are not bitwise reproducible and one whose are don't replace each other.
 
     Parameters
     ----------
@@ -219,7 +227,9 @@ def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) ->
         new.setdefault(root / record.target / _file_name(record.problem), []).append(record)
     for path, added in new.items():
         kept = _read_file(path, path.parent.name) if path.exists() else []
-        merged = {(record.problem, record.family): record for record in [*kept, *added]}
+        merged = {
+            (record.problem, record.family, is_deterministic(record)): record for record in [*kept, *added]
+        }
         text = json.dumps(
             [record.to_json() for record in sorted(merged.values(), key=_order)], indent=1, ensure_ascii=False
         )
@@ -298,6 +308,17 @@ def _difference(wanted: AttentionProblem, record: ScheduleRecord, target: Machin
     return " ".join(parts)
 
 
+def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], able: Sequence[str]) -> str:
+    """What the families that were not chosen took for the chosen record's problem."""
+    parts = []
+    for family in able:
+        if family == chosen.family:
+            continue
+        latencies = [record.latency_us for record in rivals if record.family == family]
+        parts.append(f"{family} {min(latencies):.1f} us" if latencies else f"{family} has no record of it")
+    return f"; {chosen.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
+
+
 def _other_models(target: MachineTarget, root: Path) -> list[str]:
     prefix = f"{target.kind}-{target.arch}-"
     folders = sorted(path.name for path in root.glob(f"{prefix}*") if path.is_dir())
@@ -334,6 +355,7 @@ def find_schedule(
     *,
     families: Sequence[str] | None = None,
     root: Path | None = None,
+    deterministic: bool = False,
 ) -> Choice:
     """Decisions for a problem on a target, from the records or the space's default.
 
@@ -350,12 +372,14 @@ def find_schedule(
         Only these kernel families; by default all that run on the target.
     root : Path, optional
         Instead of :func:`schedules_root`.
+    deterministic : bool
+        Only kernels whose results are bitwise equal from run to run.
 
     Returns
     -------
     Choice
-        Its ``reason`` also names records that were passed over because the space no longer offers their
-        decisions.
+        Its ``reason`` also says how the other families did, and names records that were passed over because
+        the space no longer offers their decisions.
 
     Raises
     ------
@@ -387,10 +411,10 @@ def find_schedule(
                 continue
             space = find_space(record.family, problem.direction)
             reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
-            if reason is None:
-                records.append(record)
-            else:
+            if reason is not None:
                 passed_over.append(f"{known.key} of {folder} ignored: {reason}")
+            elif not deterministic or space.is_deterministic(record.decisions):
+                records.append(record)
         return records
 
     def remark(text: str) -> str:
@@ -400,7 +424,8 @@ def find_schedule(
     same = [record for record in here if is_same_problem(problem, record.problem)]
     if same:
         record = min(same, key=lambda item: item.latency_us)
-        reason = remark(f"measured for this problem on this chip: {record.latency_us:.1f} us")
+        reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
+        reason = remark(reason + _other_families(record, same, able))
         return Choice(record.family, record.decisions, "tuned", reason, record)
 
     def nearest(records: Iterable[ScheduleRecord]) -> ScheduleRecord | None:
@@ -414,11 +439,15 @@ def find_schedule(
     if found is None:
         found = nearest(record for folder in _other_models(target, root) for record in usable(folder))
     if found is not None:
-        reason = remark(f"nearest record, measured {_difference(problem, found, target)}")
+        reason = f"nearest record, measured {_difference(problem, found, target)}"
+        rivals = [record for record in here if record.problem == found.problem]
+        reason = remark(reason + _other_families(found, rivals, able))
         return Choice(found.family, found.decisions, "nearest", reason, found)
 
     family = able[0]
-    decisions = find_space(family, problem.direction).untuned(problem.head_dim, problem.dtype, target)
+    decisions = find_space(family, problem.direction).untuned(
+        problem.head_dim, problem.dtype, target, deterministic=deterministic
+    )
     reason = remark(
         f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
     )

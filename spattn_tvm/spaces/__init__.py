@@ -50,12 +50,15 @@ class Space:
         or None.
     features : (decisions, problem) -> list[float]
         What the cost model learns from; the same length for every decision of the space.
-    untuned : (head_dim, dtype, target) -> dict[str, int]
-        Legal decisions for any problem, chosen without a search.
+    untuned : (head_dim, dtype, target, deterministic=False) -> dict[str, int]
+        Legal decisions for any problem, chosen without a search; with ``deterministic`` such that
+        ``is_deterministic`` holds.
     build : (decisions, head_dim, dtype, target) -> tvm.IRModule
         The kernel, exporting one function named after the direction. Imports TVM.
     unsupported : (head_dim, dtype, target) -> str or None
         Why no decision of the space can serve a head dim, dtype or target, or None. Asked before the others.
+    is_deterministic : (decisions) -> bool
+        Whether results are bitwise equal from run to run. By default they are.
     """
 
     family: str
@@ -63,9 +66,10 @@ class Space:
     choices: Callable[[int, str], dict[str, tuple[int, ...]]]
     illegal: Callable[[Decisions, int, str, MachineTarget], str | None]
     features: Callable[[Decisions, AttentionProblem], list[float]]
-    untuned: Callable[[int, str, MachineTarget], dict[str, int]]
+    untuned: Callable[..., dict[str, int]]
     build: Callable[[Decisions, int, str, MachineTarget], Any]
     unsupported: Callable[[int, str, MachineTarget], str | None]
+    is_deterministic: Callable[[Decisions], bool] = lambda decisions: True
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
