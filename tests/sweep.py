@@ -270,11 +270,15 @@ def check_problem(
     device: torch.device | str = "cpu",
     impl: str = "auto",
     attention: Attention | None = None,
+    *,
+    deterministic: bool = False,
 ) -> list[Comparison]:
     """Run one problem and raise AssertionError where an output is wrong.
 
     Parameters
     ----------
+    impl, deterministic
+        As in ``banded_attention``.
     attention : callable, optional
         ``(q, k, v) -> (o, lse)`` to judge in place of ``banded_attention``.
 
@@ -295,6 +299,7 @@ def check_problem(
             scale=problem.scale,
             cu_seqlens=inputs.cu_seqlens,
             return_lse=True,
+            deterministic=deterministic,
             impl=impl,
         )
 

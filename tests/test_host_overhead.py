@@ -1,4 +1,4 @@
-"""A call of ``banded_attention`` adds at most 15 us of host time to the compiled function that it calls.
+"""A call of ``banded_attention`` adds little host time to the compiled function that it calls.
 
 Both are timed in turns in one process on the smallest problem, where host time is all there is. Noise only
 adds time, so each is measured by its fastest round.
@@ -6,6 +6,7 @@ adds time, so each is measured by its fastest round.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.launch import launch_forward
 
-LIMIT_US = 15.0
+LIMITS_US = {"cpu": 15.0, "cuda": 10.0}
 ATTEMPTS = 8
 ROUNDS = 60
 CALLS = 40
@@ -54,15 +55,12 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
     def call() -> object:
         return banded_attention(*leaves, layout)
 
-    if device == "cpu":
-        o, lse = torch.empty_like(q), torch.empty(1, 1, 1)
+    arguments: list[object] = []
+    recorder = dataclasses.replace(kernel, function=lambda *given: arguments.extend(given))
+    launch_forward(recorder, q, k, v, bands, cu_seqlens, scale)
 
-        def bare() -> object:
-            return kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, 1)
-    else:
-        # What a CUDA family takes besides is the launcher's matter; it allocates the outputs too.
-        def bare() -> object:
-            return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
+    def bare() -> object:
+        return kernel.function(*arguments)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,10 +69,10 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
         for _ in range(ATTEMPTS):
             call_us, bare_us = fastest_us(call, bare)
             added = min(added, call_us - bare_us)
-            if added <= LIMIT_US:
+            if added <= LIMITS_US[device]:
                 break
     finally:
         torch.set_num_threads(threads)
     record_property("added_us", added)
     print(f"{device} {mode}: {added:.1f} us added to {bare_us:.1f} us of the compiled function")
-    assert added <= LIMIT_US
+    assert added <= LIMITS_US[device]

@@ -2,7 +2,7 @@
 plain PyTorch in the same dtype.
 
 1,000 problems by default; ``SPATTN_SWEEP=10000 pytest tests/test_sweep.py`` runs more, and with
-``tests/test_hopper.py`` the GPU's. The other tests here ask whether the comparison would notice a wrong
+``tests/test_cuda_kernels.py`` the GPU's. The other tests here ask whether the comparison would notice a wrong
 kernel.
 """
 
