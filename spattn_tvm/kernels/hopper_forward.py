@@ -334,7 +334,7 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
                 T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([Q_FULL + s]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([Q_EMPTY + s]), T.uint32(WARPS))
             T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([TILE_FULL]), T.uint32(1))
-            T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([TILE_EMPTY]), T.uint32(WARPS + 1))
+            T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([TILE_EMPTY]), T.uint32(32 * WARPS + 1))
             T.ptx.fence.mbarrier_init.release.cluster()
             T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.cta_sync()
@@ -549,8 +549,8 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
                     c_far_top: T.int32 = tile_words[FAR_TOP]
                     c_far_chunks: T.int32 = tile_words[FAR_CHUNKS]
                     row0: T.int32 = tile_words[QUERY0] + warpgroup * WARPGROUP_ROWS
-                    T.cuda.warp_sync()
-                    arrive_warp(TILE_EMPTY)
+                    # Every lane, since every lane has read the words.
+                    arrive(TILE_EMPTY)
                     q_ring: T.int32 = tile_at % Q_SLOTS
                     wait(Q_FULL + q_ring, (tile_at // Q_SLOTS) % 2)
                     tile_at = tile_at + 1
