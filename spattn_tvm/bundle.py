@@ -205,9 +205,8 @@ def export_bundle(
             # The fastest comes first, so that it is the one of equally near kernels that a call takes.
             choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
             for choice in choices if choices[0].decisions != choices[1].decisions else choices[:1]:
-                library = compile_kernel(
-                    choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
-                )
+                identity = (choice.family, problem.direction, problem.dtype, problem.head_dim)
+                library = compile_kernel(*identity, choice.decisions, target)
                 if not (build / library.name).exists():
                     shutil.copyfile(library, build / library.name)
                 entries.append(
