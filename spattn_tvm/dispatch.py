@@ -58,8 +58,6 @@ class Kernel:
         One sentence: why this one.
     path : Path or None
         Its library.
-    layout : str
-        ``BandLayout.spec``, for the reference; kernels take bands as data.
     """
 
     function: Callable[..., Any]
@@ -69,7 +67,6 @@ class Kernel:
     status: str = "untuned"
     reason: str = ""
     path: Path | None = None
-    layout: str = ""
 
 
 _lock = threading.RLock()
@@ -219,8 +216,8 @@ def _problem(
     return AttentionProblem(direction, name, batch, heads, kv_heads, length, head_dim, layout)
 
 
-def _reference(direction: str, layout: str, reason: str) -> Kernel:
-    return Kernel(_no_function, "reference", direction, status="reference", reason=reason, layout=layout)
+def _reference(direction: str, reason: str) -> Kernel:
+    return Kernel(_no_function, "reference", direction, status="reference", reason=reason)
 
 
 def _find(
@@ -236,9 +233,9 @@ def _find(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "reference":
-        return _reference(direction, layout, "asked for by impl='reference'")
+        return _reference(direction, "asked for by impl='reference'")
     if impl == "auto" and dtype is torch.float64:
-        return _reference(direction, layout, "float64 is what the reference is for")
+        return _reference(direction, "float64 is what the reference is for")
     try:
         problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
         target = _target_of(device)
@@ -257,7 +254,7 @@ def _find(
         warnings.warn(
             f"banded attention runs on the slow eager reference: {reason}", FallbackWarning, stacklevel=4
         )
-    return _reference(direction, layout, reason)
+    return _reference(direction, reason)
 
 
 def find_kernel(

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .bands import BandLayout
-from .reference import reference_attention, reference_gradients
-
 if TYPE_CHECKING:
     from .dispatch import Kernel
 
@@ -117,11 +114,6 @@ def launch_forward(
             return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
     if not q.is_contiguous() and q.stride(3) != 1:
         q = q.contiguous()
-    if kernel.family == "reference":
-        with torch.no_grad():
-            layout = BandLayout.from_spec(kernel.layout)
-            result, lse = reference_attention(q, k, v, layout, scale=scale, cu_seqlens=cu_seqlens)
-            return _like(result, q), lse
     o = torch.empty_like(q)
     batch, heads, length, _ = q.shape
     # 1 us less than torch.empty with a slice of the shape and a device.
@@ -232,15 +224,7 @@ def launch_backward(
     if _is_elsewhere(q):
         with torch.cuda.device(q.device):
             return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
-    q, k, v = models = tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    if kernel.family == "reference":
-        with torch.no_grad():
-            layout = BandLayout.from_spec(kernel.layout)
-            gradients = reference_gradients(
-                q, k, v, o, lse, do, dlse, layout, scale=scale, cu_seqlens=cu_seqlens
-            )
-            dq, dk, dv = (_like(gradient, model) for gradient, model in zip(gradients, models, strict=True))
-            return dq, dk, dv
+    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     inputs = (
         _readable(q),
         _readable(k),
