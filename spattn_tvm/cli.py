@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from .bands import BandLayout
     from .problem import AttentionProblem
     from .store import ScheduleRecord
+    from .target import MachineTarget
+    from .tuning.fleet import Fleet
+    from .tuning.measure import Workers
+    from .tuning.search import TuningResult
 
 app = typer.Typer(
     name="spattn",
@@ -129,70 +134,215 @@ def parse_problems(
     return problems
 
 
+# What is tuned where nothing is asked for: the shapes of the paper's models on a GPU, a small one on a CPU.
+_DEFAULT_SHAPES = {"cpu": ["1,16,4096,64"], "cuda": ["4,16,4096,64", "4,16,4096,128"]}
+_DEFAULT_DTYPE = {"cpu": Dtype.float32, "cuda": Dtype.bfloat16}
+
+
+def parse_budget(text: str) -> tuple[int | None, float | None]:
+    """``"64"`` → (64 trials, None); ``"8m"`` → (None, 8 minutes); ``"90s"`` → (None, 1.5).
+
+    Raises
+    ------
+    ValueError
+        For anything else, or nothing at all to spend.
+    """
+    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*(m|min|s)?", text.strip())
+    if match is None or not float(match[1]) > 0 or (match[2] is None and "." in match[1]):
+        raise ValueError(f"--budget is a number of trials (64) or a time (8m, 90s), got {text!r}")
+    if match[2] is None:
+        return int(match[1]), None
+    return None, float(match[1]) / (60 if match[2] == "s" else 1)
+
+
+def _replace_head_dims(shapes: list[str], head_dims: str | None) -> list[str]:
+    if head_dims is None:
+        return shapes
+    stems = list(dict.fromkeys(shape.rpartition(",")[0] for shape in shapes))
+    return [f"{stem},{head_dim}" for stem in stems for head_dim in _names(head_dims)]
+
+
+def _target_and_fleet(text: str, rpc: str | None, key: str | None) -> tuple[MachineTarget, Fleet | None]:
+    from .target import parse_target
+
+    if rpc is None:
+        if key is not None:
+            raise ValueError(f"--key {key} names servers of a tracker: give its address, --rpc HOST:PORT")
+        return parse_target(text), None
+    from .tuning.fleet import Fleet
+
+    fleet = Fleet.parse(rpc, key)
+    fleet.require_servers()
+    if text.strip().lower() == "cuda":
+        from .tuning.remote import RemoteDevice
+
+        return RemoteDevice(fleet, "cuda").target(), fleet
+    return parse_target(text), fleet
+
+
 @app.command(
-    epilog="Example: spattn tune --shape 1,16,4096,64 --direction both --minutes 5   "
+    epilog="Example: spattn tune --target cuda --head-dims 64,128 --budget 8m   "
     "(stop with Ctrl-C, the same command goes on)"
 )
 def tune(
-    shape: Shape = "1,16,4096,64",
-    dtype: DtypeOption = Dtype.float32,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="B,H,N,D (heads 16/4: 16 query, 4 key/value heads); may be repeated. By default "
+            "1,16,4096,64 on a CPU, 4,16,4096,64 and 4,16,4096,128 on a GPU."
+        ),
+    ] = None,
+    head_dims: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as 64,128: in place of the shapes' own.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Data type of q, k and v; float32 on a CPU, bfloat16 on a GPU.")
+    ] = None,
     layout: LayoutOption = "spattention",
     context: ContextOption = None,
     direction: DirectionOption = Direction.both,
     target: TargetOption = "cpu",
-    trials: Annotated[int | None, typer.Option(help="Candidates to measure, per kernel family.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Search time instead, for each pass.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Trials of each search (64), or time for all searches together (8m, 90s), which share it "
+            "equally. There is a search for each shape, pass and kernel family. 64 by default."
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="As --budget with a number.", hidden=True)] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Search time of each shape and pass.", hidden=True)
+    ] = None,
     strategy: Annotated[
         Strategy, typer.Option(help="random samples the same space without a cost model: the control.")
     ] = Strategy.evolutionary,
     family: Annotated[
-        list[str] | None, typer.Option(help="Only this kernel family; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only this kernel family; may be repeated. All that run on the target by default."),
     ] = None,
+    rpc: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of a TVM RPC tracker: its servers measure instead of this machine."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Key that the servers were started with.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search and of the data.")] = 0,
     log_root: LogRoot = Path("autotune_logs"),
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="Put the winners into schedules/ afterwards.")
     ] = True,
+    verify: Annotated[
+        int, typer.Option(help="Check each winner on so many random problems, if it runs here; 0: don't.")
+    ] = 20,
     schedules: SchedulesOption = None,
 ) -> None:
-    """Search the fastest decisions for a problem on this machine, resuming what autotune_logs/ holds."""
-    from .target import parse_target
-    from .tuning import tune as search
+    """Search the fastest decisions for problems, on this machine or a fleet, resuming what autotune_logs/
+    holds.
+
+    One search for each shape, pass and kernel family that runs on the target; then the best of each are
+    compared side by side, the winners go to schedules/ and are checked on random problems.
+    """
+    from .tuning.measure import Workers
+    from .tuning.search import DefaultFailedError
+    from .tuning.search import tune as search
+
+    if sum(option is not None for option in (budget, trials, minutes)) > 1:
+        raise ValueError("give one of --budget, --trials and --minutes")
+    machine, fleet = _target_and_fleet(target, rpc, key)
+    shapes = _replace_head_dims(shape or _DEFAULT_SHAPES[machine.kind], head_dims)
+    name = (dtype or _DEFAULT_DTYPE[machine.kind]).value
+    problems = parse_problems(shapes, name, layout, context, direction.value)
+    if budget is not None:
+        trials, minutes = parse_budget(budget)
+        minutes = None if minutes is None else minutes / len(problems)
+    reason = machine.can_run_here() if fleet is None else None
+    if reason is not None:
+        raise ValueError(
+            f"a search must run on its target {machine.folder}, or on a fleet's servers: {reason}"
+        )
+
+    records: list[ScheduleRecord] = []
+    failures: list[str] = []
+    with Workers(machine, fleet=fleet) as workers:
+        for problem in problems:
+            typer.echo(f"{problem.key} on {machine.folder}")
+            try:
+                result = search(
+                    problem,
+                    machine,
+                    trials=trials,
+                    minutes=minutes,
+                    seed=seed,
+                    strategy=strategy.value,
+                    log_root=log_root,
+                    families=family or None,
+                    workers=workers,
+                )
+            except DefaultFailedError as error:  # the other problems are still tuned
+                failures.append(f"{problem.key}: {error}")
+                typer.echo(failures[-1])
+                continue
+            failures += [f"{problem.key}: {text}" for text in result.failures.values()]
+            _print_result(result)
+            if result.ended == "interrupted":
+                typer.echo("interrupted: the same command goes on from here")
+                raise typer.Exit(130)
+            if distill and result.latency_us is not None:
+                records += _distilled(problem, machine, log_root, schedules, workers)
+    _print_records(records)
+    if verify and records and machine.can_run_here() is None:
+        failures += _verified(records, machine, verify, seed)
+    for failure in failures:
+        typer.echo(failure)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _print_result(result: TuningResult) -> None:
+    found = (
+        "none was correct"
+        if result.latency_us is None
+        else f"{result.latency_us:,.1f} us with {result.family}, {_listed(result.decisions)}"
+    )
+    failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
+    typer.echo(f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}")
+
+
+def _distilled(
+    problem: AttentionProblem,
+    machine: MachineTarget,
+    log_root: Path,
+    schedules: Path | None,
+    workers: Workers,
+) -> list[ScheduleRecord]:
     from .tuning.distill import distill as distill_logs
 
-    machine = parse_target(target)
-    for problem in parse_problems([shape], dtype.value, layout, context, direction.value):
-        typer.echo(f"{problem.key} on {machine.folder}")
-        result = search(
-            problem,
-            machine,
-            trials=trials,
-            minutes=minutes,
-            seed=seed,
-            strategy=strategy.value,
-            log_root=log_root,
-            families=family or None,
-        )
-        if result.latency_us is None:
-            raise RuntimeError(f"none of {result.trials} candidates was correct; see {result.log_dir}")
-        typer.echo(
-            f"best of {result.trials} trials ({result.errors} failed): {result.latency_us:,.1f} us with "
-            f"{result.family}, {_listed(result.decisions)}; log in {result.log_dir}"
-        )
-        if result.ended == "interrupted":
-            typer.echo("interrupted: the same command goes on from here")
-            raise typer.Exit(130)
-        if distill:
-            records = distill_logs(
-                log_root, target=machine, problems=[problem], schedules=schedules, report=typer.echo
-            )
-            _print_records(records)
+    return distill_logs(
+        log_root,
+        target=machine,
+        problems=[problem],
+        schedules=schedules,
+        report=typer.echo,
+        workers=workers,
+    )
+
+
+def _verified(records: list[ScheduleRecord], machine: MachineTarget, problems: int, seed: int) -> list[str]:
+    from .verify import kernels_of_records
+    from .verify import verify as check
+
+    choices = kernels_of_records(records)
+    result = check(machine, problems * len(choices), seed=seed, choices=choices)
+    typer.echo(f"verified on random problems: {result.passed} passed, {len(result.failures)} failed")
+    return result.failures
 
 
 def _print_records(records: list[ScheduleRecord]) -> None:
     for record in records:
         decisions = _listed(record.decisions)
-        typer.echo(f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family}, {decisions}")
+        spent = f" ({record.resources})" if record.resources else ""
+        typer.echo(
+            f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family}, {decisions}{spent}"
+        )
 
 
 def _listed(decisions: Mapping[str, int] | None) -> str:

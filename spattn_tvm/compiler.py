@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,11 +90,32 @@ _DRIVER_SYMBOLS = (
     "cuTensorMapEncodeTiled",
 )
 
+_REPORT_SUFFIX = ".resources"
+
 # Set in a process that was started to compile for CUDA.
 _COMPILES_CUDA = "SPATTN_COMPILES_CUDA"
 
 _ELF_MAGIC = b"\x7fELF"
 _ELF_MACHINE_CUDA = 190
+
+# As TVM's own call of nvcc, which throws away what ptxas says of registers, spills and serialized wgmma.
+_NVCC_OPTIONS = (
+    "--fatbin",
+    "-O3",
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT162_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT162_CONVERSIONS__",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "--use_fast_math",
+    "--ptxas-options=-v,--register-usage-level=10,--warn-on-local-memory-usage",
+)
+_CUDA_COMPILE_CALLBACK = "tvm_callback_cuda_compile"
+# Bytes of spilled registers in a kernel below which nobody need look: a few at the entry cost nothing.
+SPILL_TOLERANCE_BYTES = 16
 
 
 class CompilerMissingError(RuntimeError):
@@ -227,7 +249,106 @@ def _has_cubin(data: bytes) -> bool:
     return False
 
 
-def compile_module(module: Any, target: MachineTarget, path: Path) -> None:
+def read_ptxas(text: str) -> dict[str, Any]:
+    """What ``ptxas -v`` says of each kernel.
+
+    Parameters
+    ----------
+    text : str
+        Its output.
+
+    Returns
+    -------
+    dict
+        ``"kernels"``: by name the registers a thread, the bytes of its stack frame, of spill stores and
+        spill loads, and of static shared memory (what a launch asks for on top is not known to ptxas).
+        ``"warnings"``: its warnings and remarks on performance, such as that wgmma is serialized.
+    """
+    kernels: dict[str, dict[str, int]] = {}
+    warnings: list[str] = []
+    kernel: dict[str, int] = {}
+    for line in text.splitlines():
+        if found := re.search(r"Compiling entry function '([^']+)'", line):
+            kernel = kernels.setdefault(found[1], {})
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", line):
+            names = ("stack_bytes", "spill_store_bytes", "spill_load_bytes")
+            # Functions that are called, not inlined, have a line of their own; the kernel's is the first.
+            for name, value in zip(names, found.groups(), strict=True):
+                kernel.setdefault(name, int(value))
+        elif found := re.search(r"Used (\d+) registers", line):
+            kernel["registers"] = int(found[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel["shared_bytes"] = int(shared[1]) if shared else 0
+        elif "Local memory used" in line:
+            continue  # the line of the spills says it too
+        elif re.search(r"ptxas (warning|error)|Potential Performance Loss", line):
+            warnings.append(re.sub(r"^ptxas \w+\s*:\s*", "", line.strip()))
+    return {"kernels": kernels, "warnings": list(dict.fromkeys(warnings))}
+
+
+def spilled_bytes(resources: Mapping[str, Any] | None) -> int:
+    """Bytes of spill stores and loads of all kernels in a library's ``"resources"``; 0 where unknown."""
+    kernels = (resources or {}).get("kernels", {}).values()
+    return sum(k.get("spill_store_bytes", 0) + k.get("spill_load_bytes", 0) for k in kernels)
+
+
+def describe_resources(resources: Mapping[str, Any] | None) -> str:
+    """Such as ``168 registers, 12 bytes spilled``, a kernel after the other; "" where nothing is known."""
+    parts = []
+    for kernel in (resources or {}).get("kernels", {}).values():
+        spilled = kernel.get("spill_store_bytes", 0) + kernel.get("spill_load_bytes", 0)
+        spills = f"{spilled} bytes spilled" if spilled else "no spills"
+        parts.append(f"{kernel.get('registers', '?')} registers, {spills}")
+    return "; ".join([*parts, *(resources or {}).get("warnings", [])])
+
+
+def library_metadata(path: Path) -> dict[str, Any]:
+    """What is known of a compiled library: family, decisions, target, ``"resources"``; or nothing."""
+    try:
+        metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+@contextlib.contextmanager
+def _recorded_nvcc(target: MachineTarget, said: list[str]) -> Iterator[None]:
+    """Let TVM compile CUDA through a call of nvcc that keeps what ptxas says."""
+    import tvm_ffi
+
+    nvcc = find_nvcc()
+    original = tvm_ffi.get_global_func(_CUDA_COMPILE_CALLBACK, allow_missing=True)
+    if target.kind != "cuda" or nvcc is None or original is None:
+        yield
+        return
+    capability = target.arch.removeprefix("sm_")
+
+    def compile_cuda(code: str) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="spattn_tvm-") as folder:
+            source, output = Path(folder) / "kernel.cu", Path(folder) / "kernel.fatbin"
+            source.write_text(code, encoding="utf-8")
+            architecture = ["-gencode", f"arch=compute_{capability},code=sm_{capability}"]
+            done = subprocess.run(
+                [nvcc, *_NVCC_OPTIONS, *architecture, str(source), "-o", str(output)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+            if done.returncode:
+                raise RuntimeError(f"nvcc for {target.arch} failed:\n{done.stdout.strip()[-4000:]}")
+            said.append(done.stdout)
+            return output.read_bytes()
+
+    tvm_ffi.register_global_func(_CUDA_COMPILE_CALLBACK, compile_cuda, override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(_CUDA_COMPILE_CALLBACK, original, override=True)
+
+
+def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, Any]:
     """Compile a TensorIR module in this process and export it as a library.
 
     A CUDA target needs ``libcuda.so.1`` in this process, a driver's or a stub's: :func:`compile_kernel` sees
@@ -241,6 +362,11 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> None:
     path : Path
         The library to write.
 
+    Returns
+    -------
+    dict
+        As :func:`read_ptxas`, for a CUDA target that nvcc compiled; else empty.
+
     Raises
     ------
     RuntimeError
@@ -252,7 +378,9 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> None:
     tvm_target = target.tvm_target()
     scheduled = all(func.attrs and "s_tir" in func.attrs for _, func in module.functions_items())
     options: dict[str, Any] = {} if scheduled else {"tir_pipeline": "tirx"}
-    with tempfile.TemporaryDirectory(prefix="spattn_tvm-") as folder, tvm_target:
+    said: list[str] = []
+    recording = _recorded_nvcc(target, said)
+    with tempfile.TemporaryDirectory(prefix="spattn_tvm-") as folder, tvm_target, recording:
         addons = []
         if target.kind == "cpu":
             source, launch = Path(folder) / "openmp_launch.c", Path(folder) / "openmp_launch.o"
@@ -267,12 +395,23 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> None:
             f"TVM produced no machine code for {target.arch}: its CUDA runtime did not load in this process "
             "(libcuda.so.1 and libcudart.so.13 must be findable)"
         )
+    return read_ptxas("\n".join(said)) if said else {}
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of ``$CUDA_HOME`` or ``$CUDA_PATH``, on PATH, or of ``/usr/local/cuda``; None without one."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [str(Path(root) / "bin" / "nvcc") for root in roots if root]
+    for candidate in (*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if found := shutil.which(candidate):
+            return found
+    return None
 
 
 def _toolkit_folders() -> list[str]:
     """Library folders of the CUDA toolkit whose ``nvcc`` would run, for ``libcudart.so.13``."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    nvcc = shutil.which("nvcc")
+    nvcc = find_nvcc()
     if nvcc:
         roots.append(Path(nvcc).resolve().parent.parent)
     roots += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-13*"), reverse=True)]
@@ -309,10 +448,6 @@ def _driver_stub() -> Path:
     return folder
 
 
-def _has_nvcc() -> bool:
-    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
-
-
 def compile_obstacle(target: MachineTarget) -> str | None:
     """What this machine lacks to compile for a target and how to get it, or None."""
     try:
@@ -328,7 +463,7 @@ def compile_obstacle(target: MachineTarget) -> str | None:
                 f"{compiler} links for {machine or 'an unknown machine'}, not for {target.arch}: name a "
                 "cross compiler in CXX, such as aarch64-linux-gnu-g++ (Debian, Ubuntu: g++-aarch64-linux-gnu)"
             )
-    if target.kind == "cuda" and not _has_nvcc() and not _has_driver():
+    if target.kind == "cuda" and find_nvcc() is None and not _has_driver():
         return (
             "compiling for CUDA needs nvcc (CUDA toolkit 13) on PATH: install it, or run an exported bundle, "
             "which needs no compiler"
@@ -348,7 +483,7 @@ def compile_environment(target: MachineTarget) -> dict[str, str]:
     folders = _toolkit_folders()
     if not _has_driver():
         folders.insert(0, str(_driver_stub()))
-    if _has_nvcc():
+    if find_nvcc() is not None:
         environment.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
     folders += [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
@@ -356,7 +491,7 @@ def compile_environment(target: MachineTarget) -> dict[str, str]:
     return environment
 
 
-def _compile_in_subprocess(request: dict[str, Any]) -> None:
+def _compile_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
     """Compile in a process of its own: for CUDA, so that the stub does not end up in the user's."""
     environment = compile_environment(MachineTarget(**request["target"]))
     # The package may be importable only through this process's sys.path.
@@ -377,13 +512,25 @@ def _compile_in_subprocess(request: dict[str, Any]) -> None:
         raise RuntimeError(
             f"compiling {request['family']} {request['direction']} failed: {reason}\n{details}"
         )
+    report = Path(request["output"]).with_suffix(_REPORT_SUFFIX)
+    resources = json.loads(report.read_text(encoding="utf-8"))
+    report.unlink()
+    return resources
 
 
-def _build(request: dict[str, Any]) -> None:
+def _build(request: dict[str, Any]) -> dict[str, Any]:
     target = MachineTarget(**request["target"])
     space = find_space(request["family"], request["direction"])
     module = space.build(request["decisions"], request["head_dim"], request["dtype"], target)
-    compile_module(module, target, Path(request["output"]))
+    return compile_module(module, target, Path(request["output"]))
+
+
+def _build_apart(request: dict[str, Any]) -> None:
+    """What the compiling process does: whatever TVM prints, the resources reach the asking process in a
+    file."""
+    resources = _build(request)
+    report = Path(request["output"]).with_suffix(_REPORT_SUFFIX)
+    report.write_text(json.dumps(resources), encoding="utf-8")
 
 
 def compile_kernel(
@@ -413,7 +560,8 @@ def compile_kernel(
     Returns
     -------
     Path
-        A shared library that exports `direction`; its metadata are beside it with the suffix ``.json``.
+        A shared library that exports `direction`; its metadata, with the registers and spills of a CUDA
+        kernel, are beside it with the suffix ``.json``.
 
     Raises
     ------
@@ -461,9 +609,11 @@ def compile_kernel(
             }
             apart = target.kind == "cuda" and _COMPILES_CUDA not in os.environ
             if apart or forbids_tvm():
-                _compile_in_subprocess(request)
+                resources = _compile_in_subprocess(request)
             else:
-                _build(request)
+                resources = _build(request)
+            if resources:
+                identity = {**identity, "resources": resources}
             metadata = {**identity, "sha256": _file_sha256(output), "bytes": output.stat().st_size}
             description = output.with_suffix(".json")
             description.write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -474,4 +624,4 @@ def compile_kernel(
 
 
 if __name__ == "__main__":
-    _build(json.load(sys.stdin))
+    _build_apart(json.load(sys.stdin))

@@ -344,6 +344,8 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
         record = choice.record
         lines.append(("measured", f"{record.latency_us:.1f} us on {record.device}, {record.date}"))
         lines.append(("log", record.source_log))
+        if record.resources:
+            lines.append(("ptxas", record.resources))
     missing = compile_obstacle(target)
     if missing is not None:
         lines.append(("compiler", missing))

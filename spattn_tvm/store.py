@@ -50,6 +50,8 @@ class ScheduleRecord:
         Day of the measurement, ISO 8601.
     source_log : str
         The log that it was distilled from, relative to ``autotune_logs/``.
+    resources : str
+        Registers and spilled bytes of each of its CUDA kernels, as ptxas gave them.
     """
 
     problem: AttentionProblem
@@ -62,6 +64,7 @@ class ScheduleRecord:
     device: str = ""
     date: str = ""
     source_log: str = ""
+    resources: str = ""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -102,7 +105,7 @@ class ScheduleRecord:
                 f"a record has the fields {sorted(fields)}; missing {sorted(needed - set(data))}, "
                 f"unknown {sorted(set(data) - set(fields))}"
             )
-        for name in ("target", "workload_hash", "device", "date", "source_log"):
+        for name in ("target", "workload_hash", "device", "date", "source_log", "resources"):
             if not isinstance(data.get(name, ""), str):
                 raise ValueError(f"{name} must be a string, got {data[name]!r}")
         if not isinstance(data.get("versions", {}), dict):

@@ -193,6 +193,23 @@ def _cuda_model(name: str) -> str:
     return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
 
 
+def cuda_target(name: str, capability: tuple[int, int]) -> MachineTarget:
+    """The target of a GPU with a name as its driver gives it.
+
+    Raises
+    ------
+    ValueError
+        When no kernels are made for its compute capability.
+    """
+    arch = _ARCH_OF_CAPABILITY.get(tuple(capability))
+    if arch is None:
+        known = ", ".join(_CUDA_ARCHS)
+        raise ValueError(
+            f"no kernels for {name}, compute capability {capability[0]}.{capability[1]}; known: {known}"
+        )
+    return MachineTarget("cuda", arch, _cuda_model(name))
+
+
 @cache
 def detect_cuda(index: int = 0) -> MachineTarget:
     """CUDA device ``index`` of this machine, as PyTorch sees it.
@@ -209,13 +226,7 @@ def detect_cuda(index: int = 0) -> MachineTarget:
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise RuntimeError(f"no CUDA device {index}: PyTorch {torch.__version__} sees {count} CUDA devices")
-    major, minor = torch.cuda.get_device_capability(index)
-    name = torch.cuda.get_device_name(index)
-    arch = _ARCH_OF_CAPABILITY.get((major, minor))
-    if arch is None:
-        known = ", ".join(_CUDA_ARCHS)
-        raise ValueError(f"no kernels for {name}, compute capability {major}.{minor}; known: {known}")
-    return MachineTarget("cuda", arch, _cuda_model(name))
+    return cuda_target(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 
 def parse_target(text: str) -> MachineTarget:

@@ -7,7 +7,7 @@ as the same attention written as a few PyTorch operations in the inputs' dtype.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -185,37 +185,50 @@ class KernelChoice:
         return f"{self.family} {self.direction} {self.dtype} head dim {self.head_dim} ({self.origin})"
 
 
-def kernels_of(target: MachineTarget) -> list[KernelChoice]:
-    """Each distinct kernel of the target's shipped records, and untuned ones of some dtypes and head dims."""
-    from .store import load_records
-
-    choices: dict[Any, KernelChoice] = {}
-
-    def add(choice: KernelChoice) -> None:
+def _distinct(choices: Iterable[KernelChoice]) -> list[KernelChoice]:
+    found: dict[Any, KernelChoice] = {}
+    for choice in choices:
         key = (
             *(getattr(choice, n) for n in ("family", "direction", "dtype", "head_dim")),
             *sorted(choice.decisions.items()),
         )
-        choices.setdefault(key, choice)
+        found.setdefault(key, choice)
+    return list(found.values())
 
-    record: ScheduleRecord
-    for record in load_records(target.folder):
-        problem = record.problem
-        add(
-            KernelChoice(
-                record.family, problem.direction, problem.dtype, problem.head_dim, record.decisions, "tuned"
-            )
+
+def kernels_of_records(records: Iterable[ScheduleRecord]) -> list[KernelChoice]:
+    """Each distinct kernel of some records."""
+    return _distinct(
+        KernelChoice(
+            record.family,
+            record.problem.direction,
+            record.problem.dtype,
+            record.problem.head_dim,
+            record.decisions,
+            "tuned",
         )
+        for record in records
+    )
+
+
+def kernels_of(target: MachineTarget) -> list[KernelChoice]:
+    """Each distinct kernel of the target's shipped records, and untuned ones of some dtypes and head dims:
+    the fastest, and the deterministic one where that is another."""
+    from .store import load_records
+
+    choices = kernels_of_records(load_records(target.folder))
     for family in families_for(target):
         for direction in DIRECTIONS:
             if not has_space(family, direction):
                 continue
             space = find_space(family, direction)
             for dtype, head_dim in _UNTUNED:
-                if space.unsupported(head_dim, dtype, target) is None:
-                    decisions = space.untuned(head_dim, dtype, target)
-                    add(KernelChoice(family, direction, dtype, head_dim, decisions, "untuned"))
-    return list(choices.values())
+                if space.unsupported(head_dim, dtype, target) is not None:
+                    continue
+                for deterministic in (False, True):
+                    decisions = space.untuned(head_dim, dtype, target, deterministic=deterministic)
+                    choices.append(KernelChoice(family, direction, dtype, head_dim, decisions, "untuned"))
+    return _distinct(choices)
 
 
 def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -> str:
@@ -276,9 +289,10 @@ def verify(
     *,
     max_length: int = 700,
     seed: int | None = None,
+    choices: Sequence[KernelChoice] | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Verification:
-    """Check every kernel of `kernels_of` on its share of `problems` fresh random problems.
+    """Check kernels on their shares of `problems` fresh random problems.
 
     Parameters
     ----------
@@ -290,6 +304,8 @@ def verify(
         Longest sequence.
     seed : int, optional
         Of the problems; a fresh one when omitted.
+    choices : sequence of KernelChoice, optional
+        The kernels; those of `kernels_of` by default.
     report : callable
         Called with a line of progress.
 
@@ -303,7 +319,7 @@ def verify(
         raise ValueError(f"can't verify {target.folder} on this machine: {reason}")
     rng = random.Random(seed)
     device = torch.device(target.kind)
-    choices = kernels_of(target)
+    choices = kernels_of(target) if choices is None else choices
     result = Verification()
     for choice, count in _shares(choices, problems):
         report(str(choice))
@@ -325,7 +341,7 @@ def verify(
     return result
 
 
-def _shares(choices: list[KernelChoice], problems: int) -> Iterator[tuple[KernelChoice, int]]:
+def _shares(choices: Sequence[KernelChoice], problems: int) -> Iterator[tuple[KernelChoice, int]]:
     for index, choice in enumerate(choices):
         share = problems * (index + 1) // len(choices) - problems * index // len(choices)
         yield choice, max(1, share)

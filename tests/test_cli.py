@@ -62,7 +62,7 @@ def test_help_loads_neither_torch_nor_tvm() -> None:
         (["bench", "--peers", "nobody"], "unknown peer 'nobody'; known: ours"),
         (["bench", "--passes", "sideways"], "unknown pass 'sideways'"),
         (["distill", "--log-root", "/nonexistent"], "run `spattn tune` first"),
-        (["tune", "--target", "nvidia/h200", "--trials", "1"], "must run on its target"),
+        (["tune", "--target", "nvidia/h200", "--budget", "1"], "must run on its target"),
         (["plot", "tuning", "/nonexistent"], "no measurements under /nonexistent"),
         (["plot", "layout", "--context", "8", "--length", "9"], "a sequence of 9 is longer than"),
     ],
@@ -174,7 +174,7 @@ def test_tune_distill_explain_plot(tmp_path: Path) -> None:
     logs, schedules = tmp_path / "logs", tmp_path / "schedules"
     shape = ["--shape", "1,2,128,32"]
     done = spattn(
-        "tune", *shape, "--direction", "forward", "--trials", "2", "--log-root", str(logs),
+        "tune", *shape, "--direction", "forward", "--budget", "2", "--log-root", str(logs),
         "--schedules", str(schedules),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -188,7 +188,7 @@ def test_tune_distill_explain_plot(tmp_path: Path) -> None:
     out = tmp_path / "curve.png"
     invoke("plot", "tuning", str(logs), "--out", str(out))
     assert out.read_bytes()[:4] == b"\x89PNG"
-    control = [*shape, "--direction", "forward", "--trials", "2", "--log-root", str(logs)]
+    control = [*shape, "--direction", "forward", "--budget", "2", "--log-root", str(logs)]
     assert spattn("tune", *control, "--strategy", "random", "--no-distill").returncode == 0
     script = Path(__file__).resolve().parent.parent / "scripts" / "compare_strategies.py"
     command = [sys.executable, str(script), "--log-root", str(logs), "--rounds", "1"]

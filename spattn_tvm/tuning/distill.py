@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from spattn_tvm.compiler import describe_resources
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.spaces import FAMILIES, find_space, has_space
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
 from .log import Measurement, comparable_measurements, device_facts, find_logs, now, read_run, versions
-from .measure import ProcessMeter
+from .measure import Outcome, ProcessMeter, Workers
 
 _TOP = 4
+_TOP_DETERMINISTIC = 2
 _ROUNDS = 9
 
 
 def _best_candidates(
-    logs: Iterable[Path], family: str, problem: AttentionProblem, target: MachineTarget, top: int
+    logs: Iterable[Path], family: str, problem: AttentionProblem, target: MachineTarget
 ) -> list[tuple[Path, Measurement]]:
-    """The fastest different decisions in a problem's logs that the space still offers."""
+    """The different decisions in a problem's logs that were correct and that the space still offers, the
+    fastest first."""
     space = find_space(family, problem.direction)
     found: dict[tuple[tuple[str, int], ...], tuple[Path, Measurement]] = {}
     for log in logs:
@@ -40,8 +44,18 @@ def _best_candidates(
             known = found.get(key)
             if known is None or measurement.latency_us < (known[1].latency_us or math.inf):
                 found[key] = (log, measurement)
-    ranked = sorted(found.values(), key=lambda item: item[1].latency_us or math.inf)
-    return ranked[:top]
+    return sorted(found.values(), key=lambda item: item[1].latency_us or math.inf)
+
+
+def _contestants(
+    logs: Sequence[Path], family: str, problem: AttentionProblem, target: MachineTarget, top: int
+) -> list[tuple[Path, Measurement]]:
+    """The `top` fastest candidates, with the fastest two deterministic ones among them or added."""
+    ranked = _best_candidates(logs, family, problem, target)
+    is_deterministic = find_space(family, problem.direction).is_deterministic
+    deterministic = [item for item in ranked[top:] if is_deterministic(item[1].decisions)]
+    missing = _TOP_DETERMINISTIC - sum(is_deterministic(m.decisions) for _, m in ranked[:top])
+    return ranked[:top] + deterministic[: max(0, missing)]
 
 
 def _distill_family(
@@ -52,32 +66,55 @@ def _distill_family(
     target: MachineTarget,
     top: int,
     rounds: int,
-) -> ScheduleRecord | None:
-    candidates = _best_candidates(logs, family, problem, target, top)
+    workers: Workers,
+) -> list[ScheduleRecord]:
+    """The fastest candidate, and where its results are not bitwise reproducible the fastest whose are."""
+    candidates = _contestants(logs, family, problem, target, top)
     if not candidates:
-        return None
-    with ProcessMeter(family, problem, target) as meter:
+        return []
+    with ProcessMeter(family, problem, target, workers=workers) as meter:
         outcomes = meter.compare([measurement.decisions for _, measurement in candidates], rounds)
-    latencies = [outcome.latency_us or math.inf for outcome in outcomes]
-    latency_us = min(latencies)
-    if latency_us == math.inf:
+    correct = [
+        (outcome, log, measurement)
+        for outcome, (log, measurement) in zip(outcomes, candidates, strict=True)
+        if outcome.latency_us is not None
+    ]
+    if not correct:
         raise RuntimeError(
             f"none of the {len(candidates)} best candidates of {logs[0]} is correct any more: "
             f"{outcomes[0].error}"
         )
-    log, measurement = candidates[latencies.index(latency_us)]
-    device = device_facts(target)
+    correct.sort(key=lambda item: item[0].latency_us or math.inf)
+    is_deterministic = find_space(family, problem.direction).is_deterministic
+    winners = correct[:1]
+    if not is_deterministic(winners[0][2].decisions):
+        winners += [item for item in correct if is_deterministic(item[2].decisions)][:1]
+    return [_record(*winner, log_root, family, problem, target, workers) for winner in winners]
+
+
+def _record(
+    outcome: Outcome,
+    log: Path,
+    measurement: Measurement,
+    log_root: Path,
+    family: str,
+    problem: AttentionProblem,
+    target: MachineTarget,
+    workers: Workers,
+) -> ScheduleRecord:
+    device = device_facts(target) if workers.fleet is None else workers.server_facts
     return ScheduleRecord(
         problem=problem,
         target=target.folder,
         family=family,
         decisions=measurement.decisions,
-        latency_us=round(latency_us, 3),
+        latency_us=round(outcome.latency_us or math.inf, 3),
         workload_hash=read_run(log)["families"][family]["workload_hash"],
         versions=versions() | {name: device[name] for name in ("cuda", "driver") if name in device},
         device=device["name"],
         date=now(),
         source_log=log.relative_to(log_root).as_posix(),
+        resources=describe_resources(outcome.resources),
     )
 
 
@@ -118,7 +155,7 @@ def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int 
     space = find_space(family, problem.direction)
     contestants = {"untuned": space.untuned(problem.head_dim, problem.dtype, target)}
     for log in sorted(logs, key=lambda log: len(log.parts)):  # the search before its controls
-        best = _best_candidates([log], family, problem, target, top=1)
+        best = _best_candidates([log], family, problem, target)
         if not best:
             raise ValueError(f"{log} holds no correct candidate of the {family} family")
         contestants[read_run(log)["strategy"]] = best[0][1].decisions
@@ -141,6 +178,7 @@ def distill(
     top: int = _TOP,
     rounds: int = _ROUNDS,
     report: Callable[[str], object] = lambda text: None,
+    workers: Workers | None = None,
 ) -> list[ScheduleRecord]:
     """Measure the best candidates of each logged problem side by side, and write the winners to
     ``schedules/``.
@@ -161,11 +199,14 @@ def distill(
         Measurements of each.
     report : callable
         Told a line of text before each comparison.
+    workers : Workers, optional
+        Processes of a search for the target, whose fleet measures if it has one.
 
     Returns
     -------
     list of ScheduleRecord
-        One for each problem and family that has a correct candidate. Written one problem at a time, so
+        One for each problem and family that has a correct candidate, and one more where the fastest is not
+        deterministic and another candidate is. Written one problem at a time, so
         that an interruption keeps what is done.
 
     Raises
@@ -176,7 +217,7 @@ def distill(
         When no candidate of a problem is correct any more.
     """
     target = parse_target("cpu") if target is None else target
-    reason = target.can_run_here()
+    reason = target.can_run_here() if workers is None or workers.fleet is None else None
     if reason is not None:
         raise ValueError(f"logs must be distilled on their target {target.folder}: {reason}")
     log_root = Path(log_root)
@@ -188,15 +229,17 @@ def distill(
     if not by_problem:
         raise ValueError(f"no log of a search for {target.folder} under {log_root}; run `spattn tune` first")
     records = []
-    for problem, logs in by_problem.items():
-        for family in FAMILIES:
-            if not has_space(family, problem.direction):
-                continue
-            if not any(family in read_run(log)["families"] for log in logs):
-                continue
-            report(f"{problem.key}: comparing the best {family} candidates")
-            record = _distill_family(logs, log_root, family, problem, target, top, rounds)
-            if record is not None:
-                save_records([record], schedules)
-                records.append(record)
+    with ExitStack() as owned:
+        if workers is None:
+            workers = owned.enter_context(Workers(target))
+        for problem, logs in by_problem.items():
+            for family in FAMILIES:
+                if not has_space(family, problem.direction):
+                    continue
+                if not any(family in read_run(log)["families"] for log in logs):
+                    continue
+                report(f"{problem.key}: comparing the best {family} candidates")
+                found = _distill_family(logs, log_root, family, problem, target, top, rounds, workers)
+                save_records(found, schedules)
+                records += found
     return records

@@ -62,6 +62,10 @@ class Measurement:
     slowdown : float
         How much slower than at the start of the search the untuned default ran during this measurement; the
         clock showed about ``latency_us * slowdown``.
+    resources : dict or None
+        Registers and spills of a CUDA candidate; see :func:`spattn_tvm.compiler.read_ptxas`.
+    server : str or None
+        Address of the fleet's server that measured it; None for this machine.
     """
 
     family: str
@@ -71,6 +75,8 @@ class Measurement:
     error: str | None
     elapsed_s: float
     slowdown: float = 1.0
+    resources: dict[str, Any] | None = None
+    server: str | None = None
 
 
 def drop_torn_line(path: Path) -> None:
@@ -244,6 +250,11 @@ class TuningLog:
         )
         self._write_run()
 
+    def note_device(self, facts: Mapping[str, Any]) -> None:
+        """Say what has measured in this session, where that is known only now."""
+        self.run["sessions"][-1]["device"] = dict(facts)
+        self._write_run()
+
     def note_family(self, family: str, facts: Mapping[str, Any]) -> None:
         self.run["families"][family] = dict(facts)
         self._write_run()
@@ -261,7 +272,9 @@ class TuningLog:
 
     def append(self, measurement: Measurement) -> None:
         """Hand one measurement to the operating system, where a kill of this process can't reach it."""
-        line = json.dumps(asdict(measurement), separators=(",", ":")) + "\n"
+        always = ("latency_us", "error")
+        facts = {n: value for n, value in asdict(measurement).items() if value is not None or n in always}
+        line = json.dumps(facts, separators=(",", ":")) + "\n"
         with (self.folder / MEASUREMENTS).open("ab") as file:
             file.write(line.encode())
         self.measurements.append(measurement)

@@ -1,5 +1,5 @@
 """Builds candidates in a pool of processes and measures them in another, one at a time, checked before
-they are timed.
+they are timed; or on a fleet's servers, one on each at a time.
 
 A candidate that does not build, crashes, hangs or computes a wrong result yields an :class:`Outcome` with
 an error; nothing that a candidate does ends the search.
@@ -27,21 +27,40 @@ from spattn_tvm.compiler import compile_environment
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
+from .fleet import Fleet
+
 BUILD_TIMEOUT_S = 180.0
-MEASURE_TIMEOUT_S = 60.0
+# A GPU's candidate takes milliseconds; the rest is for loading it and for the check.
+MEASURE_TIMEOUT_S = {"cpu": 60.0, "cuda": 20.0}
 PREPARE_TIMEOUT_S = 600.0
 _POLL_S = 0.1
 _MOST_BUILDERS = 16
 _ANCHOR = -1
+_WARMING, _PREPARING, _COMPARING = "warm", "prepare", "compare"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Median latency in microseconds or why there is none, and the machine's slowdown, 1 as usual."""
+    """What became of a candidate.
+
+    Attributes
+    ----------
+    latency_us : float or None
+        Median; None when there is an error.
+    error : str or None
+    slowdown : float
+        Of the machine during the measurement, 1 as usual.
+    resources : dict or None
+        What ptxas said of the candidate; see :func:`spattn_tvm.compiler.read_ptxas`.
+    server : str or None
+        The fleet's server that measured it.
+    """
 
     latency_us: float | None = None
     error: str | None = None
     slowdown: float = 1.0
+    resources: dict[str, Any] | None = None
+    server: str | None = None
 
 
 class Meter(Protocol):
@@ -149,9 +168,12 @@ class _Worker:
         return self._process.stdout
 
     def kill(self) -> None:
+        self.job = None
         if self._process is None:
             return
-        self._process.kill()
+        # Its session is its own: a compiler that it started must not go on using a core.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
@@ -167,10 +189,98 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-class ProcessMeter:
-    """Builds and measures candidates of one family for one problem on this machine.
+class Workers:
+    """The processes of one or more searches for a target, which share them: their imports take seconds.
 
-    On a CPU nothing is built while something is timed; with CUDA the builders keep working.
+    Parameters
+    ----------
+    target : MachineTarget
+    fleet : Fleet, optional
+        Its servers measure instead of this machine.
+    builders : int, optional
+        Building processes; by default one for each CPU, at most 16.
+
+    Raises
+    ------
+    RuntimeError
+        When the fleet's tracker does not answer, or no server is registered under its key.
+    """
+
+    def __init__(
+        self, target: MachineTarget, *, fleet: Fleet | None = None, builders: int | None = None
+    ) -> None:
+        import torch
+
+        self.target, self.fleet = target, fleet
+        count = builders or min(_MOST_BUILDERS, available_cpus())
+        self.builders = [_Worker(threads=1, compiles_for=target) for _ in range(count)]
+        measuring = 1 if fleet is None else len(fleet.require_servers())
+        self.runners = [_Worker(threads=torch.get_num_threads()) for _ in range(measuring)]
+        # A fault on a GPU ends the process that caused it. The next one is ready by then.
+        self.spare = _Worker() if target.kind == "cuda" and fleet is None else None
+        self.used_servers: set[str] = set()
+        self.server_facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def all(self) -> list[_Worker]:
+        return [*self.builders, *self.runners, *([self.spare] if self.spare else [])]
+
+    def warm(self) -> None:
+        """Have idle processes do their imports, while others already work."""
+        for worker in self.builders:
+            if not worker.alive:
+                worker.send(_WARMING, {"do": "warm", "modules": ["tvm"]}, PREPARE_TIMEOUT_S)
+        self.warm_spare()
+
+    def warm_spare(self) -> None:
+        if self.spare is not None and not self.spare.alive:
+            request = {"do": "warm", "modules": ["torch"], "device": self.target.kind}
+            self.spare.send(_WARMING, request, PREPARE_TIMEOUT_S)
+
+    def replace(self, runner: _Worker) -> None:
+        """End a measuring process that can't be trusted any more; the spare one takes its place."""
+        runner.kill()
+        if self.spare is not None:
+            self.runners[self.runners.index(runner)], self.spare = self.spare, runner
+            self.warm_spare()
+
+    def finished(self) -> list[tuple[_Worker, Any, dict[str, Any]]]:
+        """Wait a moment; (worker, job, answer) of each request that is done."""
+        busy = [worker for worker in self.all if worker.busy]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.stdout, selectors.EVENT_READ)
+            selector.select(_POLL_S)
+        finished = []
+        for worker in busy:
+            job = worker.job
+            answer = worker.receive()
+            if answer is not None and job != _WARMING:
+                finished.append((worker, job, answer))
+        return finished
+
+    def drop_jobs(self) -> None:
+        """End whatever is in flight. Only what is busy has to start anew."""
+        for worker in self.all:
+            if worker.busy and worker.job != _WARMING:
+                worker.kill()
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self.all:
+            worker.kill()
+
+
+class ProcessMeter:
+    """Builds and measures candidates of one family for one problem, on this machine or a fleet's servers.
+
+    Where this machine's CPU is what measures, nothing is built while something is timed.
 
     Parameters
     ----------
@@ -178,13 +288,13 @@ class ProcessMeter:
         Family name, or ``module:ATTRIBUTE`` of a :class:`~spattn_tvm.spaces.Space` outside this package.
     problem : AttentionProblem
     target : MachineTarget
-        The target of this machine.
+        Of this machine, or of the servers.
     seed : int
         Of the random inputs.
     stopped : callable
         Asked several times a second; once it says True the iteration ends, and what is in flight is dropped.
-    builders : int, optional
-        Building processes; by default one for each CPU, at most 16.
+    workers : Workers, optional
+        Those of earlier searches for the same target, which its owner closes; own ones by default.
     """
 
     def __init__(
@@ -195,22 +305,24 @@ class ProcessMeter:
         *,
         seed: int = 0,
         stopped: Callable[[], bool] = lambda: False,
-        builders: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        import torch
-
         self._family, self._problem, self._target = family, problem, target
         self._seed, self._stopped = seed, stopped
-        count = builders or min(_MOST_BUILDERS, available_cpus())
-        self._builders = [_Worker(threads=1, compiles_for=target) for _ in range(count)]
-        self._runner = _Worker(threads=torch.get_num_threads())
-        self._ready = False
+        self._owns_workers = workers is None
+        self._workers = Workers(target) if workers is None else workers
+        self._fleet = self._workers.fleet
+        self._is_local_cpu = target.kind == "cpu" and self._fleet is None
+        self._timeout_s = MEASURE_TIMEOUT_S[target.kind]
+        self._ready: set[_Worker] = set()
+        self._refusals: list[str] = []
         self._folder = Path(tempfile.mkdtemp(prefix="spattn-tuning-"))
+        self._cache = self._folder / "reference.pt"
         self._built = 0
 
     @property
     def builders(self) -> int:
-        return len(self._builders)
+        return len(self._workers.builders)
 
     def __enter__(self) -> ProcessMeter:
         return self
@@ -219,9 +331,11 @@ class ProcessMeter:
         self.close()
 
     def close(self) -> None:
-        """End all processes and delete the temporary files."""
-        for worker in (*self._builders, self._runner):
-            worker.kill()
+        """End the processes, unless they are shared, and delete the temporary files."""
+        if self._owns_workers:
+            self._workers.close()
+        else:
+            self._workers.drop_jobs()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def measure(
@@ -235,46 +349,69 @@ class ProcessMeter:
         Raises
         ------
         RuntimeError
-            When the measuring process can't even prepare the problem's data.
+            When the measuring process can't even prepare the problem's data, or no server is left.
         """
         waiting = deque(enumerate(batch))
         built: deque[tuple[int, dict[str, Any]]] = deque()
         remaining = len(batch)
+        retried: set[int] = set()
         usual: dict[str, Any] | None = None
         if anchor is not None and self._target.kind == "cpu" and batch:
             waiting.appendleft((_ANCHOR, anchor[0]))
-        while remaining and not self._stopped():
-            self._feed_builders(waiting)
-            building = any(worker.busy for worker in self._builders)
-            if not self._runner.busy:
-                if not (self._ready and self._runner.alive):
-                    self._send_prepare()
-                elif built and (self._target.kind == "cuda" or not building):
-                    position, kernel = built.popleft()
-                    request = {"do": "measure", **kernel, "best_us": best_us, "anchor": usual}
-                    self._runner.send(position, request, MEASURE_TIMEOUT_S)
-            for worker, job, answer in self._finished():
-                if job == _ANCHOR:
-                    if anchor is not None and "path" in answer:
-                        usual = {**self._kernel(anchor[0], answer["path"]), "usual_us": anchor[1]}
-                    continue
-                if worker is not self._runner and "path" in answer:
-                    built.append((job, self._kernel(batch[job], answer["path"])))
-                    continue
-                if worker is self._runner:
-                    if job == "prepare":
-                        self._accept_prepare(answer)
+        try:
+            while remaining and not self._stopped():
+                self._feed_builders(waiting)
+                # The imports of builders without work would disturb what is timed on the same CPU.
+                if not self._is_local_cpu:
+                    self._workers.warm()
+                for runner in self._idle_runners():
+                    if built and (usual is not None or anchor is None or self._target.kind != "cpu"):
+                        position, kernel = built.popleft()
+                        request = {"do": "measure", **kernel, "best_us": best_us, "anchor": usual}
+                        runner.send((position, kernel), request, self._timeout_s)
+                for worker, job, answer in self._workers.finished():
+                    if worker in self._workers.builders:
+                        if job == _ANCHOR:
+                            if anchor is None or "path" not in answer:
+                                anchor = None  # it was measured before, so this is a fault of the moment
+                            else:
+                                usual = {**self._kernel(anchor[0], answer), "usual_us": anchor[1]}
+                            continue
+                        if "path" in answer:
+                            built.append((job, self._kernel(batch[job], answer)))
+                            continue
+                        position, resources = job, None
+                    elif job == _PREPARING:
+                        self._accept_prepare(worker, answer)
                         continue
-                    if "error" in answer and self._target.kind == "cuda":
-                        worker.kill()  # after an illegal access every later call in that process fails too
-                remaining -= 1
-                outcome = Outcome(answer.get("latency_us"), answer.get("error"), answer.get("slowdown", 1.0))
-                if outcome.latency_us is not None:
-                    best_us = min(outcome.latency_us, best_us or outcome.latency_us)
-                yield job, outcome
+                    else:
+                        position, kernel = job
+                        resources = kernel["resources"]
+                        if "error" in answer:
+                            self._distrust(worker, answer)
+                            if answer.get("lost") and position not in retried:
+                                # Nobody knows yet whether the candidate or the server is to blame.
+                                retried.add(position)
+                                built.append(job)
+                                continue
+                    remaining -= 1
+                    outcome = Outcome(
+                        answer.get("latency_us"),
+                        answer.get("error"),
+                        answer.get("slowdown", 1.0),
+                        resources,
+                        answer.get("server"),
+                    )
+                    if outcome.latency_us is not None:
+                        best_us = min(outcome.latency_us, best_us or outcome.latency_us)
+                    yield position, outcome
+        finally:
+            if remaining:
+                self._ready -= {runner for runner in self._workers.runners if runner.busy}
+                self._workers.drop_jobs()
 
     def compare(self, batch: Sequence[Mapping[str, int]], rounds: int) -> list[Outcome]:
-        """Outcome of each candidate; the correct ones are measured in turns.
+        """Outcome of each candidate; the correct ones are measured in turns by one process or server.
 
         Parameters
         ----------
@@ -289,33 +426,42 @@ class ProcessMeter:
         """
         waiting = deque(enumerate(batch))
         kernels: dict[int, dict[str, Any]] = {}
+        asked = False
         while not self._stopped():
             self._feed_builders(waiting)
-            if not self._runner.busy:
-                if not self._ready:
-                    self._send_prepare()
-                elif len(kernels) == len(batch):
+            for runner in self._idle_runners():
+                if len(kernels) == len(batch) and not asked:
+                    asked = True
                     request = {
                         "do": "compare",
                         "kernels": [kernels[i] for i in range(len(batch))],
                         "rounds": rounds,
                     }
-                    self._runner.send("compare", request, len(batch) * MEASURE_TIMEOUT_S)
-            for worker, job, answer in self._finished():
-                if job == "prepare":
-                    self._accept_prepare(answer)
+                    runner.send(_COMPARING, request, len(batch) * self._timeout_s)
+            for worker, job, answer in self._workers.finished():
+                if job == _PREPARING:
+                    self._accept_prepare(worker, answer)
                 elif "error" in answer:
+                    if job == _COMPARING:
+                        self._distrust(worker, answer)
+                    if answer.get("lost"):
+                        asked = False
+                        continue
                     raise RuntimeError(
                         f"comparing {len(batch)} candidates of {self._family}: {answer['error']}"
                     )
-                elif worker is self._runner:
-                    return [Outcome(**outcome) for outcome in answer["outcomes"]]
+                elif job == _COMPARING:
+                    server = answer.get("server")
+                    return [
+                        Outcome(**outcome, resources=kernels[i]["resources"], server=server)
+                        for i, outcome in enumerate(answer["outcomes"])
+                    ]
                 else:
-                    kernels[job] = self._kernel(batch[job], answer["path"])
+                    kernels[job] = self._kernel(batch[job], answer)
         raise KeyboardInterrupt
 
     def _feed_builders(self, waiting: deque[tuple[int, Mapping[str, int]]]) -> None:
-        for worker in self._builders:
+        for worker in self._workers.builders:
             if not waiting:
                 return
             if not worker.busy:
@@ -332,36 +478,72 @@ class ProcessMeter:
                 }
                 worker.send(position, request, BUILD_TIMEOUT_S)
 
-    def _kernel(self, decisions: Mapping[str, int], path: str) -> dict[str, Any]:
-        return {"family": self._family, "decisions": dict(decisions), "path": path}
+    def _kernel(self, decisions: Mapping[str, int], answer: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "family": self._family,
+            "decisions": dict(decisions),
+            "path": answer["path"],
+            "resources": answer.get("resources"),
+        }
 
-    def _send_prepare(self) -> None:
+    def _idle_runners(self) -> Iterator[_Worker]:
+        """Runners that can take a candidate now; the others are told to prepare."""
+        candidates_wait = self._is_local_cpu and any(worker.busy for worker in self._workers.builders)
+        for runner in list(self._workers.runners):
+            if runner.busy:
+                continue
+            if runner not in self._ready or not runner.alive:
+                self._send_prepare(runner)
+            elif not candidates_wait:
+                yield runner
+
+    def _send_prepare(self, runner: _Worker) -> None:
+        self._ready.discard(runner)
+        on_cpu = self._target.kind == "cpu" or self._fleet is not None
+        is_preparing = any(other.job == _PREPARING for other in self._workers.runners)
+        if on_cpu and is_preparing and not self._cache.exists():
+            return  # the reference takes seconds on a CPU: one process computes it for all
         request = {
             "do": "prepare",
             "problem": self._problem.to_json(),
-            "device": self._target.kind,
+            "target": asdict(self._target),
             "seed": self._seed,
-            "cache": str(self._folder / "reference.pt") if self._target.kind == "cpu" else None,
+            "cache": str(self._cache) if on_cpu else None,
+            "fleet": None if self._fleet is None else asdict(self._fleet),
         }
-        self._ready = False
-        self._runner.send("prepare", request, PREPARE_TIMEOUT_S)
+        runner.send(_PREPARING, request, PREPARE_TIMEOUT_S)
 
-    def _accept_prepare(self, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
+    def _accept_prepare(self, runner: _Worker, answer: Mapping[str, Any]) -> None:
+        if "error" not in answer:
+            self._ready.add(runner)
+            if "server" in answer:
+                self._workers.used_servers.add(answer["server"])
+                self._workers.server_facts = answer["device"]
+            return
+        if self._fleet is None or not answer.get("lost"):
             raise RuntimeError(f"{self._problem.key} can't be measured: {answer['error']}")
-        self._ready = True
+        self._retire(runner, answer["error"])
 
-    def _finished(self) -> list[tuple[_Worker, Any, dict[str, Any]]]:
-        """Wait a moment; (worker, job, answer) of each request that is done."""
-        busy = [worker for worker in (*self._builders, self._runner) if worker.busy]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.stdout, selectors.EVENT_READ)
-            selector.select(_POLL_S)
-        finished = []
-        for worker in busy:
-            job = worker.job
-            answer = worker.receive()
-            if answer is not None:
-                finished.append((worker, job, answer))
-        return finished
+    def _distrust(self, runner: _Worker, answer: Mapping[str, Any]) -> None:
+        """After a failed measurement: is the process, or the server behind it, still of use?"""
+        if answer.get("broken") or not runner.alive:
+            self._ready.discard(runner)
+            self._workers.replace(runner)
+        elif answer.get("lost"):
+            self._ready.discard(runner)
+            assert self._fleet is not None
+            if len(self._fleet.servers()) < len(self._workers.runners):
+                self._retire(runner, answer["error"])
+
+    def _retire(self, runner: _Worker, reason: str) -> None:
+        """Go on without one of the fleet's servers."""
+        assert self._fleet is not None
+        runner.kill()
+        self._workers.runners.remove(runner)
+        self._refusals.append(reason)
+        if not self._workers.runners:
+            raise RuntimeError(
+                f"no server is left under the key {self._fleet.key!r} of the tracker "
+                f"{self._fleet.address}: {'; '.join(dict.fromkeys(self._refusals))}. What was measured is "
+                "in the log; start servers and give the same command to go on"
+            )

@@ -4,21 +4,23 @@ is spent."""
 from __future__ import annotations
 
 import importlib.util
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spattn_tvm.compiler import SPILL_TOLERANCE_BYTES, spilled_bytes
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.spaces import Space, families_for
 from spattn_tvm.target import MachineTarget
 
 from .log import Measurement, TuningLog, device_facts, log_folder, versions
-from .measure import Meter, ProcessMeter
+from .measure import Meter, ProcessMeter, Workers
 from .worker import resolve_space
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ STRATEGIES = ("evolutionary", "random")
 _LEAST_BATCH = 8
 # Random sampling of a space that is nearly exhausted keeps hitting what it has seen.
 _MOST_STALE_BATCHES = 25
+
+
+class DefaultFailedError(RuntimeError):
+    """Not even a family's untuned default builds, runs and is correct, so no candidate is tried."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class TuningResult:
         Candidates measured, and those of them that failed, over all sessions.
     ended : str
         ``"budget"``, ``"exhausted"`` (nothing new left in the space) or ``"interrupted"``.
+    failures : dict[str, str]
+        Families that could not be searched, and why.
+    spilling : int
+        Correct candidates that spill registers, by what ptxas said; only known for CUDA.
     """
 
     family: str | None
@@ -54,6 +64,8 @@ class TuningResult:
     trials: int
     errors: int
     ended: str
+    failures: dict[str, str] = field(default_factory=dict)
+    spilling: int = 0
 
 
 @dataclass
@@ -147,13 +159,23 @@ class _Session:
 
     def __post_init__(self) -> None:
         self._earlier_s = self.log.elapsed_s
+        self._until_s = self._limit_s
+
+    @property
+    def _limit_s(self) -> float:
+        return math.inf if self.budget.minutes is None else 60 * self.budget.minutes
+
+    def allot(self, families: int) -> None:
+        """Let the next one of so many families have its share of the time that is left."""
+        elapsed_s = self.elapsed_s
+        self._until_s = elapsed_s + max(0.0, self._limit_s - elapsed_s) / families
 
     @property
     def elapsed_s(self) -> float:
         return self._earlier_s + time.monotonic() - self.began
 
     def out_of_time(self) -> bool:
-        return self.budget.minutes is not None and self.elapsed_s >= 60 * self.budget.minutes
+        return self.elapsed_s >= self._until_s
 
     def of_family(self, family: str, kernel: str) -> list[Measurement]:
         return [m for m in self.log.measurements if m.family == family and m.kernel == kernel]
@@ -187,7 +209,7 @@ def run_search(
 
     Raises
     ------
-    RuntimeError
+    DefaultFailedError
         When even the default fails.
     """
     known = {_key(m.decisions): m.latency_us for m in session.of_family(family, kernel)}
@@ -224,7 +246,7 @@ def run_search(
             if outcome.error is not None and decisions == first:
                 # The compiler, the device or the kernel's code is at fault, not this candidate. Failures that
                 # such a session logged would never be measured again.
-                raise RuntimeError(f"the untuned default of {family} fails: {outcome.error}")
+                raise DefaultFailedError(f"the untuned default of {family} fails: {outcome.error}")
             session.log.append(
                 Measurement(
                     family,
@@ -234,6 +256,8 @@ def run_search(
                     outcome.error,
                     round(session.elapsed_s, 3),
                     round(outcome.slowdown, 4),
+                    outcome.resources,
+                    outcome.server,
                 )
             )
             search.keep(candidate, outcome.latency_us)
@@ -245,7 +269,8 @@ def run_search(
         search.tell([candidate for candidate, _ in told], [latency for _, latency in told])
         if session.stopped():
             return "interrupted"
-        proposed = search.ask()
+        if not session.out_of_time():
+            proposed = search.ask()
 
 
 def tune(
@@ -259,8 +284,9 @@ def tune(
     log_root: Path = Path("autotune_logs"),
     families: Sequence[str] | None = None,
     progress: bool = True,
+    workers: Workers | None = None,
 ) -> TuningResult:
-    """Search for the fastest decisions of a problem on this machine.
+    """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
 
     Calling it again with the same arguments resumes: what the log folder holds is not measured again and
     counts towards the budget. Ctrl-C ends the search after the measurement in flight was dropped, and the
@@ -271,11 +297,11 @@ def tune(
     problem : AttentionProblem
         Candidates run on random data of its shape and with its layout's band table.
     target : MachineTarget
-        This machine's.
+        This machine's, or that of the fleet's servers.
     trials : int, optional
         Candidates to measure for each family, failed ones included; 64 when `minutes` is not given either.
     minutes : float, optional
-        Search time for all families together, instead of `trials`.
+        Search time for all families together, in equal shares, instead of `trials`.
     seed : int
         Of the search and of the random data.
     strategy : {"evolutionary", "random"}
@@ -288,6 +314,9 @@ def tune(
         :class:`~spattn_tvm.spaces.Space` outside this package.
     progress : bool
         Whether to show a progress bar.
+    workers : Workers, optional
+        Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
+        fleet.
 
     Returns
     -------
@@ -298,12 +327,14 @@ def tune(
     ValueError
         When the target is not this machine, no family supports the problem, or an argument makes no sense.
     RuntimeError
-        When TVM or xgboost is missing, or not even a family's untuned default builds, runs and is correct.
+        When TVM or xgboost is missing, or not even one family's untuned default builds, runs and is correct,
+        or the fleet has no server left.
     """
     budget = Budget(64 if trials is None and minutes is None else trials, minutes)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    reason = target.can_run_here()
+    fleet = None if workers is None else workers.fleet
+    reason = target.can_run_here() if fleet is None else None
     if reason is not None:
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
     spaces = _supporting_spaces(problem, target, families)
@@ -318,13 +349,17 @@ def tune(
     folder = log_folder(log_root, target, problem, strategy)
     log = TuningLog(folder, problem, target, strategy)
     interrupt = _Interrupt()
-    with interrupt.watching(), _Progress(progress) as bar:
+    failures: dict[str, str] = {}
+    with interrupt.watching(), _Progress(progress) as bar, ExitStack() as owned:
+        if workers is None:
+            workers = owned.enter_context(Workers(target))
         session = _Session(log, budget, lambda: interrupt.requested, bar)
-        log.begin_session({"seed": seed, "versions": versions(), "device": device_facts(target)})
+        device = device_facts(target) if fleet is None else {"name": f"servers of {fleet.key}"}
+        log.begin_session({"seed": seed, "versions": versions(), "device": device})
         ended = "failed"
         try:
-            for family, space in spaces.items():
-                key = (problem.head_dim, problem.dtype)
+            for position, (family, space) in enumerate(spaces.items()):
+                session.allot(len(spaces) - position)
                 kernel = kernel_hash(space, problem, target)
                 log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": kernel})
                 search = DecisionSearch(space, problem, target, folder, strategy, seed, kernel)
@@ -335,16 +370,30 @@ def tune(
                     total,
                     session.elapsed_s if minutes is not None else done,
                 )
-                with ProcessMeter(
-                    family, problem, target, seed=seed, stopped=lambda: interrupt.requested
-                ) as meter:
-                    ended = run_search(search, meter, session, family, kernel, space.untuned(*key, target))
+
+                def stopped(family: str = family, kernel: str = kernel) -> bool:
+                    # The default at least is measured, however little time there is.
+                    late = session.out_of_time() and bool(session.of_family(family, kernel))
+                    return interrupt.requested or late
+
+                first = space.untuned(problem.head_dim, problem.dtype, target)
+                try:
+                    with ProcessMeter(
+                        family, problem, target, seed=seed, stopped=stopped, workers=workers
+                    ) as meter:
+                        ended = run_search(search, meter, session, family, kernel, first)
+                except DefaultFailedError as error:
+                    failures[family] = str(error)
                 search.close()
+                if fleet is not None:
+                    log.note_device({**workers.server_facts, "servers": sorted(workers.used_servers)})
                 if ended == "interrupted":
                     break
+            if len(failures) == len(spaces):
+                raise DefaultFailedError("; ".join(failures.values()))
         finally:
             log.end_session(ended, session.elapsed_s)
-    return _result(log, session, ended)
+    return _result(log, session, ended, failures)
 
 
 def _supporting_spaces(
@@ -367,7 +416,7 @@ def _supporting_spaces(
     return spaces
 
 
-def _result(log: TuningLog, session: _Session, ended: str) -> TuningResult:
+def _result(log: TuningLog, session: _Session, ended: str, failures: dict[str, str]) -> TuningResult:
     current = [
         m for name, facts in log.run["families"].items() for m in session.of_family(name, facts["kernel"])
     ]
@@ -382,4 +431,6 @@ def _result(log: TuningLog, session: _Session, ended: str) -> TuningResult:
         trials=len(current),
         errors=sum(m.error is not None for m in current),
         ended=ended,
+        failures=failures,
+        spilling=sum(m.error is None and spilled_bytes(m.resources) > SPILL_TOLERANCE_BYTES for m in current),
     )

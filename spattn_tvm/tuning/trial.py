@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +25,12 @@ _LEAST_REPEATS = 3
 _MOST_REPEATS = 50
 _HOPELESS = 2.0
 _L2_FLUSH_BYTES = 256 * 2**20
+# About 1 ms on a 2 GHz chip, in which the host runs ahead: compilers keep all cores busy meanwhile.
+_HEAD_START_CYCLES = 2_000_000
 
 
 Launch = Callable[["TrialData"], object]
+Clock = Callable[[Launch, "TrialData"], float]
 
 
 class TrialData:
@@ -36,16 +40,32 @@ class TrialData:
     ----------
     problem : AttentionProblem
     device : str
-        ``"cpu"`` or ``"cuda"``.
+        ``"cpu"`` or ``"cuda"``: where the data are.
     seed : int
         Of the random inputs.
     cache : Path, optional
         Keeps the reference result for the next process of the same search: on a CPU it takes seconds.
+    clock : callable, optional
+        Times one run in microseconds, where something else than the device runs the kernels.
+    target_kind : str, optional
+        ``"cpu"`` or ``"cuda"``: what runs the kernels; the device by default.
     """
 
-    def __init__(self, problem: AttentionProblem, device: str, seed: int, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        device: str,
+        seed: int,
+        cache: Path | None = None,
+        *,
+        clock: Clock | None = None,
+        target_kind: str | None = None,
+    ) -> None:
         self.problem = problem
         self.device = torch.device(device)
+        self.target_kind = target_kind or self.device.type
+        self._clock = clock
+        self._flushed: Tensor | None = None
         self.scale = problem.head_dim**-0.5
         dtype = getattr(torch, problem.dtype)
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -67,7 +87,9 @@ class TrialData:
         else:
             expected = self._reference()
             if cache is not None:
-                torch.save(expected, cache)
+                partial = cache.with_suffix(f".{os.getpid()}")
+                torch.save(expected, partial)
+                partial.replace(cache)
         self.o = expected["o"].to(dtype)
         self.lse = expected["lse"]
         self.expected = expected
@@ -160,19 +182,23 @@ class TrialData:
                 repeats = 2 if hopeless else _repeats(time_us + before[-1])
         return statistics.median(ratios) * usual_us, statistics.median(before) / usual_us
 
-    def _sampler(self) -> Callable[[Launch, TrialData], float]:
+    def _sampler(self) -> Clock:
+        if self._clock is not None:
+            return self._clock
         # PyTorch's threads spin for a while after the check, and would share the cores with the kernel's.
         time.sleep(0.02)
         return self._cuda_sample if self.device.type == "cuda" else _cpu_sample
 
     def _cuda_sample(self, launch: Launch, data: TrialData) -> float:
-        flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        if self._flushed is None:
+            self._flushed = torch.empty(_L2_FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        self._flushed.fill_(1)
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         start.record()
         launch(data)
         end.record()
-        torch.cuda.synchronize(self.device)
+        end.synchronize()
         return start.elapsed_time(end) * 1e3
 
     def interleaved_us(self, launches: Sequence[Launch], rounds: int) -> list[float]:
