@@ -137,7 +137,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     return features
 
 
-def _untuned(head_dim: int, dtype: str, target: MachineTarget) -> dict[str, int]:
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
     """Chunks of 64 and the deepest rings that fit, with one buffer of K and V: two buffers and three stages
     took 0.442 ms instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead
     of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64 (H200, bfloat16, spattention).
