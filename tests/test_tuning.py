@@ -27,11 +27,12 @@ pytest.importorskip("xgboost")
 
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.compiler import describe_resources
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.spaces import Space, find_space
 from spattn_tvm.store import find_schedule
-from spattn_tvm.target import MachineTarget, detect_cpu
+from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 from spattn_tvm.tuning import compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
 from spattn_tvm.tuning.log import (
@@ -43,7 +44,7 @@ from spattn_tvm.tuning.log import (
     read_measurements,
     read_run,
 )
-from spattn_tvm.tuning.measure import Outcome, ProcessMeter
+from spattn_tvm.tuning.measure import Outcome, ProcessMeter, Workers
 from spattn_tvm.tuning.search import Budget, _Progress, _Session, run_search
 from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
@@ -51,6 +52,7 @@ from spattn_tvm.tuning.trial import TrialData
 PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
 FAMILY = "cpu"
 TOY = "toy_space:FORWARD"
+CUDA_TOY = "toy_space:ON_CUDA"
 RECORDS = "database_tuning_record.json"
 
 
@@ -173,6 +175,24 @@ def test_broken_kernels_are_errors_and_never_win(monkeypatch: pytest.MonkeyPatch
     assert "planted build failure" in (outcomes[4].error or "")
     assert all(outcomes[fault].latency_us is None for fault in (1, 2, 3, 4))
     assert again[0].error is None, "a crash or a hang must not spoil the next measurement"
+
+
+@pytest.mark.gpu
+def test_a_gpu_survives_broken_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every later call in that process fails, and a kernel that hangs never ends."""
+    monkeypatch.setitem(measure_module.MEASURE_TIMEOUT_S, "cuda", 8.0)
+    faults = [dict(zip(("repeats", "label", "fault"), (2, 10, fault), strict=True)) for fault in range(5)]
+    target = detect_cuda()
+    with Workers(target) as workers, ProcessMeter(CUDA_TOY, PROBLEM, target, workers=workers) as meter:
+        outcomes = dict(meter.measure(faults, None))
+        again = dict(meter.measure(faults[:1], None))
+    for outcome in (outcomes[0], again[0]):
+        assert outcome.error is None and 0 < (outcome.latency_us or 0) < 1e5
+        assert describe_resources(outcome.resources).endswith("registers, no spills")
+    assert "is wrong" in (outcomes[1].error or "")
+    assert "illegal memory access" in (outcomes[2].error or "")
+    assert outcomes[3].error == "no answer within 8 s"
+    assert "planted build failure" in (outcomes[4].error or "")
 
 
 def test_search_stops_at_once_when_not_even_the_default_works(tmp_path: Path) -> None:

@@ -78,6 +78,75 @@ def _build(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any)
     return IRModule({"forward": forward})
 
 
+def _build_cuda(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any) -> Any:
+    """The same, a thread for each row."""
+    from tvm import IRModule
+    from tvm.script import tirx as T
+
+    D, fault = head_dim, decisions["fault"]
+    if fault == 4:
+        raise RuntimeError("planted build failure")
+    repeats = 2**30 if fault == 3 else decisions["repeats"]
+    skipped = 2 if fault == 1 else 1
+    wild = 2**25 if fault == 2 else 0
+
+    @T.prim_func(s_tir=True)
+    def forward(
+        q_handle: T.handle,
+        k_handle: T.handle,
+        v_handle: T.handle,
+        bands_handle: T.handle,
+        cu_handle: T.handle,
+        o_handle: T.handle,
+        lse_handle: T.handle,
+        scale: T.float32,
+        workers: T.int32,
+    ):
+        T.func_attr({"global_symbol": "forward", "tirx.noalias": True})
+        B, HQ, HKV, N = T.int32(), T.int32(), T.int32(), T.int32()
+        M, DOCUMENTS = T.int32(), T.int32()
+        q = T.match_buffer(q_handle, (B, HQ, N, D), dtype)
+        k = T.match_buffer(k_handle, (B, HKV, N, D), dtype)
+        v = T.match_buffer(v_handle, (B, HKV, N, D), dtype)
+        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
+        _cu_seqlens = T.match_buffer(cu_handle, (DOCUMENTS,), "int32")
+        o = T.match_buffer(o_handle, (B, HQ, N, D), dtype)
+        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
+        for b in T.thread_binding(B, thread="blockIdx.z"):
+            for h in T.thread_binding(HQ, thread="blockIdx.y"):
+                for i in T.thread_binding(N, thread="blockIdx.x"):
+                    for _t in T.thread_binding(1, thread="threadIdx.x"):
+                        with T.sblock("row"):
+                            vb, vh, vi = T.axis.remap("SSS", [b, h, i])
+                            row_sum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            score = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            total = T.sblock_alloc_buffer((D,), "float32", scope="local")
+                            for _again in range(repeats):
+                                row_sum[0] = T.float32(0)
+                                for d in range(D):
+                                    total[d] = T.float32(0)
+                                for j in range(vi // skipped + 1):
+                                    if (vi - j >= bands[0, vh, 0] and vi - j <= bands[0, vh, 1]) or (
+                                        vi - j >= bands[0, vh, 2] and vi - j <= bands[0, vh, 3]
+                                    ):
+                                        score[0] = T.float32(0)
+                                        for d in range(D):
+                                            score[0] = (
+                                                score[0]
+                                                + q[vb, vh, vi, d] * k[vb, vh // (HQ // HKV), j + wild, d]
+                                            )
+                                        score[0] = T.exp(score[0] * scale)
+                                        row_sum[0] = row_sum[0] + score[0]
+                                        for d in range(D):
+                                            total[d] = total[d] + score[0] * v[vb, vh // (HQ // HKV), j, d]
+                                # In the loop, or the compiler would leave out all rounds but the last.
+                                lse[vb, vh, vi] = T.log(row_sum[0])
+                                for d in range(D):
+                                    o[vb, vh, vi, d] = total[d] / row_sum[0]
+
+    return IRModule({"forward": forward})
+
+
 def _illegal(decisions: Mapping[str, int], head_dim: int, dtype: str, target: Any) -> str | None:
     if decisions["label"] == 40 and decisions["repeats"] == 1:
         return "label 40 needs repeats"
@@ -95,3 +164,4 @@ FORWARD = Space(
     unsupported=lambda head_dim, dtype, target: None if dtype == "float32" else "float32 only",
 )
 WITH_FAULTS = replace(FORWARD, choices=lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3, 4)})
+ON_CUDA = replace(WITH_FAULTS, family="mma", build=_build_cuda)
