@@ -1,0 +1,450 @@
+"""Banded attention forward for any NVIDIA GPU from sm_80 on: ``mma.sync``, ``ldmatrix``, ``cp.async``.
+
+A thread block owns one tile of query rows of one head; a warp owns 16 or 32 of its rows and needs nothing
+from the others. All threads copy the keys and values of the tile's near and far band, chunk by chunk, into a
+ring in shared memory; each warp computes with the chunks that its own rows attend to and lets the others pass.
+
+Key ranges start at the band's edge, not at a multiple of the chunk. A chunk whose every pair is attended is
+one step without a mask; a chunk that an edge crosses is taken in steps of ``edge_keys``, masked, of which
+those that the warp's rows don't attend to are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .mma_tile import (
+    BATCH,
+    BLOCK,
+    DOC_BEGIN,
+    DOC_END,
+    FAR_HI,
+    FAR_LO,
+    HEAD,
+    LOCATION_WORDS,
+    NEAR_HI,
+    NEAR_LO,
+    ROW0,
+    Blocks,
+    element_bytes,
+    locate_macro,
+    registers_most,
+    row_loader_macro,
+    row_pitch,
+    shared_bytes_most,
+    tile_slots,
+)
+
+if TYPE_CHECKING:
+    import tvm
+
+NO_MAXIMUM = -1e30  # finite, so that a row without keys gives exp2(-inf - finite) = 0 rather than NaN
+
+
+def shared_bytes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:
+    """Shared memory of a block: the query tile and a ring of chunks of keys and of values."""
+    rows = decisions["warps"] * decisions["warp_rows"] + 2 * decisions["stages"] * decisions["key_rows"]
+    return rows * row_pitch(head_dim, dtype) * element_bytes(dtype)
+
+
+def registers_needed(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:
+    """Registers of a thread: output, scores, the operands in flight, and 40 for the rest."""
+    tiles = decisions["warp_rows"] // BLOCK
+    keys = decisions["key_rows"]
+    output, scores = tiles * head_dim // 2, tiles * keys // 2
+    if dtype == "float32":
+        # Weights are twice as many words as scores, which are gone by then.
+        return output + 2 * scores + 16 * tiles + 16 + 76
+    queries = tiles * head_dim // 4 if decisions["queries_in_registers"] else 8 * tiles
+    return output + scores + queries + 8 + 32
+
+
+def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
+    """Why the kernel can't be built with ``decisions`` for a chip of ``arch``; None if it can."""
+    blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
+    needed, limit = shared_bytes(decisions, head_dim, dtype), shared_bytes_most(arch, blocks)
+    if needed > limit:
+        return f"{needed} bytes of shared memory, each of {blocks} blocks has {limit} on {arch}"
+    registers, most = registers_needed(decisions, head_dim, dtype), registers_most(threads, blocks)
+    if registers > most:
+        return f"about {registers} registers are needed, each of {blocks} x {threads} threads has {most}"
+    if decisions["key_rows"] % decisions["edge_keys"]:
+        return f"edge_keys={decisions['edge_keys']} does not divide key_rows={decisions['key_rows']}"
+    if dtype == "float32" and decisions["queries_in_registers"]:
+        return "queries_in_registers is for two-byte types: float32 queries and their rests are too many"
+    return None
+
+
+def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> tvm.IRModule:
+    """Build the forward kernel for a chip of ``arch``.
+
+    The module exports ``forward(q, k, v, bands, cu_seqlens, o, lse, scale, workers)``: q and o (B, Hq, N, D),
+    k and v (B, Hkv, N, D) of ``dtype``, any strides with a contiguous last dimension, base addresses and
+    strides multiples of 16 bytes; bands int32 (M, Hq, 4); cu_seqlens int32 (documents + 1,); lse float32
+    (B, Hq, N), contiguous, natural logarithm; scale float32, of any sign; workers int32, not used. B, N and
+    the head counts must be positive. A query without keys gets o = 0 and lse = -inf. Masked keys of a visited
+    chunk get the weight 0, so a NaN among the values there spreads, as it does in dense attention with a mask.
+
+    Parameters
+    ----------
+    decisions : mapping of str to int
+        ``warps`` of a thread block, ``warp_rows`` (query rows of each, 16 or 32: the operands from keys and
+        values are loaded once for them), ``key_rows`` of a chunk, ``edge_keys`` (of a step where an edge
+        crosses a chunk), ``stages`` of the ring, ``queries_in_registers`` (0: loaded again for each step),
+        ``rescale_threshold`` (in powers of two; output is rescaled only when a row's maximum grew by more;
+        0: always), ``head_group`` ((batch, head) pairs whose tiles are interleaved),
+        ``blocks_per_multiprocessor`` (that registers must suffice for).
+    head_dim : int
+        A multiple of 16.
+    dtype : {"bfloat16", "float16", "float32"}
+    arch : str
+        Such as ``"sm_80"``.
+
+    Returns
+    -------
+    tvm.IRModule
+        For ``tvm.compile(..., tir_pipeline="tirx")``.
+
+    Raises
+    ------
+    ValueError
+        When the head dim, the dtype or the combination of decisions can't work.
+    """
+    from tvm import IRModule
+    from tvm.script import tirx as T
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype must be 'bfloat16', 'float16' or 'float32', got {dtype!r}")
+    if head_dim % BLOCK:
+        raise ValueError(f"head_dim must be a multiple of {BLOCK}, got {head_dim}")
+    reason = conflict(decisions, head_dim, dtype, arch)
+    if reason is not None:
+        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
+
+    D = head_dim
+    WARP_ROWS = decisions["warp_rows"]
+    KEYS = decisions["key_rows"]
+    EDGE = decisions["edge_keys"]
+    STAGES = decisions["stages"]
+    Q_IN_REGISTERS = bool(decisions["queries_in_registers"])
+    THRESHOLD = float(decisions["rescale_threshold"])
+    BLOCKS_PER_MULTIPROCESSOR = decisions["blocks_per_multiprocessor"]
+
+    THREADS = 32 * decisions["warps"]
+    ROWS = decisions["warps"] * WARP_ROWS
+    TILES = WARP_ROWS // BLOCK  # of 16 rows in a warp
+    STEPS = D // BLOCK
+    PITCH = row_pitch(D, dtype)
+    CHUNK = KEYS * PITCH  # elements
+    K_AT, V_AT = ROWS * PITCH, ROWS * PITCH + STAGES * CHUNK
+    ARENA = ROWS * PITCH + 2 * STAGES * CHUNK
+    blocks = Blocks(dtype, PITCH)
+    WORDS = blocks.words
+    locate = locate_macro(ROWS, decisions["head_group"])
+    load_queries = row_loader_macro(ROWS, D, dtype, THREADS)
+    load_chunk = row_loader_macro(KEYS, D, dtype, THREADS)
+    # Unrolled, split operands of several steps would be loaded at once, and spill.
+    over_steps = T.serial if blocks.is_split else T.unroll
+    LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
+    ALL = 0xFFFFFFFF
+
+    @T.prim_func
+    def forward(
+        q_ptr: T.handle,
+        k_ptr: T.handle,
+        v_ptr: T.handle,
+        bands_ptr: T.handle,
+        cu_ptr: T.handle,
+        o_ptr: T.handle,
+        lse_ptr: T.handle,
+        scale: T.float32,
+        workers: T.int32,
+    ):
+        T.func_attr({"global_symbol": "forward"})
+        # 64-bit shapes, because a stride is bound in the type of its buffer's shape.
+        B64 = T.int64()
+        Hq64 = T.int64()
+        Hkv64 = T.int64()
+        N64 = T.int64()
+        M64 = T.int64()
+        BOUNDS64 = T.int64()
+        qb = T.int64()
+        qh = T.int64()
+        qn = T.int64()
+        kb = T.int64()
+        kh = T.int64()
+        kn = T.int64()
+        vb = T.int64()
+        vh = T.int64()
+        vn = T.int64()
+        ob = T.int64()
+        oh = T.int64()
+        on = T.int64()
+        Q = T.match_buffer(q_ptr, (B64, Hq64, N64, D), dtype, strides=(qb, qh, qn, 1), align=16)
+        K = T.match_buffer(k_ptr, (B64, Hkv64, N64, D), dtype, strides=(kb, kh, kn, 1), align=16)
+        V = T.match_buffer(v_ptr, (B64, Hkv64, N64, D), dtype, strides=(vb, vh, vn, 1), align=16)
+        bands = T.match_buffer(bands_ptr, (M64, Hq64, 4), "int32")
+        cu = T.match_buffer(cu_ptr, (BOUNDS64,), "int32")
+        O = T.match_buffer(o_ptr, (B64, Hq64, N64, D), dtype, strides=(ob, oh, on, 1), align=16)
+        lse = T.match_buffer(lse_ptr, (B64, Hq64, N64), "float32")
+        # Indexing the tensors themselves would ignore their strides.
+        q_flat = T.decl_buffer((B64 * qb,), dtype, data=Q.data)
+        k_flat = T.decl_buffer((B64 * kb,), dtype, data=K.data)
+        v_flat = T.decl_buffer((B64 * vb,), dtype, data=V.data)
+        o_flat = T.decl_buffer((B64 * ob,), dtype, data=O.data)
+
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_MULTIPROCESSOR})
+        block = T.cta_id([T.cast(tile_slots(N64, BOUNDS64 - T.int64(1), ROWS) * B64 * Hq64, "int32")])
+        warp = T.warp_id([THREADS // 32])
+        lane = T.lane_id([32])
+        thread = T.thread_id([THREADS])
+        arena = T.alloc_buffer((ARENA,), dtype, scope="shared.dyn", align=128)
+
+        tile = T.alloc_local((LOCATION_WORDS,), "int32")
+        locate(
+            tile, block, bands, cu, T.cast(B64, "int32"), T.cast(Hq64, "int32"), T.cast(N64, "int32"),
+            T.cast(BOUNDS64, "int32") - 1, T.cast(M64, "int32"),
+        )  # fmt: skip
+        if tile[ROW0] < tile[DOC_END]:
+            row0: T.int32 = tile[ROW0]
+            begin: T.int32 = tile[DOC_BEGIN]
+            end: T.int32 = tile[DOC_END]
+            near_lo: T.int32 = tile[NEAR_LO]
+            near_hi: T.int32 = tile[NEAR_HI]
+            far_lo: T.int32 = tile[FAR_LO]
+            far_hi: T.int32 = tile[FAR_HI]
+            batch: T.int64 = T.cast(tile[BATCH], "int64")
+            head: T.int64 = T.cast(tile[HEAD], "int64")
+            kv_head: T.int64 = T.cast(tile[HEAD] // T.cast(Hq64 // Hkv64, "int32"), "int64")
+            k_origin: T.int64 = batch * kb + kv_head * kh
+            v_origin: T.int64 = batch * vb + kv_head * vh
+
+            # Keys [top - chunks * KEYS, top) of a band, read from the top down.
+            rows_end: T.int32 = T.min(row0 + ROWS, end)
+            near_top: T.int32 = rows_end - near_lo
+            far_top: T.int32 = rows_end - far_lo
+            near_keys: T.int32 = near_top - T.max(begin, row0 - near_hi)
+            far_keys: T.int32 = far_top - T.max(begin, row0 - far_hi)
+            near_chunks: T.int32 = T.max(near_keys + (KEYS - 1), 0) // KEYS
+            chunks: T.int32 = near_chunks + T.max(far_keys + (KEYS - 1), 0) // KEYS
+
+            @T.inline
+            def load_keys_and_values(which, stage):
+                if which < chunks:
+                    first: T.int32 = T.Select(
+                        which < near_chunks,
+                        near_top - (which + 1) * KEYS,
+                        far_top - (which - near_chunks + 1) * KEYS,
+                    )
+                    load_chunk(arena, K_AT + stage * CHUNK, k_flat, k_origin, kn, first, begin, end, thread)
+                    load_chunk(arena, V_AT + stage * CHUNK, v_flat, v_origin, vn, first, begin, end, thread)
+                T.ptx["cp.async.commit_group"]()
+
+            load_queries(arena, 0, q_flat, batch * qb + head * qh, qn, row0, begin, end, thread)
+            for s in T.unroll(STAGES - 1):
+                load_keys_and_values(s, s)
+
+            my_row0: T.int32 = row0 + warp * WARP_ROWS  # of this warp
+            my_end: T.int32 = T.min(my_row0 + WARP_ROWS, end)
+            query: T.int32 = my_row0 + lane // 4  # and 8 below, in each of the tiles
+            scale2: T.float32 = scale * T.float32(LOG2E)
+            q_lane: T.int32 = blocks.lane_a(lane) + warp * (WARP_ROWS * PITCH)
+            k_lane: T.int32 = blocks.lane_b_transposed(lane)
+            v_lane: T.int32 = blocks.lane_b(lane)
+            queries = T.alloc_local((TILES * WORDS * (STEPS if Q_IN_REGISTERS else 1),), "uint32")
+            output = T.alloc_local((TILES * STEPS * 8,), "float32")
+            row_max = T.alloc_local((2 * TILES,), "float32")  # of scores times scale2
+            row_sum = T.alloc_local((2 * TILES,), "float32")
+            shrink = T.alloc_local((2 * TILES,), "float32")
+            for i in T.unroll(2 * TILES):
+                row_max[i] = T.float32(NO_MAXIMUM)
+                row_sum[i] = T.float32(0)
+            for i in T.unroll(TILES * STEPS * 8):
+                output[i] = T.float32(0)
+
+            @T.inline
+            def pick_extreme(pick, top, scores, first, keys):
+                for n in T.unroll(keys // 8):
+                    top[0] = pick(top[0], pick(scores[first + 4 * n], scores[first + 4 * n + 1]))
+
+            @T.inline
+            def shrink_output():
+                for m in T.unroll(TILES):
+                    for j in T.unroll(STEPS * 2):
+                        for r in T.unroll(2):
+                            for e in T.unroll(2):
+                                i: T.let = m * STEPS * 8 + 4 * j + 2 * r + e
+                                output[i] = output[i] * shrink[2 * m + r]
+
+            # One step of the online softmax: `keys` keys from row `offset` of the chunk in `stage` on.
+            @T.inline
+            def attend(stage, offset, keys, masked, key0, low, high):
+                scores = T.alloc_local((TILES * keys // 2,), "float32")
+                weights = T.alloc_local((TILES * keys // BLOCK * WORDS,), "uint32")
+                k_words = T.alloc_local((keys // BLOCK * WORDS,), "uint32")
+                v_words = T.alloc_local((WORDS,), "uint32")
+                factor = T.alloc_local((1,), "float32")
+                k_from: T.int32 = K_AT + stage * CHUNK + offset * PITCH + k_lane
+                v_from: T.int32 = V_AT + stage * CHUNK + offset * PITCH + v_lane
+                for i in T.unroll(TILES * keys // 2):
+                    scores[i] = T.float32(0)
+                for step in over_steps(STEPS):
+                    if not Q_IN_REGISTERS:
+                        for m in T.unroll(TILES):
+                            blocks.load_a(
+                                queries, m * WORDS, arena, q_lane + (m * BLOCK * PITCH + step * BLOCK)
+                            )
+                    for n in T.unroll(keys // BLOCK):
+                        blocks.load_b_transposed(
+                            k_words, n * WORDS, arena, k_from + (n * BLOCK * PITCH + step * BLOCK)
+                        )
+                        for m in T.unroll(TILES):
+                            blocks.multiply(
+                                scores, (m * (keys // BLOCK) + n) * 8,
+                                queries, ((step if Q_IN_REGISTERS else 0) * TILES + m) * WORDS,
+                                k_words, n * WORDS,
+                            )  # fmt: skip
+
+                factor[0] = scale2
+                if masked:
+                    factor[0] = T.float32(1)
+                    for m in T.unroll(TILES):
+                        for r in T.unroll(2):
+                            row: T.int32 = query + (m * BLOCK + 8 * r)
+                            least: T.int32 = T.max(begin, row - high)
+                            seen: T.uint32 = T.cast(T.max(row - low + 1 - least, 0), "uint32")
+                            for n in T.unroll(keys // BLOCK):
+                                for t in T.unroll(2):
+                                    for e in T.unroll(2):
+                                        i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
+                                        key: T.int32 = (
+                                            key0 + n * BLOCK + blocks.column(lane, t, e, transposed=True)
+                                        )
+                                        scores[i] = T.Select(
+                                            T.cast(key - least, "uint32") < seen,
+                                            scores[i] * scale2,
+                                            T.float32(-INF),
+                                        )
+                for m in T.unroll(TILES):
+                    for r in T.unroll(2):
+                        top = T.alloc_local((1,), "float32")
+                        first: T.let = m * (keys // 2) + 2 * r
+                        top[0] = scores[first]
+                        if masked:
+                            pick_extreme(T.max, top, scores, first, keys)
+                        else:
+                            # A negative factor makes the least score the greatest.
+                            if scale2 >= T.float32(0):
+                                pick_extreme(T.max, top, scores, first, keys)
+                            else:
+                                pick_extreme(T.min, top, scores, first, keys)
+                        top[0] = top[0] * factor[0]
+                        top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 1, 32, 32))
+                        top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 2, 32, 32))
+                        top[0] = T.max(top[0], row_max[2 * m + r])
+                        if THRESHOLD > 0:
+                            # Any reference near the maximum gives the same quotient; weights stay below
+                            # 2**threshold, sums are float32.
+                            grown: T.float32 = top[0] - row_max[2 * m + r]
+                            top[0] = T.Select(grown > T.float32(THRESHOLD), top[0], row_max[2 * m + r])
+                        shrink[2 * m + r] = T.exp2(row_max[2 * m + r] - top[0])
+                        row_max[2 * m + r] = top[0]
+                        row_sum[2 * m + r] = row_sum[2 * m + r] * shrink[2 * m + r]
+
+                if THRESHOLD > 0:
+                    least_shrink = T.alloc_local((1,), "float32")
+                    least_shrink[0] = shrink[0]
+                    for i in T.unroll(2 * TILES - 1):
+                        least_shrink[0] = T.min(least_shrink[0], shrink[i + 1])
+                    if T.cuda.any_sync(T.uint32(ALL), least_shrink[0] < T.float32(1)) != 0:
+                        shrink_output()
+                else:
+                    shrink_output()
+
+                for m in T.unroll(TILES):
+                    for n in T.unroll(keys // BLOCK):
+                        for t in T.unroll(2):
+                            for r in T.unroll(2):
+                                for e in T.unroll(2):
+                                    i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
+                                    scores[i] = T.exp2(scores[i] * factor[0] - row_max[2 * m + r])
+                                    row_sum[2 * m + r] = row_sum[2 * m + r] + scores[i]
+                        at: T.let = m * (keys // BLOCK) + n
+                        blocks.a_from_sums(weights, at * WORDS, scores, at * 8)
+
+                for n in T.unroll(keys // BLOCK):
+                    for step in T.unroll(STEPS):
+                        blocks.load_b(v_words, 0, arena, v_from + (n * BLOCK * PITCH + step * BLOCK))
+                        for m in T.unroll(TILES):
+                            blocks.multiply(
+                                output, (m * STEPS + step) * 8,
+                                weights, (m * (keys // BLOCK) + n) * WORDS,
+                                v_words, 0,
+                            )  # fmt: skip
+                        if blocks.is_split:
+                            T.cuda.warp_sync()
+
+            stage: T.int32 = 0
+            chunk: T.int32 = 0
+            while chunk < chunks:
+                T.ptx["cp.async.wait_group"](STAGES - 2)
+                T.cuda.cta_sync()
+                # Behind the barrier all warps are through with the stage before this one.
+                load_keys_and_values(chunk + (STAGES - 1), T.Select(stage == 0, STAGES - 1, stage - 1))
+                if Q_IN_REGISTERS:
+                    if chunk == 0:
+                        for step in T.unroll(STEPS):
+                            for m in T.unroll(TILES):
+                                blocks.load_a(
+                                    queries, (step * TILES + m) * WORDS, arena,
+                                    q_lane + (m * BLOCK * PITCH + step * BLOCK),
+                                )  # fmt: skip
+                is_near: T.bool = chunk < near_chunks
+                low: T.int32 = T.Select(is_near, near_lo, far_lo)
+                high: T.int32 = T.Select(is_near, near_hi, far_hi)
+                key0: T.int32 = T.Select(
+                    is_near,
+                    near_top - (chunk + 1) * KEYS,
+                    far_top - (chunk - near_chunks + 1) * KEYS,
+                )
+                # The keys of the chunk that some row of this warp attends to.
+                some_from: T.int32 = T.max(T.max(begin, my_row0 - high), key0) - key0
+                some_to: T.int32 = T.min(my_end - low, key0 + KEYS) - key0
+                if T.And(my_row0 < end, some_from < some_to):
+                    # All rows attend to all of them?
+                    if T.And(
+                        T.And(key0 >= begin, key0 >= my_end - 1 - high), key0 + (KEYS - 1) <= my_row0 - low
+                    ):
+                        attend(stage, 0, KEYS, False, key0, low, high)
+                    else:
+                        offset: T.int32 = some_from // EDGE * EDGE
+                        while offset < some_to:
+                            attend(stage, offset, EDGE, True, key0 + offset, low, high)
+                            offset = offset + EDGE
+                stage = T.Select(stage == STAGES - 1, 0, stage + 1)
+                chunk = chunk + 1
+            # Without any chunk the queries may still be on their way.
+            T.ptx["cp.async.wait_all"]()
+
+            for m in T.unroll(TILES):
+                for r in T.unroll(2):
+                    i: T.let = 2 * m + r
+                    row: T.int32 = query + (m * BLOCK + 8 * r)
+                    row_sum[i] = row_sum[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[i], 1, 32, 32)
+                    row_sum[i] = row_sum[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[i], 2, 32, 32)
+                    shrink[i] = T.Select(row_sum[i] > T.float32(0), T.float32(1) / row_sum[i], T.float32(0))
+                    if T.And(lane % 4 == 0, row < end):
+                        lse[tile[BATCH], tile[HEAD], row] = T.Select(
+                            row_sum[i] > T.float32(0),
+                            (row_max[i] + T.log2(row_sum[i])) * T.float32(LN2),
+                            T.float32(-INF),
+                        )
+                    o_row: T.int64 = batch * ob + head * oh + T.cast(row, "int64") * on
+                    blocks.store_row(
+                        o_flat, o_row, row < end, output, m * STEPS * 8, r, STEPS, shrink[i], lane
+                    )
+
+    return IRModule({"forward": forward})

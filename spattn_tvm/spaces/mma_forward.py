@@ -1,0 +1,123 @@
+"""Decision space of the portable tensor-core forward: tile shape, ring, registers and the order of tiles.
+
+The kernel's own file says which combinations a chip has the shared memory and the registers for; nothing of
+that is repeated here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.kernels import mma_forward as kernel
+from spattn_tvm.kernels import mma_tile
+from spattn_tvm.spaces import Decisions, Space
+
+if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
+    from spattn_tvm.target import MachineTarget
+
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIMS = range(32, 257, 16)
+MULTIPROCESSORS = 132  # only the scale of a feature hangs on it
+
+
+def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    if target.kind != "cuda":
+        return f"the mma family needs an NVIDIA GPU, not {target.folder}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not among {', '.join(DTYPES)}"
+    if head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} is not a multiple of 16 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+    return None
+
+
+def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
+    return {
+        "warps": (2, 4, 8),
+        "warp_rows": (16, 32),
+        "key_rows": (16, 32, 64, 128),
+        "edge_keys": (16, 32, 64),
+        "stages": (2, 3, 4),
+        "queries_in_registers": (0, 1),
+        "rescale_threshold": (0, 8),
+        "head_group": (1, 4, 8, 16, 64),
+        "blocks_per_multiprocessor": (1, 2, 3, 4),
+    }
+
+
+def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    return kernel.conflict(decisions, head_dim, dtype, target.arch)
+
+
+def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
+    """Sizes on a logarithmic scale, work executed and keys loaded against useful work, shared memory,
+    registers, and the tiles that each multiprocessor gets.
+    """
+    layout, length, head_dim = problem.layout, problem.length, problem.head_dim
+    useful = max(1, layout.pairs(length))
+    rows, warp_rows = decisions["warps"] * decisions["warp_rows"], decisions["warp_rows"]
+    executed = layout.executed_pairs(length, warp_rows, decisions["edge_keys"])
+    loaded = layout.executed_pairs(length, rows, decisions["key_rows"])
+    tiles = problem.batch * problem.query_heads * math.ceil(length / rows)
+    threads, blocks = 32 * decisions["warps"], decisions["blocks_per_multiprocessor"]
+    needed = kernel.registers_needed(decisions, head_dim, problem.dtype)
+    return [
+        *(math.log2(max(value, 0.5)) for _, value in sorted(decisions.items())),
+        executed / useful,
+        loaded / rows / useful * warp_rows,
+        math.log2(max(1, tiles) / (MULTIPROCESSORS * blocks)),
+        math.log2(decisions["warps"] * blocks),
+        kernel.shared_bytes(decisions, head_dim, problem.dtype) / 1024 / 100,
+        needed / mma_tile.registers_most(threads, blocks),
+    ]
+
+
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
+    """The first that the chip has memory and registers for, the fastest on an H200 (the kernel's file has the
+    table) first. The kernel is deterministic.
+    """
+    common = {
+        "edge_keys": 32,
+        "queries_in_registers": 0,
+        "rescale_threshold": 8,
+        "head_group": 1,
+    }
+    for warps, warp_rows, key_rows, stages, blocks in (
+        (4, 32, 64, 2, 2),
+        (4, 32, 32, 3, 2),
+        (4, 32, 32, 2, 2),
+        (4, 16, 32, 2, 2),
+        (4, 32, 32, 2, 1),
+        (4, 16, 32, 2, 1),
+        (4, 16, 16, 2, 1),
+        (2, 16, 16, 2, 1),
+    ):
+        decisions = {
+            "warps": warps,
+            "warp_rows": warp_rows,
+            "key_rows": key_rows,
+            "stages": stages,
+            "blocks_per_multiprocessor": blocks,
+            **common,
+            "edge_keys": min(key_rows, common["edge_keys"]),
+        }
+        if kernel.conflict(decisions, head_dim, dtype, target.arch) is None:
+            return decisions
+    raise AssertionError(f"no untuned decisions for {dtype}, head dim {head_dim}, {target.arch}")
+
+
+def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
+    return kernel.build_mma_forward(decisions, head_dim, dtype, target.arch)
+
+
+FORWARD = Space(
+    family="mma",
+    direction="forward",
+    choices=_choices,
+    illegal=_illegal,
+    features=_features,
+    untuned=_untuned,
+    build=_build,
+    unsupported=_unsupported,
+)
