@@ -502,7 +502,10 @@ class ProcessMeter:
         on_cpu = self._target.kind == "cpu" or self._fleet is not None
         is_preparing = any(other.job == _PREPARING for other in self._workers.runners)
         if on_cpu and is_preparing and not self._cache.exists():
-            return  # the reference takes seconds on a CPU: one process computes it for all
+            # The reference takes seconds on a CPU: one process computes it for all.
+            if not runner.alive:
+                runner.send(_WARMING, {"do": "warm", "modules": ["torch", "tvm"]}, PREPARE_TIMEOUT_S)
+            return
         request = {
             "do": "prepare",
             "problem": self._problem.to_json(),

@@ -73,6 +73,7 @@ class RemoteDevice:
         if not self.device.exist:
             raise ValueError(f"the server {self.server} has no {kind} device")
         self._inputs: dict[str, Any] = {}
+        self._uploads = 0
 
     @property
     def is_ending(self) -> bool:
@@ -148,8 +149,10 @@ class RemoteDevice:
         self, path: Path, family: str, direction: str, decisions: dict[str, int], data: TrialData
     ) -> RemoteKernel:
         """Upload a library; its arguments are the data's, which stay on the server between kernels."""
-        self._session.upload(str(path), path.name)
-        module = self._session.load_module(path.name)
+        self._uploads += 1
+        name = f"{self._uploads}.so"  # to write over a library that is loaded kills the server
+        self._session.upload(str(path), name)
+        module = self._session.load_module(name)
         return RemoteKernel(self, module, family, direction, decisions, data)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, value: Tensor | None = None) -> Any:
