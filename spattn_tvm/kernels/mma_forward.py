@@ -40,13 +40,15 @@ from .mma_tile import (
 if TYPE_CHECKING:
     import tvm
 
+TILE_BYTES = 4 * LOCATION_WORDS + 12  # a multiple of 16
+LEAST_SCALE = 1e-30
 NO_MAXIMUM = -1e30  # finite, so that a row without keys gives exp2(-inf - finite) = 0 rather than NaN
 
 
 def shared_bytes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:
-    """Shared memory of a block: the query tile and a ring of chunks of keys and of values."""
+    """Shared memory of a block: the query tile, a ring of chunks of keys and of values, the tile's words."""
     rows = decisions["warps"] * decisions["warp_rows"] + 2 * decisions["stages"] * decisions["key_rows"]
-    return rows * row_pitch(head_dim, dtype) * element_bytes(dtype)
+    return rows * row_pitch(head_dim, dtype) * element_bytes(dtype) + TILE_BYTES
 
 
 def registers_needed(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:
@@ -139,7 +141,8 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
     PITCH = row_pitch(D, dtype)
     CHUNK = KEYS * PITCH  # elements
     K_AT, V_AT = ROWS * PITCH, ROWS * PITCH + STAGES * CHUNK
-    ARENA = ROWS * PITCH + 2 * STAGES * CHUNK
+    TILE_ELEMENTS = TILE_BYTES // element_bytes(dtype)
+    ARENA = ROWS * PITCH + 2 * STAGES * CHUNK + TILE_ELEMENTS
     blocks = Blocks(dtype, PITCH)
     WORDS = blocks.words
     locate = locate_macro(ROWS, decisions["head_group"])
@@ -149,6 +152,20 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
     over_steps = T.serial if blocks.is_split else T.unroll
     LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
     ALL = 0xFFFFFFFF
+    SIGNS = 0x80000000 if dtype == "float32" else 0x80008000  # of the elements of a word
+
+    def first_key(tile: Any, which: Any, near_chunks: Any) -> Any:
+        """The first key of chunk `which`, of the near band's chunks and behind them the far band's."""
+        is_near = which < near_chunks
+        top = T.min(tile[ROW0] + ROWS, tile[DOC_END]) - tile[T.Select(is_near, NEAR_LO, FAR_LO)]
+        return top - (which + 1 - T.Select(is_near, 0, near_chunks)) * KEYS
+
+    def greatest(scores: Any, first: Any, keys: int) -> Any:
+        """The greatest of a lane's scores in one row: pairs ``first``, ``first + 4``, ... of each tile."""
+        level = [scores[first + 4 * n + e] for n in range(keys // 8) for e in range(2)]
+        while len(level) > 1:
+            level = [T.max(*level[i : i + 2]) for i in range(0, len(level), 2)]
+        return level[0]
 
     @T.prim_func
     def forward(
@@ -202,55 +219,59 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
         lane = T.lane_id([32])
         thread = T.thread_id([THREADS])
         arena = T.alloc_buffer((ARENA,), dtype, scope="shared.dyn", align=128)
+        arena_words = T.decl_buffer(
+            (ARENA * element_bytes(dtype) // 4,), "uint32", data=arena.data, scope="shared.dyn"
+        )
 
-        tile = T.alloc_local((LOCATION_WORDS,), "int32")
-        locate(
-            tile, block, bands, cu, T.cast(B64, "int32"), T.cast(Hq64, "int32"), T.cast(N64, "int32"),
-            T.cast(BOUNDS64, "int32") - 1, T.cast(M64, "int32"),
-        )  # fmt: skip
+        # In shared memory, because registers are what this kernel is short of.
+        tile = T.decl_buffer(
+            (LOCATION_WORDS,),
+            "int32",
+            data=arena.data,
+            elem_offset=(ARENA - TILE_ELEMENTS) * element_bytes(dtype) // 4,
+            scope="shared.dyn",
+        )
+        if thread == 0:
+            locate(
+                tile, block, bands, cu, T.cast(B64, "int32"), T.cast(Hq64, "int32"), T.cast(N64, "int32"),
+                T.cast(BOUNDS64, "int32") - 1, T.cast(M64, "int32"),
+            )  # fmt: skip
+        T.cuda.cta_sync()
         if tile[ROW0] < tile[DOC_END]:
-            row0: T.int32 = tile[ROW0]
-            begin: T.int32 = tile[DOC_BEGIN]
-            end: T.int32 = tile[DOC_END]
-            near_lo: T.int32 = tile[NEAR_LO]
-            near_hi: T.int32 = tile[NEAR_HI]
-            far_lo: T.int32 = tile[FAR_LO]
-            far_hi: T.int32 = tile[FAR_HI]
             batch: T.int64 = T.cast(tile[BATCH], "int64")
-            head: T.int64 = T.cast(tile[HEAD], "int64")
             kv_head: T.int64 = T.cast(tile[HEAD] // T.cast(Hq64 // Hkv64, "int32"), "int64")
             k_origin: T.int64 = batch * kb + kv_head * kh
             v_origin: T.int64 = batch * vb + kv_head * vh
+            q_origin: T.int64 = batch * qb + T.cast(tile[HEAD], "int64") * qh
 
             # Keys [top - chunks * KEYS, top) of a band, read from the top down.
-            rows_end: T.int32 = T.min(row0 + ROWS, end)
-            near_top: T.int32 = rows_end - near_lo
-            far_top: T.int32 = rows_end - far_lo
-            near_keys: T.int32 = near_top - T.max(begin, row0 - near_hi)
-            far_keys: T.int32 = far_top - T.max(begin, row0 - far_hi)
+            rows_end: T.int32 = T.min(tile[ROW0] + ROWS, tile[DOC_END])
+            near_keys: T.int32 = rows_end - tile[NEAR_LO] - T.max(tile[DOC_BEGIN], tile[ROW0] - tile[NEAR_HI])
+            far_keys: T.int32 = rows_end - tile[FAR_LO] - T.max(tile[DOC_BEGIN], tile[ROW0] - tile[FAR_HI])
             near_chunks: T.int32 = T.max(near_keys + (KEYS - 1), 0) // KEYS
             chunks: T.int32 = near_chunks + T.max(far_keys + (KEYS - 1), 0) // KEYS
 
             @T.inline
             def load_keys_and_values(which, stage):
                 if which < chunks:
-                    first: T.int32 = T.Select(
-                        which < near_chunks,
-                        near_top - (which + 1) * KEYS,
-                        far_top - (which - near_chunks + 1) * KEYS,
-                    )
+                    first: T.int32 = first_key(tile, which, near_chunks)
+                    begin: T.int32 = tile[DOC_BEGIN]
+                    end: T.int32 = tile[DOC_END]
                     load_chunk(arena, K_AT + stage * CHUNK, k_flat, k_origin, kn, first, begin, end, thread)
                     load_chunk(arena, V_AT + stage * CHUNK, v_flat, v_origin, vn, first, begin, end, thread)
                 T.ptx["cp.async.commit_group"]()
 
-            load_queries(arena, 0, q_flat, batch * qb + head * qh, qn, row0, begin, end, thread)
+            load_queries(
+                arena, 0, q_flat, q_origin, qn, tile[ROW0], tile[DOC_BEGIN], tile[DOC_END], thread
+            )  # fmt: skip
             for s in T.unroll(STAGES - 1):
                 load_keys_and_values(s, s)
 
-            my_row0: T.int32 = row0 + warp * WARP_ROWS  # of this warp
-            my_end: T.int32 = T.min(my_row0 + WARP_ROWS, end)
+            my_row0: T.int32 = tile[ROW0] + warp * WARP_ROWS  # of this warp
             query: T.int32 = my_row0 + lane // 4  # and 8 below, in each of the tiles
-            scale2: T.float32 = scale * T.float32(LOG2E)
+            # The queries carry a negative factor's sign, so that the greatest score has the greatest weight; and
+            # the factor is not 0, which would make 0 * -inf of a masked score.
+            scale2: T.float32 = T.max(T.abs(scale) * T.float32(LOG2E), T.float32(LEAST_SCALE))
             q_lane: T.int32 = blocks.lane_a(lane) + warp * (WARP_ROWS * PITCH)
             k_lane: T.int32 = blocks.lane_b_transposed(lane)
             v_lane: T.int32 = blocks.lane_b(lane)
@@ -265,13 +286,18 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
             for i in T.unroll(TILES * STEPS * 8):
                 output[i] = T.float32(0)
 
+            # Makes the greatest score of each row so far the reference of its weights.
             @T.inline
-            def pick_extreme(pick, top, scores, first, keys):
-                for n in T.unroll(keys // 8):
-                    top[0] = pick(top[0], pick(scores[first + 4 * n], scores[first + 4 * n + 1]))
-
-            @T.inline
-            def shrink_output():
+            def raise_maximum(top):
+                for i in T.unroll(2 * TILES):
+                    top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[i], 1, 32, 32))
+                for i in T.unroll(2 * TILES):
+                    top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[i], 2, 32, 32))
+                for i in T.unroll(2 * TILES):
+                    top[i] = T.max(top[i] * scale2, row_max[i])
+                    shrink[i] = T.exp2(row_max[i] - top[i])
+                    row_max[i] = top[i]
+                    row_sum[i] = row_sum[i] * shrink[i]
                 for m in T.unroll(TILES):
                     for j in T.unroll(STEPS * 2):
                         for r in T.unroll(2):
@@ -286,7 +312,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 weights = T.alloc_local((TILES * keys // BLOCK * WORDS,), "uint32")
                 k_words = T.alloc_local((keys // BLOCK * WORDS,), "uint32")
                 v_words = T.alloc_local((WORDS,), "uint32")
-                factor = T.alloc_local((1,), "float32")
+                top = T.alloc_local((2 * TILES,), "float32")
                 k_from: T.int32 = K_AT + stage * CHUNK + offset * PITCH + k_lane
                 v_from: T.int32 = V_AT + stage * CHUNK + offset * PITCH + v_lane
                 for i in T.unroll(TILES * keys // 2):
@@ -308,13 +334,11 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                                 k_words, n * WORDS,
                             )  # fmt: skip
 
-                factor[0] = scale2
                 if masked:
-                    factor[0] = T.float32(1)
                     for m in T.unroll(TILES):
                         for r in T.unroll(2):
                             row: T.int32 = query + (m * BLOCK + 8 * r)
-                            least: T.int32 = T.max(begin, row - high)
+                            least: T.int32 = T.max(tile[DOC_BEGIN], row - high)
                             seen: T.uint32 = T.cast(T.max(row - low + 1 - least, 0), "uint32")
                             for n in T.unroll(keys // BLOCK):
                                 for t in T.unroll(2):
@@ -325,44 +349,23 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                                         )
                                         scores[i] = T.Select(
                                             T.cast(key - least, "uint32") < seen,
-                                            scores[i] * scale2,
+                                            scores[i],
                                             T.float32(-INF),
                                         )
                 for m in T.unroll(TILES):
                     for r in T.unroll(2):
-                        top = T.alloc_local((1,), "float32")
-                        first: T.let = m * (keys // 2) + 2 * r
-                        top[0] = scores[first]
-                        if masked:
-                            pick_extreme(T.max, top, scores, first, keys)
-                        else:
-                            # A negative factor makes the least score the greatest.
-                            if scale2 >= T.float32(0):
-                                pick_extreme(T.max, top, scores, first, keys)
-                            else:
-                                pick_extreme(T.min, top, scores, first, keys)
-                        top[0] = top[0] * factor[0]
-                        top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 1, 32, 32))
-                        top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 2, 32, 32))
-                        top[0] = T.max(top[0], row_max[2 * m + r])
-                        if THRESHOLD > 0:
-                            # Any reference near the maximum gives the same quotient; weights stay below
-                            # 2**threshold, sums are float32.
-                            grown: T.float32 = top[0] - row_max[2 * m + r]
-                            top[0] = T.Select(grown > T.float32(THRESHOLD), top[0], row_max[2 * m + r])
-                        shrink[2 * m + r] = T.exp2(row_max[2 * m + r] - top[0])
-                        row_max[2 * m + r] = top[0]
-                        row_sum[2 * m + r] = row_sum[2 * m + r] * shrink[2 * m + r]
-
+                        top[2 * m + r] = greatest(scores, m * (keys // 2) + 2 * r, keys)
                 if THRESHOLD > 0:
-                    least_shrink = T.alloc_local((1,), "float32")
-                    least_shrink[0] = shrink[0]
+                    # Any reference near the maximum gives the same quotient; weights stay below
+                    # 2**threshold, sums are float32. So lanes need not know each other's maxima.
+                    grown = T.alloc_local((1,), "float32")
+                    grown[0] = top[0] * scale2 - row_max[0]
                     for i in T.unroll(2 * TILES - 1):
-                        least_shrink[0] = T.min(least_shrink[0], shrink[i + 1])
-                    if T.cuda.any_sync(T.uint32(ALL), least_shrink[0] < T.float32(1)) != 0:
-                        shrink_output()
+                        grown[0] = T.max(grown[0], top[i + 1] * scale2 - row_max[i + 1])
+                    if T.cuda.any_sync(T.uint32(ALL), grown[0] > T.float32(THRESHOLD)) != 0:
+                        raise_maximum(top)
                 else:
-                    shrink_output()
+                    raise_maximum(top)
 
                 for m in T.unroll(TILES):
                     for n in T.unroll(keys // BLOCK):
@@ -370,7 +373,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                             for r in T.unroll(2):
                                 for e in T.unroll(2):
                                     i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
-                                    scores[i] = T.exp2(scores[i] * factor[0] - row_max[2 * m + r])
+                                    scores[i] = T.exp2(scores[i] * scale2 - row_max[2 * m + r])
                                     row_sum[2 * m + r] = row_sum[2 * m + r] + scores[i]
                         at: T.let = m * (keys // BLOCK) + n
                         blocks.a_from_sums(weights, at * WORDS, scores, at * 8)
@@ -394,6 +397,11 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 T.cuda.cta_sync()
                 # Behind the barrier all warps are through with the stage before this one.
                 load_keys_and_values(chunk + (STAGES - 1), T.Select(stage == 0, STAGES - 1, stage - 1))
+                if T.And(chunk == 0, scale < T.float32(0)):
+                    for i in T.serial(WARP_ROWS * PITCH * element_bytes(dtype) // 128):
+                        at: T.int32 = warp * (WARP_ROWS * PITCH * element_bytes(dtype) // 4) + 32 * i + lane
+                        arena_words[at] = arena_words[at] ^ T.uint32(SIGNS)
+                    T.cuda.warp_sync()
                 if Q_IN_REGISTERS:
                     if chunk == 0:
                         for step in T.unroll(STEPS):
@@ -402,18 +410,15 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                                     queries, (step * TILES + m) * WORDS, arena,
                                     q_lane + (m * BLOCK * PITCH + step * BLOCK),
                                 )  # fmt: skip
-                is_near: T.bool = chunk < near_chunks
-                low: T.int32 = T.Select(is_near, near_lo, far_lo)
-                high: T.int32 = T.Select(is_near, near_hi, far_hi)
-                key0: T.int32 = T.Select(
-                    is_near,
-                    near_top - (chunk + 1) * KEYS,
-                    far_top - (chunk - near_chunks + 1) * KEYS,
-                )
+                low: T.int32 = tile[T.Select(chunk < near_chunks, NEAR_LO, FAR_LO)]
+                high: T.int32 = tile[T.Select(chunk < near_chunks, NEAR_HI, FAR_HI)]
+                key0: T.int32 = first_key(tile, chunk, near_chunks)
+                begin: T.int32 = tile[DOC_BEGIN]
+                my_end: T.int32 = T.min(my_row0 + WARP_ROWS, tile[DOC_END])
                 # The keys of the chunk that some row of this warp attends to.
                 some_from: T.int32 = T.max(T.max(begin, my_row0 - high), key0) - key0
                 some_to: T.int32 = T.min(my_end - low, key0 + KEYS) - key0
-                if T.And(my_row0 < end, some_from < some_to):
+                if T.And(my_row0 < my_end, some_from < some_to):
                     # All rows attend to all of them?
                     if T.And(
                         T.And(key0 >= begin, key0 >= my_end - 1 - high), key0 + (KEYS - 1) <= my_row0 - low
@@ -436,15 +441,19 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                     row_sum[i] = row_sum[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[i], 1, 32, 32)
                     row_sum[i] = row_sum[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[i], 2, 32, 32)
                     shrink[i] = T.Select(row_sum[i] > T.float32(0), T.float32(1) / row_sum[i], T.float32(0))
-                    if T.And(lane % 4 == 0, row < end):
+                    if T.And(lane % 4 == 0, row < tile[DOC_END]):
                         lse[tile[BATCH], tile[HEAD], row] = T.Select(
                             row_sum[i] > T.float32(0),
                             (row_max[i] + T.log2(row_sum[i])) * T.float32(LN2),
                             T.float32(-INF),
                         )
-                    o_row: T.int64 = batch * ob + head * oh + T.cast(row, "int64") * on
+                    o_row: T.int64 = (
+                        T.cast(tile[BATCH], "int64") * ob
+                        + T.cast(tile[HEAD], "int64") * oh
+                        + T.cast(row, "int64") * on
+                    )
                     blocks.store_row(
-                        o_flat, o_row, row < end, output, m * STEPS * 8, r, STEPS, shrink[i], lane
+                        o_flat, o_row, row < tile[DOC_END], output, m * STEPS * 8, r, STEPS, shrink[i], lane
                     )
 
     return IRModule({"forward": forward})

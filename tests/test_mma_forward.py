@@ -1,0 +1,236 @@
+"""The portable tensor-core forward: its space, its machine code and, on a GPU, its results."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweep import DTYPES, SweepProblem, check_problem
+
+from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm.compiler import compile_kernel, compile_obstacle
+from spattn_tvm.kernels.mma_forward import build_mma_forward, registers_needed, shared_bytes
+from spattn_tvm.kernels.mma_tile import registers_most, row_pitch, shared_bytes_most
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.reference import reference_gradients
+from spattn_tvm.spaces import find_space
+from spattn_tvm.target import MachineTarget, parse_target
+
+SPACE = find_space("mma", "forward")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+H200 = parse_target("nvidia/h200")
+
+
+def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
+    return {name: draw.choice(values) for name, values in SPACE.choices(head_dim, dtype).items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_untuned_decisions_are_legal_for_every_head_dim(dtype: str, arch: str) -> None:
+    target = MachineTarget("cuda", arch)
+    for head_dim in range(32, 257, 16):
+        decisions = SPACE.untuned(head_dim, dtype, target, deterministic=True)
+        assert SPACE.rejection(decisions, head_dim, dtype, target) is None
+        assert SPACE.is_deterministic(decisions)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_legal_decisions_share_the_memory_and_registers_that_a_chip_has(dtype: str, arch: str) -> None:
+    # From the data sheets, apart from the table under test: all of a multiprocessor's blocks together.
+    kibibytes = {"sm_80": 164, "sm_86": 100, "sm_90a": 228}[arch]
+    draw = random.Random(arch + dtype)
+    legal = 0
+    for _ in range(3000):
+        head_dim = draw.choice(HEAD_DIMS)
+        decisions = draw_decisions(draw, head_dim, dtype)
+        if SPACE.illegal(decisions, head_dim, dtype, MachineTarget("cuda", arch)) is not None:
+            continue
+        legal += 1
+        blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
+        assert blocks * (shared_bytes(decisions, head_dim, dtype) + 1024) <= 1024 * kibibytes
+        assert blocks * threads * registers_needed(decisions, head_dim, dtype) <= 65536
+        assert decisions["key_rows"] % decisions["edge_keys"] == 0
+    assert legal > 30
+
+
+def test_a_smaller_chip_allows_less() -> None:
+    decisions = SPACE.untuned(128, "bfloat16", H200)
+    assert SPACE.illegal(decisions, 128, "bfloat16", H200) is None
+    assert "shared memory" in str(SPACE.illegal(decisions, 128, "bfloat16", parse_target("rtx4090")))
+    assert shared_bytes_most("sm_86") == 101376 and shared_bytes_most("sm_86", 2) == 50176
+    assert registers_most(128, 2) == 255 and registers_most(128, 3) == 168 and registers_most(256, 2) == 128
+
+
+@pytest.mark.parametrize(
+    "dtype,changes,message",
+    [
+        ("bfloat16", {"stages": 4}, "bytes of shared memory"),
+        ("bfloat16", {"blocks_per_multiprocessor": 3, "key_rows": 32, "stages": 2}, "registers are needed"),
+        ("bfloat16", {"key_rows": 128, "stages": 2, "blocks_per_multiprocessor": 1}, "registers are needed"),
+        ("bfloat16", {"key_rows": 16, "edge_keys": 32}, "does not divide"),
+        (
+            "float32",
+            {"warp_rows": 16, "key_rows": 16, "edge_keys": 16, "queries_in_registers": 1},
+            "queries_in_registers is for two-byte types",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    dtype: str, changes: dict[str, int], message: str
+) -> None:
+    decisions = {**SPACE.untuned(128, "bfloat16", H200), **changes}
+    assert message in str(SPACE.rejection(decisions, 128, dtype, H200))
+    with pytest.raises(ValueError, match=message):
+        build_mma_forward(decisions, 128, dtype, "sm_90a")
+
+
+def test_unsupported_problems_are_refused_with_a_reason() -> None:
+    assert SPACE.unsupported(48, "float32", H200) is None
+    assert "head dim 40" in str(SPACE.unsupported(40, "bfloat16", H200))
+    assert "head dim 272" in str(SPACE.unsupported(272, "bfloat16", H200))
+    assert "float64" in str(SPACE.unsupported(64, "float64", H200))
+    assert "NVIDIA" in str(SPACE.unsupported(64, "bfloat16", MachineTarget("cpu", "x86-64-v4")))
+
+
+def test_features_are_finite_and_tell_decisions_apart() -> None:
+    problem = AttentionProblem("forward", "bfloat16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
+    draw = random.Random(1)
+    seen = set()
+    for _ in range(50):
+        decisions = draw_decisions(draw, 128, "bfloat16")
+        features = SPACE.features(decisions, problem)
+        assert all(abs(value) < 1e6 for value in features)
+        seen.add((tuple(sorted(decisions.items())), tuple(features)))
+    assert len({decisions for decisions, _ in seen}) == len({features for _, features in seen}) > 40
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_eight_rows_of_a_column_are_in_different_banks(head_dim: int, dtype: str) -> None:
+    size = 4 if dtype == "float32" else 2
+    pitch = row_pitch(head_dim, dtype) * size
+    assert pitch % 16 == 0
+    assert len({row * pitch // 16 % 8 for row in range(8)}) == 8
+
+
+def machine_code(library: Path) -> str:
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is not installed")
+    data = library.read_bytes()
+    start = data.find(b"\x7fELF", 4)
+    while start >= 0 and int.from_bytes(data[start + 18 : start + 20], "little") != 190:  # EM_CUDA
+        start = data.find(b"\x7fELF", start + 1)
+    cubin = library.with_suffix(".cubin")
+    cubin.write_bytes(data[start:])
+    return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.timeout(120)
+def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = parse_target("a100")
+    obstacle = compile_obstacle(target)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    decisions = SPACE.untuned(64, "bfloat16", target)
+    library = compile_kernel("mma", "forward", "bfloat16", 64, decisions, target)
+    (resources,) = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
+    assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
+    assert resources["registers"] <= registers_most(
+        32 * decisions["warps"], decisions["blocks_per_multiprocessor"]
+    )
+
+    code = machine_code(library)
+    count = Counter(re.findall(r"\b(HMMA\.16816|LDSM|LDGSTS|LDL|STL)\b", code))
+    # Scores and output of a whole step and of an edge step, each product for every tile of rows.
+    products = 0
+    for keys in (decisions["key_rows"], decisions["edge_keys"]):
+        products += 2 * (decisions["warp_rows"] // 16) * (64 // 16) * (keys // 8)
+    assert count["HMMA.16816"] == products
+    assert count["LDSM"] <= products // 2, "operands are loaded more often than for each product"
+    assert count["LDGSTS"] > 0
+    assert count["LDL"] == count["STL"] == 0
+
+
+class _WithReferenceGradients(torch.autograd.Function):
+    """The forward under test, so that its errors are judged apart from the backward's."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, problem: SweepProblem, cu_seqlens: Any) -> Any:
+        ctx.problem, ctx.cu_seqlens = problem, cu_seqlens
+        o, lse = banded_attention(
+            q, k, v, problem.layout, scale=problem.scale, cu_seqlens=cu_seqlens, return_lse=True, impl="mma"
+        )
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Any, dlse: Any) -> Any:
+        q, k, v, o, lse = ctx.saved_tensors
+        gradients = reference_gradients(
+            q, k, v, o, lse, do, dlse, ctx.problem.layout, scale=ctx.problem.scale, cu_seqlens=ctx.cu_seqlens
+        )
+        return *(g.to(q.dtype) for g in gradients), None, None
+
+
+PROBLEMS = {
+    "one token": {"length": 1},
+    "paper": {"length": 1024, "kv_heads": 16},
+    "ragged, grouped": {"length": 333, "kv_heads": 2, "group": 3, "batch": 3, "scale": -0.3},
+    "keyless queries": {"length": 517, "layout": BandLayout.exclusive(4), "strides": ("fused",) * 4},
+    "packed": {
+        "length": 300,
+        "kv_heads": 8,
+        "cu_seqlens": (0, 0, 37, 37, 190, 300),
+        "strides": ("bnhd", "padded", "last", "bhnd"),
+    },
+    "packed, one table": {
+        "length": 777,
+        "layout": BandLayout.spattention(4, 1024),
+        "cu_seqlens": (0, 128, 384, 640, 777),
+        "strides": ("padded", "expanded", "bnhd", "bhnd"),
+        "scale": 0.0,
+    },
+    "dense": {"length": 400, "layout": BandLayout.causal(4), "scale": 0.5},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 48, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim: int, name: str) -> None:
+    fields = {
+        "batch": 2,
+        "kv_heads": 4,
+        "group": 1,
+        "strides": ("bhnd",) * 4,
+        "cu_seqlens": None,
+        "scale": None,
+        **PROBLEMS[name],
+    }
+    fields.setdefault("layout", BandLayout.spattention(fields["kv_heads"] * fields["group"]))
+    problem = SweepProblem(dtype=dtype, head_dim=head_dim, loss="both", seed=random.getrandbits(32), **fields)
+    cu_seqlens = problem.cu_seqlens
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _WithReferenceGradients.apply(q, k, v, problem, cu_seqlens)
+
+    check_problem(problem, device="cuda", attention=attention)
