@@ -1,9 +1,9 @@
 """Exported kernels: a folder that runs without a compiler.
 
 A bundle holds kernel libraries, TVM's runtime library and ``manifest.json``, which says what each kernel is
-for and carries the size and SHA-256 of every other file. Loading verifies all of them before any library is
-opened. The hashes tell a damaged or incomplete copy from a good one; they are no signature, so load bundles
-only from where you would install a package from. Nothing is unpickled.
+for and on which target, and carries the size and SHA-256 of every other file. Loading verifies all of them
+before any library is opened. The hashes tell a damaged or incomplete copy from a good one; they are no
+signature, so load bundles only from where you would install a package from. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .spaces import find_space
 from .store import find_schedule, is_same_problem, problem_distance
 from .target import MachineTarget, detect_cpu
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _STATUSES = ("tuned", "nearest", "untuned")
@@ -46,6 +46,8 @@ class BundledKernel:
         As dispatch gave them at export.
     path : Path
         The library.
+    target : MachineTarget
+        What it was compiled for.
     """
 
     problem: AttentionProblem
@@ -54,6 +56,7 @@ class BundledKernel:
     status: str
     reason: str
     path: Path
+    target: MachineTarget
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Bundle:
     ----------
     path : Path
         Its folder.
-    target : MachineTarget
+    targets : tuple of MachineTarget
         What its libraries were compiled for.
     kernels : tuple of BundledKernel
     versions : dict[str, str]
@@ -74,7 +77,7 @@ class Bundle:
     """
 
     path: Path
-    target: MachineTarget
+    targets: tuple[MachineTarget, ...]
     kernels: tuple[BundledKernel, ...]
     versions: dict[str, str]
     files: dict[str, Any]
@@ -99,17 +102,17 @@ class Bundle:
         families: Sequence[str] | None = None,
         deterministic: bool = False,
     ) -> BundledKernel | None:
-        """The kernel exported for the problem nearest to this one.
+        """The kernel exported for the problem nearest to this one, among those for the target nearest to
+        this device: its very model, its instruction set, or one that it runs as well.
 
         None if there is none for its direction, dtype and head dim, none whose results are bitwise
-        reproducible where that is asked for, or the bundle is for another device.
+        reproducible where that is asked for, or the bundle is for other devices.
         """
-        if self.target.kind != target.kind or (target.kind == "cuda" and self.target.arch != target.arch):
-            return None
         able = [
             kernel
             for kernel in self.kernels
-            if kernel.problem.direction == problem.direction
+            if _fits(kernel, target)
+            and kernel.problem.direction == problem.direction
             and kernel.problem.dtype == problem.dtype
             and kernel.problem.head_dim == problem.head_dim
             and (families is None or kernel.family in families)
@@ -118,11 +121,26 @@ class Bundle:
         return min(
             able,
             key=lambda kernel: (
+                _distance(kernel.target, target),
                 not is_same_problem(problem, kernel.problem),
                 problem_distance(problem, kernel.problem),
             ),
             default=None,
         )
+
+
+def _distance(compiled: MachineTarget, device: MachineTarget) -> tuple[bool, bool]:
+    return compiled.arch != device.arch, compiled.model != device.model
+
+
+def _fits(kernel: BundledKernel, device: MachineTarget) -> bool:
+    """Whether the machine code runs on a device, and its shared memory is there."""
+    if not kernel.target.runs_on(device):
+        return False
+    if kernel.target.arch == device.arch or device.kind == "cpu":
+        return True
+    space, problem = find_space(kernel.family, kernel.problem.direction), kernel.problem
+    return space.rejection(kernel.decisions, problem.head_dim, problem.dtype, device) is None
 
 
 def _is_deterministic(kernel: BundledKernel) -> bool:
@@ -152,7 +170,9 @@ def _holds_only_a_bundle(folder: Path) -> bool:
 
 
 def export_bundle(
-    path: str | os.PathLike[str], problems: Iterable[AttentionProblem], target: MachineTarget
+    path: str | os.PathLike[str],
+    problems: Iterable[AttentionProblem],
+    targets: MachineTarget | Iterable[MachineTarget],
 ) -> Path:
     """Compile the kernels of some problems and write them as a bundle.
 
@@ -161,11 +181,12 @@ def export_bundle(
     path : path-like
         Folder to write: a new one, an empty one, or an older bundle, which is replaced.
     problems : iterable of AttentionProblem
-        Each gets the kernel that dispatch would choose on `target`, and, where that one's gradients are not
-        bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout of
-        its direction, dtype and head dim; a training run needs both directions.
-    target : MachineTarget
-        This machine's or any other that this machine can compile for.
+        Each gets the kernel that dispatch would choose on each target, and, where that one's gradients are
+        not bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout
+        of its direction, dtype and head dim; a training run needs both directions.
+    targets : MachineTarget or iterable of MachineTarget
+        This machine's or any others that this machine can compile for. Where the bundle runs, a call takes
+        the kernel of the target that is nearest to its device.
 
     Returns
     -------
@@ -175,18 +196,20 @@ def export_bundle(
     Raises
     ------
     ValueError
-        Without problems, for one that no kernel serves, for a CPU of another architecture, or when `path` is
-        taken by something else.
+        Without problems or targets, for a problem that no kernel serves on one of them, for a CPU of another
+        architecture, or when `path` is taken by something else.
     RuntimeError
         When a compiler or TVM's runtime library is missing.
     """
-    from .compiler import compile_kernel
-
-    if target.kind == "cpu" and (target.arch == "aarch64") != (detect_cpu().arch == "aarch64"):
-        raise ValueError(
-            f"a bundle for {target.folder} needs TVM's runtime library for {target.arch}; the one here is "
-            f"for {detect_cpu().arch}: export it on such a machine"
-        )
+    targets = tuple(dict.fromkeys((targets,) if isinstance(targets, MachineTarget) else targets))
+    if not targets:
+        raise ValueError("a bundle needs at least one target, got none")
+    for target in targets:
+        if target.kind == "cpu" and (target.arch == "aarch64") != (detect_cpu().arch == "aarch64"):
+            raise ValueError(
+                f"a bundle for {target.folder} needs TVM's runtime library for {target.arch}; the one here "
+                f"is for {detect_cpu().arch}: export it on such a machine"
+            )
     problems = list(dict.fromkeys(problems))
     if not problems:
         raise ValueError("a bundle needs at least one problem, got none")
@@ -200,31 +223,17 @@ def export_bundle(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         build = Path(scratch) / "bundle"
         build.mkdir(mode=0o755)
-        entries = []
-        for problem in problems:
-            # The fastest comes first, so that it is the one of equally near kernels that a call takes.
-            choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
-            for choice in choices if choices[0].decisions != choices[1].decisions else choices[:1]:
-                identity = (choice.family, problem.direction, problem.dtype, problem.head_dim)
-                library = compile_kernel(*identity, choice.decisions, target)
-                if not (build / library.name).exists():
-                    shutil.copyfile(library, build / library.name)
-                entries.append(
-                    {
-                        "problem": problem.to_json(),
-                        "family": choice.family,
-                        "decisions": dict(sorted(choice.decisions.items())),
-                        "status": choice.status,
-                        "reason": choice.reason,
-                        "library": library.name,
-                    }
-                )
-        names = [RUNTIME_LIBRARY] + ([CUDA_RUNTIME_LIBRARY] if target.kind == "cuda" else [])
+        entries = [
+            entry for target in targets for problem in problems for entry in _export(problem, target, build)
+        ]
+        names = [RUNTIME_LIBRARY] + (
+            [CUDA_RUNTIME_LIBRARY] if any(target.kind == "cuda" for target in targets) else []
+        )
         for name in names:
             shutil.copyfile(runtime_folder() / name, build / name)
         manifest = {
             "format": FORMAT,
-            "target": {"kind": target.kind, "arch": target.arch, "model": target.model},
+            "targets": [asdict(target) for target in targets],
             "versions": _versions(),
             "kernels": entries,
             "files": {
@@ -238,6 +247,34 @@ def export_bundle(
             shutil.rmtree(folder)
         os.rename(build, folder)
     return folder
+
+
+def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> list[dict[str, Any]]:
+    """Compile a problem's kernels into a folder; their entries in the manifest."""
+    from .compiler import compile_kernel, describe_resources, library_metadata
+
+    # The fastest comes first, so that it is the one of equally near kernels that a call takes.
+    choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
+    entries = []
+    for choice in choices if choices[0].decisions != choices[1].decisions else choices[:1]:
+        library = compile_kernel(
+            choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
+        )
+        if not (folder / library.name).exists():
+            shutil.copyfile(library, folder / library.name)
+        entries.append(
+            {
+                "problem": problem.to_json(),
+                "target": target.folder,
+                "family": choice.family,
+                "decisions": dict(sorted(choice.decisions.items())),
+                "status": choice.status,
+                "reason": choice.reason,
+                "library": library.name,
+                "resources": describe_resources(library_metadata(library).get("resources")),
+            }
+        )
+    return entries
 
 
 def _refuse(folder: Path, reason: str) -> ValueError:
@@ -262,7 +299,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _refuse(folder, f"{MANIFEST} is damaged ({error})") from error
     if manifest.get("format") != FORMAT:
         raise _refuse(folder, f"its format is {manifest.get('format')!r} and this version reads {FORMAT}")
-    for name, kind in (("target", dict), ("versions", dict), ("kernels", list), ("files", dict)):
+    for name, kind in (("targets", list), ("versions", dict), ("kernels", list), ("files", dict)):
         _typed(folder, f"{name!r} of {MANIFEST}", manifest.get(name), kind)
     return manifest
 
@@ -289,7 +326,9 @@ def _verify_files(folder: Path, files: dict[str, Any]) -> None:
         raise _refuse(folder, f"it holds files that {MANIFEST} does not name: {', '.join(extra)}")
 
 
-def _read_kernel(folder: Path, index: int, entry: Any, files: dict[str, Any]) -> BundledKernel:
+def _read_kernel(
+    folder: Path, index: int, entry: Any, files: dict[str, Any], targets: Sequence[MachineTarget]
+) -> BundledKernel:
     _typed(folder, f"kernel {index}", entry, dict)
     values = {
         name: _typed(folder, f"{name!r} of kernel {index}", entry.get(name), kind)
@@ -299,6 +338,7 @@ def _read_kernel(folder: Path, index: int, entry: Any, files: dict[str, Any]) ->
             ("status", str),
             ("reason", str),
             ("library", str),
+            ("target", str),
         )
     }
     for name, value in values["decisions"].items():
@@ -312,7 +352,11 @@ def _read_kernel(folder: Path, index: int, entry: Any, files: dict[str, Any]) ->
         problem = AttentionProblem.from_json(entry.get("problem"))
     except (TypeError, ValueError) as error:
         raise _refuse(folder, f"the problem of kernel {index} is damaged ({error})") from error
-    return BundledKernel(problem, path=folder / library, **values)
+    name = values.pop("target")
+    target = next((target for target in targets if target.folder == name), None)
+    if target is None:
+        raise _refuse(folder, f"the target {name!r} of kernel {index} is not among its targets")
+    return BundledKernel(problem, path=folder / library, target=target, **values)
 
 
 def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundle:
@@ -345,19 +389,20 @@ def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundl
     files = manifest["files"]
     _verify_files(folder, files)
     try:
-        target = MachineTarget(**manifest["target"])
+        targets = tuple(MachineTarget(**entry) for entry in manifest["targets"])
     except (TypeError, ValueError) as error:
-        raise _refuse(folder, f"its target is damaged ({error})") from error
+        raise _refuse(folder, f"its targets are damaged ({error})") from error
     if RUNTIME_LIBRARY not in files:
         raise _refuse(folder, f"{RUNTIME_LIBRARY} is not among its files")
-    obstacle = target.can_run_here()
-    if obstacle is not None:
-        raise RuntimeError(f"the bundle {folder} can't run on this machine: {obstacle}")
+    obstacles = [target.can_run_here() for target in targets]
+    if None not in obstacles:
+        reasons = "; ".join(text for text in obstacles if text) or "it is made for no target"
+        raise RuntimeError(f"the bundle {folder} can't run on this machine: {reasons}")
     kernels = tuple(
-        _read_kernel(folder, index, entry, files) for index, entry in enumerate(manifest["kernels"])
+        _read_kernel(folder, index, entry, files, targets) for index, entry in enumerate(manifest["kernels"])
     )
     versions = {str(package): str(version) for package, version in manifest["versions"].items()}
-    bundle = Bundle(folder, target, kernels, versions, files)
+    bundle = Bundle(folder, targets, kernels, versions, files)
     if register:
         from .dispatch import register_bundle
 

@@ -397,16 +397,23 @@ def explain(
     context: ContextOption = None,
     direction: DirectionOption = Direction.both,
     target: TargetOption = "cpu",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only kernels with bitwise reproducible results.")
+    ] = False,
 ) -> None:
     """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
     from .dispatch import explain as explanation
     from .target import parse_target
 
     problems = parse_problems([shape], dtype.value, layout, context, direction.value)
-    typer.echo("\n\n".join(explanation(problem, parse_target(target)) for problem in problems))
+    machine = parse_target(target)
+    typer.echo("\n\n".join(explanation(problem, machine, deterministic) for problem in problems))
 
 
-@app.command(epilog="Example: spattn export bundle/ --shape 1,16,4096,64 --direction both --target cpu")
+@app.command(
+    epilog="Example: spattn export bundle/ --shape 1,16,4096,64 --direction both --target cpu   "
+    "(for GPUs that aren't here: --target sm_80,sm_89,nvidia/h200 --dtype bfloat16)"
+)
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder to write; an older bundle in it is replaced.")],
     shape: Shapes = ["1,16,4096,64"],  # noqa: B006  typer copies it
@@ -414,17 +421,26 @@ def export(
     layout: LayoutOption = "spattention",
     context: ContextOption = None,
     direction: DirectionOption = Direction.both,
-    target: TargetOption = "cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated; each is cpu, cuda, an architecture (x86-64-v3, sm_90a) or a chip "
+            "(nvidia/h200). A device takes the kernels of the nearest one."
+        ),
+    ] = "cpu",
 ) -> None:
     """Compile the kernels of problems into a folder that runs without any compiler."""
     from .bundle import MANIFEST, export_bundle
-    from .target import parse_target
+    from .problem import AttentionProblem
+    from .target import parse_targets
 
     problems = parse_problems(shape, dtype.value, layout, context, direction.value)
-    written = export_bundle(folder, problems, parse_target(target))
+    written = export_bundle(folder, problems, parse_targets(target))
     manifest = json.loads((written / MANIFEST).read_text(encoding="utf-8"))
-    for problem, kernel in zip(problems, manifest["kernels"], strict=True):
-        typer.echo(f"{problem.key}: {kernel['family']}, {kernel['status']}, {kernel['reason']}")
+    for kernel in manifest["kernels"]:
+        key = AttentionProblem.from_json(kernel["problem"]).key
+        parts = (kernel["family"], kernel["status"], kernel["reason"], kernel["resources"])
+        typer.echo(f"{kernel['target']}, {key}: {', '.join(part for part in parts if part)}")
     size = sum(file["bytes"] for file in manifest["files"].values())
     typer.echo(f"written: {written} ({len(manifest['files'])} libraries, {size / 2**20:.1f} MiB)")
     typer.echo(

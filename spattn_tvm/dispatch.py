@@ -158,7 +158,10 @@ def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKer
     if status == "tuned" and not is_same_problem(problem, entry.problem):
         status = "nearest"
     # The name alone: reasons end up in benchmark reports, which are to be shared.
-    return status, f"bundle {bundle.path.name!r}, exported for {entry.problem.key}: {entry.reason}"
+    return status, (
+        f"bundle {bundle.path.name!r}, compiled for {entry.target.folder}, exported for {entry.problem.key}: "
+        f"{entry.reason}"
+    )
 
 
 def _from_bundles(

@@ -40,7 +40,15 @@ _CHIPS: dict[str, str] = {
 # From sm_90 on, code for the "a" variant may use the chip's own instructions (wgmma, TMA) and every chip of
 # that compute capability runs it.
 _CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-_ARCH_OF_CAPABILITY = {tuple(divmod(int(re.sub(r"\D", "", arch)), 10)): arch for arch in _CUDA_ARCHS}
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """``"sm_90a"`` → (9, 0)."""
+    major, minor = divmod(int(re.sub(r"\D", "", arch)), 10)
+    return major, minor
+
+
+_ARCH_OF_CAPABILITY = {_capability(arch): arch for arch in _CUDA_ARCHS}
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,20 @@ class MachineTarget:
             return {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"]}
         return {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.arch}
 
+    def runs_on(self, device: MachineTarget) -> bool:
+        """Whether machine code for this target runs on a chip that is described by another one.
+
+        On a CPU every level includes the lower ones. A cubin runs on its own compute capability, and unless
+        it is an "a" variant on later minors of the same major: sm_80 on sm_86, but not on sm_90a.
+        """
+        if self.kind != device.kind:
+            return False
+        if self.kind == "cuda":
+            return _cubin_runs(self.arch, _capability(device.arch))
+        if "aarch64" in (self.arch, device.arch):
+            return self.arch == device.arch
+        return _CPU_ARCHS.index(self.arch) <= _CPU_ARCHS.index(device.arch)
+
     def can_run_here(self, device_index: int | None = None) -> str | None:
         """Why code for this target can't run on this machine, or None when it can.
 
@@ -100,12 +122,10 @@ class MachineTarget:
             CUDA device to ask about; any device will do when omitted.
         """
         if self.kind == "cpu":
-            here = detect_cpu().arch
-            if here == self.arch:
-                return None
-            if "aarch64" in (here, self.arch) or _CPU_ARCHS.index(here) < _CPU_ARCHS.index(self.arch):
-                return f"it is compiled for {self.arch} and this CPU is {here}"
-            return None
+            here = detect_cpu()
+            return (
+                None if self.runs_on(here) else f"it is compiled for {self.arch} and this CPU is {here.arch}"
+            )
 
         import torch
 
@@ -127,7 +147,7 @@ class MachineTarget:
 
 def _cubin_runs(arch: str, capability: tuple[int, int]) -> bool:
     """A cubin runs on its own compute capability, and unless it is an "a" variant on later minors."""
-    major, minor = divmod(int(re.sub(r"\D", "", arch)), 10)
+    major, minor = _capability(arch)
     if arch.endswith("a"):
         return (major, minor) == tuple(capability)
     return major == capability[0] and minor <= capability[1]
@@ -201,7 +221,7 @@ def cuda_target(name: str, capability: tuple[int, int]) -> MachineTarget:
     ValueError
         When no kernels are made for its compute capability.
     """
-    arch = _ARCH_OF_CAPABILITY.get(tuple(capability))
+    arch = _ARCH_OF_CAPABILITY.get((capability[0], capability[1]))
     if arch is None:
         known = ", ".join(_CUDA_ARCHS)
         raise ValueError(
@@ -227,6 +247,20 @@ def detect_cuda(index: int = 0) -> MachineTarget:
         count = torch.cuda.device_count()
         raise RuntimeError(f"no CUDA device {index}: PyTorch {torch.__version__} sees {count} CUDA devices")
     return cuda_target(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def parse_targets(text: str) -> tuple[MachineTarget, ...]:
+    """Different targets from a comma-separated list of names, in its order; see :func:`parse_target`.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As :func:`parse_target` does; or for an empty list.
+    """
+    names = [name for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"name at least one target, got {text!r}")
+    return tuple(dict.fromkeys(parse_target(name) for name in names))
 
 
 def parse_target(text: str) -> MachineTarget:

@@ -136,7 +136,8 @@ def test_the_manifest_says_what_is_in_it(exported: Path) -> None:
     assert manifest["versions"]["apache-tvm"]
     assert [AttentionProblem.from_json(entry["problem"]) for entry in manifest["kernels"]] == PROBLEMS
     assert all(entry["decisions"] for entry in manifest["kernels"])
-    assert MachineTarget(**manifest["target"]) == detect_cpu()
+    assert [MachineTarget(**target) for target in manifest["targets"]] == [detect_cpu()]
+    assert {entry["target"] for entry in manifest["kernels"]} == {detect_cpu().folder}
 
 
 def test_a_registered_bundle_serves_calls_and_says_so(copy: Path) -> None:
@@ -223,7 +224,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is damaged"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "must be dict"),
     "binary": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x80"), "manifest.json is damaged"),
-    "format": (lambda folder: change_manifest(folder, lambda m: m.update(format=2)), "its format is 2"),
+    "format": (lambda folder: change_manifest(folder, lambda m: m.update(format=1)), "its format is 1"),
     "no files": (
         lambda folder: change_manifest(folder, lambda m: m.pop("files")),
         "'files' of manifest.json",
@@ -249,8 +250,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "the problem of kernel 0 is damaged",
     ),
     "target": (
-        lambda folder: change_manifest(folder, lambda m: m["target"].update(kind="abacus")),
-        "its target is damaged",
+        lambda folder: change_manifest(folder, lambda m: m["targets"][0].update(kind="abacus")),
+        "its targets are damaged",
+    ),
+    "target of a kernel": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(target="cuda-sm_80-generic")),
+        "the target 'cuda-sm_80-generic' of kernel 0 is not among its targets",
     ),
 }
 
@@ -277,7 +282,7 @@ def test_a_bundle_for_another_machine_is_refused(arch: str, copy: Path) -> None:
     else:
         other = "aarch64" if detect_cpu().arch != "aarch64" else "x86-64-v4"
         foreign = {"kind": "cpu", "arch": other, "model": "generic"}
-    change_manifest(copy, lambda manifest: manifest.update(target=foreign))
+    change_manifest(copy, lambda manifest: manifest.update(targets=[foreign]))
     with pytest.raises(RuntimeError, match="can't run on this machine.*" + foreign["arch"]):
         load_bundle(copy)
 
@@ -314,6 +319,8 @@ def test_an_export_replaces_a_bundle_and_nothing_else(copy: Path, tmp_path: Path
         export_bundle(file, PROBLEMS, detect_cpu())
     with pytest.raises(ValueError, match="at least one problem"):
         export_bundle(tmp_path / "new", [], detect_cpu())
+    with pytest.raises(ValueError, match="at least one target"):
+        export_bundle(tmp_path / "new", PROBLEMS, [])
     assert not (tmp_path / "new").exists()
 
 
@@ -331,6 +338,27 @@ def test_the_nearest_of_several_kernels_serves(tmp_path: Path) -> None:
     )
     assert loaded.nearest(wanted, MachineTarget("cuda", "sm_90a")) is None
     assert loaded.nearest(wanted, detect_cpu(), families=("mma",)) is None
+
+
+@pytest.mark.skipif(detect_cpu().arch not in ("x86-64-v3", "x86-64-v4"), reason="needs two levels below")
+def test_a_device_takes_the_kernel_of_the_nearest_target(tmp_path: Path) -> None:
+    older, newer = MachineTarget("cpu", "x86-64-v2"), MachineTarget("cpu", "x86-64-v3")
+    path = export_bundle(tmp_path / "bundle", PROBLEMS[:1], [older, newer])
+    loaded = load_bundle(path)
+    assert loaded.targets == (older, newer) and len(loaded.kernels) == 2
+
+    def served(device: MachineTarget) -> MachineTarget | None:
+        kernel = loaded.nearest(PROBLEMS[0], device)
+        return None if kernel is None else kernel.target
+
+    assert served(newer) == newer
+    assert served(older) == older
+    assert served(MachineTarget("cpu", "x86-64")) is None
+    assert served(MachineTarget("cpu", "aarch64")) is None
+    q, k, v = (torch.randn(2, heads, 70, 32) for heads in (4, 2, 2))
+    kernel = find_kernel("forward", q, LAYOUT.spec)
+    assert "compiled for cpu-x86-64-v" in kernel.reason
+    torch.testing.assert_close(banded_attention(q, k, v, LAYOUT), reference_attention(q, k, v, LAYOUT)[0])
 
 
 def test_a_bundle_for_another_architecture_is_not_written(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from spattn_tvm.spaces import Space, families_for
 from spattn_tvm.target import MachineTarget
 
 from .log import Measurement, TuningLog, device_facts, log_folder, versions
-from .measure import Meter, ProcessMeter, Workers
+from .measure import Meter, Outcome, ProcessMeter, Workers
 from .worker import resolve_space
 
 if TYPE_CHECKING:
@@ -198,14 +198,23 @@ def _key(decisions: dict[str, int]) -> tuple[tuple[str, int], ...]:
 
 
 def run_search(
-    search: DecisionSearch, meter: Meter, session: _Session, family: str, kernel: str, first: dict[str, int]
+    search: DecisionSearch,
+    meter: Meter,
+    session: _Session,
+    family: str,
+    kernel: str,
+    first: dict[str, int],
+    first_alone: bool = True,
 ) -> str:
     """Search one family until the budget is spent; returns why it ended.
 
     Parameters
     ----------
     first : dict
-        The untuned default. It is measured before all others, so that the result is never slower.
+        The untuned default. It is always measured, so that the result is never slower.
+    first_alone : bool
+        Whether it is measured before all others, which on a CPU are timed against it. On a GPU the other
+        builders would have nothing to do meanwhile, for as long as each later batch takes.
 
     Raises
     ------
@@ -217,10 +226,14 @@ def run_search(
     search.start(batch_size)
     search.restore([(dict(decisions), latency) for decisions, latency in known.items()])
     stale = 0
-    proposed: list[tuple[dict[str, int], Any]] | None = [(first, search.candidate(first))]
+    with_first = [] if first_alone or _key(first) in known else (search.ask() or [])
+    proposed: list[tuple[dict[str, int], Any]] | None = [
+        (first, search.candidate(first)),
+        *with_first[: batch_size - 1],
+    ]
     while True:
         left = None if session.budget.trials is None else session.budget.trials - len(known)
-        if (left is not None and left <= 0) or session.out_of_time():
+        if (left is not None and left <= 0) or (known and session.out_of_time()):
             return "budget"
         if session.stopped():
             return "interrupted"
@@ -241,28 +254,35 @@ def run_search(
         best_us = _best_us(session.of_family(family, kernel))
         usual_us = known.get(_key(first))
         anchor = None if usual_us is None else (first, usual_us)
-        for position, outcome in meter.measure([decisions for decisions, _ in fresh], best_us, anchor):
-            decisions, candidate = fresh[position]
-            if outcome.error is not None and decisions == first:
-                # The compiler, the device or the kernel's code is at fault, not this candidate. Failures that
-                # such a session logged would never be measured again.
-                raise DefaultFailedError(f"the untuned default of {family} fails: {outcome.error}")
-            session.log.append(
-                Measurement(
-                    family,
-                    kernel,
-                    decisions,
-                    outcome.latency_us,
-                    outcome.error,
-                    round(session.elapsed_s, 3),
-                    round(outcome.slowdown, 4),
-                    outcome.resources,
-                    outcome.server,
+        waiting: list[tuple[int, Outcome]] = []
+        for measured in meter.measure([decisions for decisions, _ in fresh], best_us, anchor):
+            waiting.append(measured)
+            if _key(first) not in known:
+                if fresh[measured[0]][0] != first:
+                    continue
+                if measured[1].error is not None:
+                    # The compiler, the device or the kernel's code is at fault, not this candidate. Failures
+                    # that such a session logged would never be measured again.
+                    raise DefaultFailedError(f"the untuned default of {family} fails: {measured[1].error}")
+            for position, outcome in waiting:
+                decisions, candidate = fresh[position]
+                session.log.append(
+                    Measurement(
+                        family,
+                        kernel,
+                        decisions,
+                        outcome.latency_us,
+                        outcome.error,
+                        round(session.elapsed_s, 3),
+                        round(outcome.slowdown, 4),
+                        outcome.resources,
+                        outcome.server,
+                    )
                 )
-            )
-            search.keep(candidate, outcome.latency_us)
-            known[_key(decisions)] = outcome.latency_us
-            told.append((candidate, outcome.latency_us))
+                search.keep(candidate, outcome.latency_us)
+                known[_key(decisions)] = outcome.latency_us
+                told.append((candidate, outcome.latency_us))
+            waiting.clear()
             session.show(family, kernel)
             if session.out_of_time():
                 break
@@ -381,7 +401,8 @@ def tune(
                     with ProcessMeter(
                         family, problem, target, seed=seed, stopped=stopped, workers=workers
                     ) as meter:
-                        ended = run_search(search, meter, session, family, kernel, first)
+                        alone = target.kind == "cpu"
+                        ended = run_search(search, meter, session, family, kernel, first, alone)
                 except DefaultFailedError as error:
                     failures[family] = str(error)
                 search.close()
