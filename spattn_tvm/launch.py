@@ -37,19 +37,7 @@ def _readable(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy if kernels can't read it in place."""
     if tensor.is_cpu:
         return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-    # The usual case first: rows of a CUDA kernel's head dims are multiples of 16 bytes.
-    if tensor.is_contiguous() and not tensor.data_ptr() % _TMA_BYTES:
-        return tensor
     return tensor if _is_describable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    """Is a tensor on a GPU that is not the current one?
-
-    A compiled host function makes its tensors' device the current one and leaves it so.
-    """
-    index = tensor.get_device()
-    return index >= 0 and index != _current_device()
 
 
 @lru_cache(maxsize=4096)
@@ -123,13 +111,14 @@ def launch_forward(
     lse : Tensor
         ``(B, Hq, N)`` float32, contiguous.
     """
-    if _is_elsewhere(q):
-        with torch.cuda.device(q.device):
+    index = q.get_device()
+    if index >= 0 and index != _current_device():
+        # A compiled host function makes its tensors' device the current one and leaves it so.
+        with torch.cuda.device(index):
             return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
     if not q.is_contiguous() and q.stride(3) != 1:
         q = q.contiguous()
     o = torch.empty_like(q)
-    index = q.get_device()
     lse = torch.empty_like(_lse_model(q.shape, index))
     if index < 0:
         # The short way for calls that take microseconds: 2 us less than the other.
@@ -137,9 +126,15 @@ def launch_forward(
         v = v if v.is_contiguous() or v.stride(3) == 1 else v.contiguous()
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
         return o, lse
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    # The usual case at once: rows of a CUDA kernel's head dims are multiples of 16 bytes.
+    if (
+        not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
+        or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES
+    ):
+        q, k, v = _readable(q), _readable(k), _readable(v)
     if kernel.family == "hopper":
-        q, scale, _ = _with_positive_scale(q, scale)
+        if scale <= 0:
+            q, scale, _ = _with_positive_scale(q, scale)
         counters = _tile_counters("forward", index)
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, _multiprocessors(index))
     else:
@@ -233,8 +228,9 @@ def launch_backward(
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
-    if _is_elsewhere(q):
-        with torch.cuda.device(q.device):
+    index = q.get_device()
+    if index >= 0 and index != _current_device():
+        with torch.cuda.device(index):
             return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     inputs = (

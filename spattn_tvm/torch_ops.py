@@ -372,6 +372,11 @@ def is_plain(q: Any, k: Any, v: Any) -> bool:
     )
 
 
+def is_differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Does autograd need to know of a call on these tensors?"""
+    return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def find_prepared(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Prepared | None:
     """What served an earlier call with the same shapes, dtypes, device, layout and `impl`, which was valid.
 
@@ -462,7 +467,7 @@ def attend_eagerly(
         The operator's further arguments: ``BandLayout.spec``, factor of the scores, whether gradients must
         be bitwise equal from run to run, and one of `IMPLEMENTATIONS`.
     prepared : tuple or None
-        From `find_prepared` or `prepare`.
+        From `find_prepared` or `prepare`; saves a differentiated call the search for its kernel.
 
     Returns
     -------
@@ -471,11 +476,9 @@ def attend_eagerly(
     lse : Tensor
         ``(B, Hq, N)`` float32, float64 for float64 inputs.
     """
-    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if is_differentiated(q, k, v):
         return _apply(q, k, v, cu_seqlens, settings, prepared)
-    if prepared is None:
-        return _forward(q, k, v, cu_seqlens, *settings)
-    return launch_forward(prepared[0], q, k, v, prepared[1], prepared[2], settings[1])
+    return _forward(q, k, v, cu_seqlens, *settings)
 
 
 def attend_by_operator(
