@@ -35,6 +35,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spattn_tvm.kernels.mma_tile import registers_most, shared_bytes_most
+
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
@@ -53,11 +55,14 @@ class Pass:
     head_dim: int
     element: int  # bytes
     warps: int  # along the rows
-    split: int  # warps that share rows
+    split: int  # warps that share rows, each accumulating its part of the head dimension
+    exchange: bool  # whether those share the scores too; without, each makes all of them
     rows: int  # of a warp
     strip: int  # columns that a warp computes at once
     chunk: int  # columns of a stage
     stages: int
+    late: bool  # one buffer of the second column operand, filled between its last use and the next chunk
+    deferred: bool  # dQ of a chunk beside the next chunk's scores, in one pass
     hold: bool  # row operands in registers
     heads: int  # whose tiles are interleaved
     blocks: int  # a multiprocessor should hold
@@ -109,13 +114,17 @@ class Pass:
         return self.rows * self.strip // 32
 
     @property
+    def late_stages(self) -> int:
+        return 1 if self.late else self.stages
+
+    @property
     def exchange_pitch(self) -> int:
         return self.chunk * self.element + PAD
 
     @property
-    def exchanges(self) -> int:
-        """Buffers through which warps see each other's P and dS."""
-        return 2 if self.split > 1 else int(self.one_pass)
+    def exchange_buffers(self) -> int:
+        """Buffers for dS."""
+        return 2 if self.deferred else int(self.exchange or self.one_pass)
 
     @property
     def dq_warps(self) -> tuple[int, int]:
@@ -137,6 +146,11 @@ class Pass:
         return best
 
     @property
+    def dq_keys(self) -> int:
+        """Keys that dQ takes or leaves together."""
+        return 64 if self.tile % 64 == 0 else self.tile
+
+    @property
     def dq_rows(self) -> int:
         return self.chunk // self.dq_warps[0]
 
@@ -149,12 +163,12 @@ class Pass:
         """Byte offsets in shared memory, and under ``"end"`` the size."""
         at = {"first": 0, "second": self.tile * self.pitch}
         end = 2 * self.tile * self.pitch
-        for name in ("third", "fourth"):
+        for name, stages in (("third", self.stages), ("fourth", self.late_stages)):
             at[name] = end
-            end += self.stages * self.chunk * self.pitch
-        for name in ("p", "ds"):
+            end += stages * self.chunk * self.pitch
+        for name, buffers in (("p", int(self.exchange)), ("ds", self.exchange_buffers)):
             at[name] = end
-            end += self.tile * self.exchange_pitch if self.exchanges > (name == "p") else 0
+            end += buffers * self.tile * self.exchange_pitch
         at["lse"] = end
         end += self.stages * self.chunk * 4 if self.keys else 0
         at["delta"] = end
@@ -186,18 +200,58 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
     """The dQ pass and the dK/dV pass that decisions name."""
     element = ELEMENT_BYTES[dtype]
     dq = Pass(
-        keys=False, head_dim=head_dim, element=element, warps=decisions["dq_warps"], split=1,
+        keys=False, head_dim=head_dim, element=element, warps=decisions["dq_warps"], split=1, exchange=False,
         rows=decisions["dq_rows"], strip=decisions["dq_strip"], chunk=decisions["dq_chunk"],
-        stages=decisions["dq_stages"], hold=bool(decisions["dq_hold"]), heads=decisions["dq_heads"],
+        stages=decisions["dq_stages"], late=False, deferred=False, hold=bool(decisions["dq_hold"]), heads=decisions["dq_heads"],
         blocks=decisions["dq_blocks"], one_pass=False, vector=1,
     )  # fmt: skip
     dkv = Pass(
         keys=True, head_dim=head_dim, element=element, warps=decisions["dkv_warps"], split=decisions["dkv_split"],
+        exchange=bool(decisions["dkv_exchange"]),
         rows=decisions["dkv_rows"], strip=decisions["dkv_strip"], chunk=decisions["dkv_chunk"],
-        stages=decisions["dkv_stages"], hold=False, heads=decisions["dkv_heads"],
+        stages=decisions["dkv_stages"], late=bool(decisions["dkv_late"]),
+        deferred=bool(decisions["dkv_deferred"]), hold=bool(decisions["dkv_hold"]), heads=decisions["dkv_heads"],
         blocks=decisions["dkv_blocks"], one_pass=bool(decisions["one_pass"]), vector=decisions["atomic_floats"],
     )  # fmt: skip
     return dq, dkv
+
+
+def _pass_conflict(part: Pass, arch: str) -> str | None:
+    if part.chunk % part.strip:
+        return f"strips of {part.strip} don't divide chunks of {part.chunk}"
+    if part.exchange and part.split == 1:
+        return "a warp that shares its rows with none has nothing to exchange"
+    if part.exchange and part.chunk != part.strip * part.split:
+        return f"{part.split} warps that exchange strips of {part.strip} need chunks of {part.strip * part.split}"
+    if part.split * 16 > part.columns:
+        return f"{part.split} warps for a head dim of {part.head_dim}"
+    if part.late and not (part.exchange and part.stages == 2):
+        return "a late load is for two stages and warps that exchange scores"
+    if part.deferred and not (part.one_pass and part.exchange and not part.late and part.stages > 1):
+        return "dQ can be deferred in one pass, where warps exchange scores, with more than one stage and no late load"
+    if part.threads > 512:
+        return f"{part.threads} threads"
+    most = shared_bytes_most(arch, part.blocks)
+    if part.shared_bytes > most:
+        return f"{part.shared_bytes} bytes of shared memory, {arch} has {most} for each of {part.blocks} blocks"
+    if part.registers > registers_most(part.threads, part.blocks):
+        return f"about {part.registers} registers, a thread has {registers_most(part.threads, part.blocks)}"
+    return None
+
+
+def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
+    """Why a chip can't run the kernel with these decisions, or would spill registers; None if it can."""
+    if decisions["atomic_floats"] > 1 and arch in ("sm_80", "sm_86", "sm_89"):
+        return f"atomic_floats={decisions['atomic_floats']} needs sm_90, not {arch}"
+    dq, dkv = passes(decisions, head_dim, dtype)
+    if dq.hold and dtype == "float32":
+        return "dq_hold is for 2-byte types: float32 fragments are split where they are used"
+    if not decisions["one_pass"]:
+        reason = _pass_conflict(dq, arch)
+        if reason is not None:
+            return f"dQ pass: {reason}"
+    reason = _pass_conflict(dkv, arch)
+    return None if reason is None else f"dK/dV pass: {reason}"
 
 
 _DOT_SOURCE = {
@@ -432,7 +486,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                 if c.threads % units == 0:
                     unit: T.int32 = tx % units
                     start: T.uint64 = source + T.Cast("uint64", T.Cast("int64", first + tx // units) * stride * E) + T.Cast("uint64", unit * 16)
-                    pace: T.uint64 = T.Cast("uint64", stride * (c.threads // units * E))
+                    pace: T.int64 = stride * (c.threads // units * E)
                     target: T.uint32 = to + u32(tx // units * c.pitch + unit * 16)
                     for i in T.unroll((count * units + c.threads - 1) // c.threads):
                         row: T.int32 = first + tx // units + i * (c.threads // units)
@@ -441,9 +495,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             wanted = T.And(wanted, unit < UNITS)
                         if count * units % c.threads != 0:
                             if tx // units + i * (c.threads // units) < count:
-                                T.ptx["cp.async.cg.shared.global"](target + T.uint32(i * (c.threads // units) * c.pitch), start + T.uint64(i) * pace, 16, T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
+                                T.ptx["cp.async.cg.shared.global"](target + T.uint32(i * (c.threads // units) * c.pitch), start + T.Cast("uint64", i * pace), 16, T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
                         else:
-                            T.ptx["cp.async.cg.shared.global"](target + T.uint32(i * (c.threads // units) * c.pitch), start + T.uint64(i) * pace, 16, T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
+                            T.ptx["cp.async.cg.shared.global"](target + T.uint32(i * (c.threads // units) * c.pitch), start + T.Cast("uint64", i * pace), 16, T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
                 else:
                     for i in T.unroll((count * units + c.threads - 1) // c.threads):
                         place: T.int32 = tx + i * c.threads
@@ -502,11 +556,12 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             place_last = last - lo[0]
                     if place <= place_last:
                         third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(put * (c.chunk * c.pitch))
-                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(put * (c.chunk * c.pitch))
+                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(put * (c.chunk * c.pitch) if not c.late else 0)
                         if c.keys:
                             head: T.int32 = h * group + segment // 2
                             load_rows(third, element(q.data, (q0s, q1s, q2s), b, head, 0, E), q2s, place, c.chunk)
-                            load_rows(fourth, element(do.data, (g0s, g1s, g2s), b, head, 0, E), g2s, place, c.chunk)
+                            if not c.late:
+                                load_rows(fourth, element(do.data, (g0s, g1s, g2s), b, head, 0, E), g2s, place, c.chunk)
                             stat_row: T.int64 = T.Cast("int64", b * HQ + head) * N64 + T.Cast("int64", place + tx)
                             for part in T.unroll((c.chunk + c.threads - 1) // c.threads):
                                 if tx + part * c.threads < c.chunk:
@@ -527,6 +582,12 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                         if put == c.stages:
                             put = 0
 
+                @T.inline
+                def produce_late():
+                    # dO of the chunk that was produced last.
+                    if made > done + 1:
+                        load_rows(base + T.uint32(c.offsets["fourth"]), element(do.data, (g0s, g1s, g2s), b, h * group + segment // 2, 0, E), g2s, place - c.chunk, c.chunk)
+
                 # Lane offsets of the fragments, see the module's docstring.
                 a_lane: T.uint32 = u32(lane % 16 * c.pitch + lane // 16 * 16)
                 b_lane: T.uint32 = u32((lane // 16 * 8 + lane % 8) * c.pitch + lane // 8 % 2 * 16)
@@ -545,6 +606,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                 al = T.alloc_local((4 * c.row_blocks,), "uint32")
                 bf = T.alloc_local((4,), "uint32")
                 bl = T.alloc_local((4,), "uint32")
+                tf = T.alloc_local((4,), "float32")
                 held = T.alloc_local((8 * c.row_blocks * c.steps if c.hold else 1,), "uint32")
                 stat = T.alloc_local((4 * c.row_blocks,), "float32")
                 cs = T.alloc_local((c.strip // 4 if c.keys else 1,), "float32")
@@ -557,11 +619,12 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
 
                 @T.inline
                 def split_words(high, low, count):
-                    # A float32 as the sum of two TF32; the hardware ignores the low 13 bits of `low`.
+                    # A float32 as the TF32 number nearest to it and the one nearest to the rest.
                     if not HALF:
                         for i in T.unroll(count):
-                            low[i] = T.reinterpret("uint32", T.reinterpret("float32", high[i]) - T.reinterpret("float32", high[i] & T.uint32(TF32_MASK)))
-                            high[i] = high[i] & T.uint32(TF32_MASK)
+                            rest: T.float32 = T.reinterpret("float32", high[i]) - T.reinterpret("float32", (high[i] + T.uint32(0x1000)) & T.uint32(TF32_MASK))
+                            high[i] = (high[i] + T.uint32(0x1000)) & T.uint32(TF32_MASK)
+                            low[i] = T.reinterpret("uint32", rest) + T.uint32(0x1000)
 
                 @T.inline
                 def multiply(out, at, high, low, ah, right, rl, rh, fresh):
@@ -570,10 +633,15 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                         T.ptx[MMA](*[out[at + e] for e in range(4)], *[high[ah + e] for e in range(4)], right[rh], right[rh + 1],
                                    *[T.float32(0) if fresh else out[at + e] for e in range(4)])
                     else:
-                        T.ptx[MMA](*[out[at + e] for e in range(4)], *[low[ah + e] for e in range(4)], right[rh], right[rh + 1],
-                                   *[T.float32(0) if fresh else out[at + e] for e in range(4)])
-                        T.ptx[MMA](*[out[at + e] for e in range(4)], *[high[ah + e] for e in range(4)], rl[rh], rl[rh + 1], *[out[at + e] for e in range(4)])
-                        T.ptx[MMA](*[out[at + e] for e in range(4)], *[high[ah + e] for e in range(4)], right[rh], right[rh + 1], *[out[at + e] for e in range(4)])
+                        # Tensor cores cut sums off instead of rounding them, which long chains would turn into a bias.
+                        T.ptx[MMA](*[tf[e] for e in range(4)], *[low[ah + e] for e in range(4)], right[rh], right[rh + 1], *[T.float32(0) for e in range(4)])
+                        T.ptx[MMA](*[tf[e] for e in range(4)], *[high[ah + e] for e in range(4)], rl[rh], rl[rh + 1], *[tf[e] for e in range(4)])
+                        T.ptx[MMA](*[tf[e] for e in range(4)], *[high[ah + e] for e in range(4)], right[rh], right[rh + 1], *[tf[e] for e in range(4)])
+                        for e in T.unroll(4):
+                            if fresh:
+                                out[at + e] = tf[e]
+                            else:
+                                out[at + e] = out[at + e] + tf[e]
 
                 @T.inline
                 def score_step(out, rows_at, held_from, cols_at, kk, fresh):
@@ -633,7 +701,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                 @T.inline
                 def output_product(out, words, shared_at, cols_at, count):
                     for kk in T.unroll(count // c.out_step):
-                        if c.split > 1:
+                        if c.exchange:
                             take_shared(shared_at, kk)
                         else:
                             take_words(words, kk)
@@ -701,9 +769,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                     p[x] = s[x] * (p[x] - stat[2 * c.row_blocks + 2 * m + e // 2])
 
                 @T.inline
-                def publish(words, name, col):
+                def publish(words, name, col, buffer):
                     # This warp's P^T or dS^T into an exchange buffer, rows as in the tile.
-                    at: T.uint32 = base + T.uint32(c.offsets[name]) + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
+                    at: T.uint32 = base + T.uint32(c.offsets[name]) + u32(buffer * (c.tile * c.exchange_pitch)) + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
                     for m in T.unroll(c.row_blocks):
                         for half in T.unroll(2):
                             for n in T.unroll(c.strip // 8):
@@ -713,12 +781,60 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                     T.ptx["st.shared.v2.u32"](at + T.uint32((16 * m + 8 * half) * c.exchange_pitch + 8 * n * E), words[(m * (c.strip // 8) + n) * 4 + 2 * half], words[(m * (c.strip // 8) + n) * 4 + 2 * half + 1])
 
                 @T.inline
-                def needs(first_col, count):
-                    # Whether some pair of this warp's rows and the columns lies in the band.
-                    if c.keys:
-                        wanted = T.And(T.And(first_col <= T.min(last_row + info[2], end - 1), first_col + (count - 1) >= first_row + info[1]), first_row <= last_row)
-                    else:
-                        wanted = T.And(T.And(first_col <= last_row - info[1], first_col + (count - 1) >= first_row - info[2]), first_row <= last_row)
+                def add_dq(first_col, lo, hi, which, buffer):
+                    # dQ += dS K of one chunk, summed over this tile's keys here and over tiles in dq_sum.
+                    along: T.int32 = warp // c.dq_warps[1]
+                    beside: T.int32 = warp % c.dq_warps[1]
+                    if warp < c.dq_warps[0] * c.dq_warps[1]:
+                        dqs = T.alloc_local((c.dq_rows * c.dq_columns // 32,), "float32")
+                        for i in T.unroll(c.dq_rows * c.dq_columns // 32):
+                            dqs[i] = T.float32(0)
+                        left = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
+                        left_low = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
+                        ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + u32(buffer * (c.tile * c.exchange_pitch)) + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
+                        keys_at: T.uint32 = base + T.uint32(c.offsets["first"]) + t_lane + u32(beside * (c.dq_columns * E))
+                        for part in T.unroll(c.tile // c.dq_keys):
+                            # At a band's edges half of a tile has no key of these queries.
+                            if T.And(first_col + (c.chunk - 1) - lo >= row0 + part * c.dq_keys, first_col - hi <= row0 + (part * c.dq_keys + c.dq_keys - 1)):
+                                for step in T.unroll(c.dq_keys // c.out_step):
+                                    kk: T.let = part * (c.dq_keys // c.out_step) + step
+                                    for m in T.unroll(c.dq_rows // 16):
+                                        if HALF:
+                                            T.ptx[LDMATRIX_TRANS](*[left[4 * m + e] for e in range(4)], ds_at + T.uint32(16 * c.exchange_pitch) * u32(kk) + T.uint32(32) * u32(m))
+                                        else:
+                                            for e in T.unroll(4):
+                                                T.ptx["ld.shared.u32"](left[4 * m + e], ds_at + T.uint32(8 * c.exchange_pitch) * u32(kk) + T.uint32(c.exchange_pitch) * u32(e // 2) + T.uint32(32) * u32(e % 2) + T.uint32(64) * u32(m))
+                                    split_words(left, left_low, 4 * (c.dq_rows // 16))
+                                    for n in T.unroll(c.dq_columns // 16):
+                                        load_right(keys_at + T.uint32(c.out_step * c.pitch) * u32(kk) + T.uint32(16 * E) * u32(n))
+                                        for m in T.unroll(c.dq_rows // 16):
+                                            for side in T.unroll(2):
+                                                multiply(dqs, (m * (c.dq_columns // 8) + 2 * n + side) * 4, left, left_low, 4 * m, bf, bl, 2 * side, False)
+                        query: T.int32 = first_col + along * c.dq_rows + quad
+                        dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + which // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", (beside * c.dq_columns + lane % 4 * 2) * 4))
+                        if c.vector == 4:
+                            # Neighbouring lanes swap halves of two 8-column blocks, as in `store`.
+                            other = T.alloc_local((2,), "float32")
+                            for m in T.unroll(c.dq_rows // 16):
+                                for half in T.unroll(2):
+                                    for n in T.unroll(c.dq_columns // 16):
+                                        y: T.let = (m * (c.dq_columns // 8) + 2 * n) * 4 + 2 * half
+                                        for j in T.unroll(2):
+                                            other[j] = T.tvm_warp_shuffle_xor(ALL, T.if_then_else(lane % 2 == 0, dqs[y + 4 + j], dqs[y + j]), 1, 32, 32)
+                                        if T.And(query + 16 * m + 8 * half < end, beside * c.dq_columns + 16 * n + lane % 2 * 8 < D):
+                                            T.ptx["red.global.add.v4.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 64 * n) + T.if_then_else(lane % 2 == 0, T.uint64(0), T.uint64(24)),
+                                                                           T.if_then_else(lane % 2 == 0, dqs[y], other[0]), T.if_then_else(lane % 2 == 0, dqs[y + 1], other[1]),
+                                                                           T.if_then_else(lane % 2 == 0, other[0], dqs[y + 4]), T.if_then_else(lane % 2 == 0, other[1], dqs[y + 5]))
+                        for m in T.unroll(c.dq_rows // 16 if c.vector < 4 else 0):
+                            for half in T.unroll(2):
+                                if query + 16 * m + 8 * half < end:
+                                    for n in T.unroll(c.dq_columns // 8):
+                                        if beside * c.dq_columns + 8 * n < D:
+                                            if c.vector == 1:
+                                                for j in T.unroll(2):
+                                                    T.ptx["red.global.add.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n + 4 * j), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + j])
+                                            elif c.vector == 2:
+                                                T.ptx["red.global.add.v2.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half], dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + 1])
 
                 @T.inline
                 def strip(third, fourth, stats, first_col):
@@ -734,8 +850,14 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                     exponentiate()
                     differentiate(stats + T.uint32(c.offsets["delta"]))
 
+                take: T.int32 = 0
+                done: T.int32 = 0
                 for i in T.unroll(c.stages - 1):
                     produce()
+                    if c.late:
+                        done = -1
+                        produce_late()
+                        done = 0
                     T.ptx.cp.async_.commit_group()
 
                 # Statistics of the tile's rows.
@@ -747,9 +869,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             stat[m] = lse[b, h, my_row + 8 * m] * T.float32(LOG2E)
                             stat[2 * c.row_blocks + m] = delta[b, h, my_row + 8 * m]
 
-                take: T.int32 = 0
-                done: T.int32 = 0
                 going: T.int32 = 1
+                before = T.alloc_local((4,), "int32")
                 while going == 1:
                     if c.stages == 1:
                         produce()
@@ -767,14 +888,18 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                 for kk in T.unroll(c.steps):
                                     T.ptx[LDMATRIX](*[held[(m * c.steps + kk) * 4 + e] for e in range(4)], first_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
                                     T.ptx[LDMATRIX](*[held[4 * c.row_blocks * c.steps + (m * c.steps + kk) * 4 + e] for e in range(4)], second_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
+                    if c.deferred:
+                        if done > 0:
+                            add_dq(before[0], before[1], before[2], before[3], (done - 1) % 2)
                     if done >= made:
                         going = 0
                     else:
                         T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], base + T.uint32(c.offsets["info"]) + u32(take * INFO_BYTES))
                         third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(take * (c.chunk * c.pitch))
-                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(take * (c.chunk * c.pitch))
+                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(take * (c.chunk * c.pitch) if not c.late else 0)
                         stats: T.uint32 = base + u32(take * (c.chunk * 4) + lane % 4 * 8)
-                        if c.split == 1:
+                        slab: T.uint32 = t_lane + u32(across * (c.out_columns * E))
+                        if not c.exchange:
                             at: T.int32 = 0
                             while at < c.chunk:
                                 first_col: T.int32 = info[0] + at
@@ -783,21 +908,22 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                     strip(third + u32(at * c.pitch), fourth + u32(at * c.pitch), stats + u32(at * 4), first_col)
                                     if c.keys:
                                         pack(pw, s)
-                                        output_product(out2, pw, base, fourth + u32(at * c.pitch) + t_lane, c.strip)
+                                        output_product(out2, pw, base, fourth + u32(at * c.pitch) + slab, c.strip)
                                     pack(dw, p)
                                     if c.one_pass:
-                                        publish(dw, "ds", at)
-                                    output_product(out1, dw, base, third + u32(at * c.pitch) + t_lane, c.strip)
+                                        publish(dw, "ds", at, 0)
+                                    output_product(out1, dw, base, third + u32(at * c.pitch) + slab, c.strip)
                                 else:
                                     if c.one_pass:
                                         for x in T.unroll(c.scores * E // 4):
                                             dw[x] = T.uint32(0)
-                                        publish(dw, "ds", at)
+                                        publish(dw, "ds", at, 0)
                                 at = at + c.strip
                             if c.one_pass:
                                 T.cuda.cta_sync()
                         else:
                             first_col: T.int32 = info[0] + across * c.strip
+                            buffer: T.int32 = done % 2 if c.deferred else 0
                             wanted: T.bool = T.And(T.And(first_col <= T.min(last_row + info[2], end - 1), first_col + (c.strip - 1) >= first_row + info[1]), first_row <= last_row)
                             if wanted:
                                 strip(third + u32(across * (c.strip * c.pitch)), fourth + u32(across * (c.strip * c.pitch)), stats + u32(across * (c.strip * 4)), first_col)
@@ -807,55 +933,32 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                 for x in T.unroll(c.scores * E // 4):
                                     pw[x] = T.uint32(0)
                                     dw[x] = T.uint32(0)
-                            publish(pw, "p", across * c.strip)
-                            publish(dw, "ds", across * c.strip)
-                            T.cuda.cta_sync()
+                            publish(pw, "p", across * c.strip, 0)
+                            publish(dw, "ds", across * c.strip, buffer)
+                            if c.deferred:
+                                # Only the warps that share rows wait for each other.
+                                T.ptx.bar.sync(u32(1 + warp // c.split), T.uint32(32 * c.split))
+                            else:
+                                T.cuda.cta_sync()
                             some: T.bool = T.And(T.And(info[0] <= T.min(last_row + info[2], end - 1), info[0] + (c.chunk - 1) >= first_row + info[1]), first_row <= last_row)
+                            e_lane: T.uint32 = u32((strip_row + lane % 16) * c.exchange_pitch + lane // 16 * 16 if HALF else (strip_row + quad) * c.exchange_pitch + lane % 4 * 8)
                             if some:
-                                e_lane: T.uint32 = u32((strip_row + lane % 16) * c.exchange_pitch + lane // 16 * 16 if HALF else (strip_row + quad) * c.exchange_pitch + lane % 4 * 8)
-                                slab: T.uint32 = t_lane + u32(across * (c.out_columns * E))
                                 output_product(out2, pw, base + T.uint32(c.offsets["p"]) + e_lane, fourth + slab, c.chunk)
-                                output_product(out1, dw, base + T.uint32(c.offsets["ds"]) + e_lane, third + slab, c.chunk)
-                        if c.one_pass:
-                            along: T.int32 = warp // c.dq_warps[1]
-                            beside: T.int32 = warp % c.dq_warps[1]
-                            if warp < c.dq_warps[0] * c.dq_warps[1]:
-                                dqs = T.alloc_local((c.dq_rows * c.dq_columns // 32,), "float32")
-                                for i in T.unroll(c.dq_rows * c.dq_columns // 32):
-                                    dqs[i] = T.float32(0)
-                                left = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
-                                left_low = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
-                                ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
-                                keys_at: T.uint32 = base + T.uint32(c.offsets["first"]) + t_lane + u32(beside * (c.dq_columns * E))
-                                for kk in T.unroll(c.tile // c.out_step):
-                                    for m in T.unroll(c.dq_rows // 16):
-                                        if HALF:
-                                            T.ptx[LDMATRIX_TRANS](*[left[4 * m + e] for e in range(4)], ds_at + T.uint32(16 * c.exchange_pitch) * u32(kk) + T.uint32(32) * u32(m))
-                                        else:
-                                            for e in T.unroll(4):
-                                                T.ptx["ld.shared.u32"](left[4 * m + e], ds_at + T.uint32(8 * c.exchange_pitch) * u32(kk) + T.uint32(c.exchange_pitch) * u32(e // 2) + T.uint32(32) * u32(e % 2) + T.uint32(64) * u32(m))
-                                    split_words(left, left_low, 4 * (c.dq_rows // 16))
-                                    for n in T.unroll(c.dq_columns // 16):
-                                        load_right(keys_at + T.uint32(c.out_step * c.pitch) * u32(kk) + T.uint32(16 * E) * u32(n))
-                                        for m in T.unroll(c.dq_rows // 16):
-                                            for side in T.unroll(2):
-                                                multiply(dqs, (m * (c.dq_columns // 8) + 2 * n + side) * 4, left, left_low, 4 * m, bf, bl, 2 * side, False)
-                                query: T.int32 = info[0] + along * c.dq_rows + quad
-                                dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + info[3] // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", (beside * c.dq_columns + lane % 4 * 2) * 4))
-                                for m in T.unroll(c.dq_rows // 16):
-                                    for half in T.unroll(2):
-                                        if query + 16 * m + 8 * half < end:
-                                            for n in T.unroll(c.dq_columns // 8):
-                                                if beside * c.dq_columns + 8 * n < D:
-                                                    if c.vector == 1:
-                                                        for j in T.unroll(2):
-                                                            T.ptx["red.global.add.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n + 4 * j), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + j])
-                                                    else:
-                                                        T.ptx["red.global.add.v2.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half], dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + 1])
+                            if c.late:
+                                T.cuda.cta_sync()
+                                produce_late()
+                                T.ptx.cp.async_.commit_group()
+                            if some:
+                                output_product(out1, dw, base + T.uint32(c.offsets["ds"]) + u32(buffer * (c.tile * c.exchange_pitch)) + e_lane, third + slab, c.chunk)
+                        if c.one_pass and not c.deferred:
+                            add_dq(info[0], info[1], info[2], info[3], 0)
                         take = take + 1
                         if take == c.stages:
                             take = 0
                         done = done + 1
+                        if c.deferred:
+                            for i in T.unroll(4):
+                                before[i] = info[i]
                         if c.stages == 1:
                             T.cuda.cta_sync()
 
