@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .cubin import read_cubins
 from .runtime import forbids_tvm
 from .spaces import FAMILIES, find_space
 from .target import MachineTarget
@@ -94,9 +95,6 @@ _REPORT_SUFFIX = ".resources"
 
 # Set in a process that was started to compile for CUDA.
 _COMPILES_CUDA = "SPATTN_COMPILES_CUDA"
-
-_ELF_MAGIC = b"\x7fELF"
-_ELF_MACHINE_CUDA = 190
 
 # As TVM's own call of nvcc, which throws away what ptxas says of registers, spills and serialized wgmma.
 _NVCC_OPTIONS = (
@@ -240,15 +238,6 @@ def _run_compiler(arguments: list[str]) -> None:
         )
 
 
-def _has_cubin(data: bytes) -> bool:
-    offset = data.find(_ELF_MAGIC, len(_ELF_MAGIC))
-    while offset >= 0:
-        if int.from_bytes(data[offset + 18 : offset + 20], "little") == _ELF_MACHINE_CUDA:
-            return True
-        offset = data.find(_ELF_MAGIC, offset + 1)
-    return False
-
-
 def read_ptxas(text: str) -> dict[str, Any]:
     """What ``ptxas -v`` says of each kernel.
 
@@ -296,9 +285,11 @@ def describe_resources(resources: Mapping[str, Any] | None) -> str:
     """Such as ``168 registers, 12 bytes spilled``, a kernel after the other; "" where nothing is known."""
     parts = []
     for kernel in (resources or {}).get("kernels", {}).values():
+        if "registers" not in kernel:
+            continue
         spilled = kernel.get("spill_store_bytes", 0) + kernel.get("spill_load_bytes", 0)
         spills = f"{spilled} bytes spilled" if spilled else "no spills"
-        parts.append(f"{kernel.get('registers', '?')} registers, {spills}")
+        parts.append(f"{kernel['registers']} registers, {spills}")
     return "; ".join([*parts, *(resources or {}).get("warnings", [])])
 
 
@@ -365,7 +356,8 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, 
     Returns
     -------
     dict
-        As :func:`read_ptxas`, for a CUDA target that nvcc compiled; else empty.
+        For a CUDA target as :func:`read_ptxas`, with each kernel's number of tensor-core instructions; what
+        ptxas says is missing where nvcc does. Empty for a CPU.
 
     Raises
     ------
@@ -389,13 +381,19 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, 
             addons = [str(launch)]
         library = tvm.compile(module, target=tvm_target, **options)
         library.export_library(str(path), addons=addons, cc=compiler)
-    if target.kind == "cuda" and not _has_cubin(path.read_bytes()):
+    if target.kind == "cpu":
+        return {}
+    cubins = read_cubins(path.read_bytes())
+    if not cubins:
         path.unlink()
         raise RuntimeError(
             f"TVM produced no machine code for {target.arch}: its CUDA runtime did not load in this process "
             "(libcuda.so.1 and libcudart.so.13 must be findable)"
         )
-    return read_ptxas("\n".join(said)) if said else {}
+    resources = read_ptxas("\n".join(said))
+    for name, count in cubins[0].tensor_core_instructions.items():
+        resources["kernels"].setdefault(name, {})["tensor_core_instructions"] = count
+    return resources
 
 
 def find_nvcc() -> str | None:
