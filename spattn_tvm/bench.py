@@ -26,10 +26,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bands import BandLayout
+from .environment import device_facts, versions
 from .problem import AttentionProblem
 from .target import MachineTarget, detect_cpu, detect_cuda
 
@@ -49,6 +48,14 @@ if TYPE_CHECKING:
     Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     Step = Callable[[], Any]
 
+_VERSIONED_PACKAGES = (
+    "spattn-tvm",
+    "torch",
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "triton",
+    "flash-sparse-attn",
+)
 FORMAT = 1
 PASSES = ("forward", "backward", "forward_backward")
 
@@ -633,57 +640,6 @@ def describe(problem: AttentionProblem) -> str:
     )
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a measurement; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("spattn-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "triton", "flash-sparse-attn"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _device_facts(device: torch.device) -> dict[str, Any]:
-    import torch
-
-    if device.type == "cpu":
-        return {"name": _cpu_name(), "cores": len(_affinity())}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_mib": properties.total_memory // 2**20,
-        "cuda": torch.version.cuda,
-        "driver": _driver_version(),
-    }
-
-
-def _affinity() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def _driver_version() -> str | None:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    words = text.splitlines()[0].split()
-    return next((word for word in words if word[:1].isdigit() and "." in word), None)
-
-
 def benchmark(
     problems: Sequence[AttentionProblem],
     *,
@@ -775,8 +731,8 @@ def benchmark(
             "format": FORMAT,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "target": target.folder,
-            "device": _device_facts(place),
-            "versions": versions(),
+            "device": device_facts(place),
+            "versions": versions(_VERSIONED_PACKAGES),
             "threads": torch.get_num_threads(),
             "method": {
                 "rounds": rounds,

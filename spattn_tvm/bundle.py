@@ -9,7 +9,6 @@ signature, so load bundles only from where you would install a package from. Not
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .environment import installed_versions
 from .problem import AttentionProblem
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
 from .spaces import find_space
@@ -29,6 +29,7 @@ from .target import MachineTarget, detect_cpu
 FORMAT = 2
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_VERSIONED_PACKAGES = ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
 _STATUSES = ("tuned", "nearest", "untuned")
 
 
@@ -151,16 +152,6 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _holds_only_a_bundle(folder: Path) -> bool:
     try:
         files = _read_manifest(folder)["files"]
@@ -234,7 +225,7 @@ def export_bundle(
         manifest = {
             "format": FORMAT,
             "targets": [asdict(target) for target in targets],
-            "versions": _versions(),
+            "versions": installed_versions(_VERSIONED_PACKAGES),
             "kernels": entries,
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from .environment import available_cpus, versions
 from .target import MachineTarget, detect_cpu, detect_cuda
 
 # From 0.1.15.post1 on, tvm.ir.save_json of an integer constant crashes the process.
@@ -42,10 +39,7 @@ class Finding:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return versions([package])[package]
 
 
 def _first_line(command: list[str]) -> str:
@@ -81,7 +75,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _compilers(has_gpu: bool) -> Iterator[Finding]:
-    from .compiler import find_compiler
+    from .compiler import find_compiler, find_nvcc
 
     try:
         compiler = find_compiler()
@@ -89,9 +83,7 @@ def _compilers(has_gpu: bool) -> Iterator[Finding]:
     except RuntimeError as error:
         text, _, remedy = str(error).partition(": ")
         yield Finding("C++ compiler", text, "missing", remedy)
-    nvcc = shutil.which("nvcc") or next(
-        (str(path) for path in (Path("/usr/local/cuda/bin/nvcc"),) if path.exists()), None
-    )
+    nvcc = find_nvcc()
     if nvcc is not None:
         yield Finding("nvcc", f"{_first_line([nvcc, '--version'])} ({nvcc})")
     elif has_gpu:
@@ -106,13 +98,13 @@ def _cpu() -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("CPU", str(error), "missing", "use impl='reference'")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = "?"
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         threads = str(torch.get_num_threads())
-    yield Finding("CPU", f"{target.arch}, {target.model}, {cores} cores, {threads} PyTorch threads")
+    size = f"{available_cpus()} cores, {threads} PyTorch threads"
+    yield Finding("CPU", f"{target.arch}, {target.model}, {size}")
 
 
 def _gpus() -> list[Finding]:
@@ -176,7 +168,7 @@ def _kernels() -> Iterator[Finding]:
                 "schedules",
                 f"{target.folder}: none, kernels run untuned{known}",
                 "note",
-                f"spattn tune --target {target.kind} --direction both --minutes 10",
+                f"spattn tune --target {target.kind} --budget 10m",
             )
 
 

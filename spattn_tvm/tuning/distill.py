@@ -18,7 +18,7 @@ from spattn_tvm.spaces import FAMILIES, find_space, has_space
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
-from .log import Measurement, comparable_measurements, device_facts, find_logs, now, read_run, versions
+from .log import Measurement, comparable_measurements, find_logs, now, read_run, session_device, versions
 from .measure import Outcome, ProcessMeter, Workers
 
 _TOP = 4
@@ -102,7 +102,7 @@ def _record(
     target: MachineTarget,
     workers: Workers,
 ) -> ScheduleRecord:
-    device = device_facts(target) if workers.fleet is None else workers.server_facts
+    device = session_device(target) if workers.fleet is None else workers.server_facts
     return ScheduleRecord(
         problem=problem,
         target=target.folder,
@@ -110,7 +110,7 @@ def _record(
         decisions=measurement.decisions,
         latency_us=round(outcome.latency_us or math.inf, 3),
         workload_hash=read_run(log)["families"][family]["workload_hash"],
-        versions=versions() | {name: device[name] for name in ("cuda", "driver") if name in device},
+        versions=versions() | {name: str(device[name]) for name in ("cuda", "driver") if device.get(name)},
         device=device["name"],
         date=now(),
         source_log=log.relative_to(log_root).as_posix(),

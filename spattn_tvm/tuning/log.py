@@ -15,15 +15,14 @@ Every measurement is on disk before the next one starts, so a kill loses at most
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spattn_tvm.environment import device_facts, installed_versions
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -169,39 +168,15 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what takes part in a measurement."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_VERSIONED_PACKAGES)
 
 
-def device_facts(target: MachineTarget) -> dict[str, str]:
-    """Name of the device that measures, its driver, and how many threads or multiprocessors it uses."""
+def session_device(target: MachineTarget) -> dict[str, Any]:
+    """Facts of the device that measures, and how many threads a CPU's kernels use."""
     import torch
 
-    if target.kind == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts = {
-            "name": properties.name,
-            "multiprocessors": str(properties.multi_processor_count),
-            "cuda": str(torch.version.cuda),
-        }
-        driver = Path("/proc/driver/nvidia/version")
-        if driver.exists():
-            facts["driver"] = driver.read_text(encoding="utf-8").splitlines()[0].split("  ")[1].strip()
-        return facts
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {"name": name, "threads": str(torch.get_num_threads()), "system": platform.system()}
+    facts = device_facts(torch.device(target.kind))
+    return facts if target.kind == "cuda" else {**facts, "threads": torch.get_num_threads()}
 
 
 class TuningLog:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spattn_tvm.compiler import compile_environment
+from spattn_tvm.environment import available_cpus
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -180,13 +181,6 @@ class _Worker:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self._process = None
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Workers:

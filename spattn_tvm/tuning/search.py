@@ -19,7 +19,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.spaces import Space, families_for
 from spattn_tvm.target import MachineTarget
 
-from .log import Measurement, TuningLog, device_facts, log_folder, versions
+from .log import Measurement, TuningLog, log_folder, session_device, versions
 from .measure import Meter, Outcome, ProcessMeter, Workers
 from .worker import resolve_space
 
@@ -374,7 +374,7 @@ def tune(
         if workers is None:
             workers = owned.enter_context(Workers(target))
         session = _Session(log, budget, lambda: interrupt.requested, bar)
-        device = device_facts(target) if fleet is None else {"name": f"servers of {fleet.key}"}
+        device = session_device(target) if fleet is None else {"name": f"servers of {fleet.key}"}
         log.begin_session({"seed": seed, "versions": versions(), "device": device})
         ended = "failed"
         try:
