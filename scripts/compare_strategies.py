@@ -1,32 +1,21 @@
 """Time the best of a search, of its random control and the untuned default in turns, in one process.
 
-    spattn tune --shape 1,16,4096,64 --direction forward --trials 64
-    spattn tune --shape 1,16,4096,64 --direction forward --trials 64 --strategy random --no-distill
+    spattn tune --shape 1,16,4096,64 --direction forward --budget 64
+    spattn tune --shape 1,16,4096,64 --direction forward --budget 64 --strategy random --no-distill
     python scripts/compare_strategies.py            every search under autotune_logs/ that has a control
 
-The medians go to ``comparison.json`` in the log folder of the search, where scripts/update_readme.py looks.
+(``spattn tune --control`` does all three.) The medians go to ``comparison.json`` in the log folder of the
+search, where scripts/update_readme.py looks; those of a second kernel family to ``comparison-<family>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from spattn_tvm.target import parse_target
-from spattn_tvm.tuning import compare_strategies, find_logs
-from spattn_tvm.tuning.log import comparable_measurements, now, read_run
-
-COMPARISON = "comparison.json"
-
-
-def compare(log_dir: Path, rounds: int) -> dict:
-    """Medians by strategy, and with how many trials each found its best."""
-    latencies = compare_strategies(log_dir, rounds=rounds)
-    trials = {
-        read_run(folder)["strategy"]: len(comparable_measurements(folder)) for folder in find_logs(log_dir)
-    }
-    return {"date": now(), "rounds": rounds, "trials": trials, "latency_us": latencies}
+from spattn_tvm.tuning import find_logs, write_comparison
+from spattn_tvm.tuning.log import read_run
 
 
 def main() -> None:
@@ -45,10 +34,11 @@ def main() -> None:
     if not folders:
         parser.error(f"no search with a random control for this machine under {arguments.log_root}")
     for folder in folders:
-        comparison = compare(folder, arguments.rounds)
-        (folder / COMPARISON).write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
-        shown = ", ".join(f"{name} {us / 1e3:.4g} ms" for name, us in comparison["latency_us"].items())
-        print(f"{folder.name}: {shown}")
+        sampled = read_run(folder / "random")["families"]
+        for family in (name for name in read_run(folder)["families"] if name in sampled):
+            comparison = write_comparison(folder, family, rounds=arguments.rounds)
+            shown = ", ".join(f"{name} {us / 1e3:.4g} ms" for name, us in comparison["latency_us"].items())
+            print(f"{folder.name}, {family}: {shown}")
 
 
 if __name__ == "__main__":

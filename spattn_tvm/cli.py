@@ -216,6 +216,12 @@ def tune(
     strategy: Annotated[
         Strategy, typer.Option(help="random samples the same space without a cost model: the control.")
     ] = Strategy.evolutionary,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", help="Search a second time with --strategy random, and compare what the two found."
+        ),
+    ] = False,
     family: Annotated[
         list[str] | None,
         typer.Option(help="Only this kernel family; may be repeated. All that run on the target by default."),
@@ -241,6 +247,7 @@ def tune(
     One search for each shape, pass and kernel family that runs on the target; then the best of each are
     compared side by side, the winners go to schedules/ and are checked on random problems.
     """
+    from .tuning.log import log_folder
     from .tuning.measure import Workers
     from .tuning.search import DefaultFailedError
     from .tuning.search import tune as search
@@ -264,30 +271,37 @@ def tune(
     failures: list[str] = []
     with Workers(machine, fleet=fleet) as workers:
         for problem in problems:
-            typer.echo(f"{problem.key} on {machine.folder}")
-            try:
-                result = search(
-                    problem,
-                    machine,
-                    trials=trials,
-                    minutes=minutes,
-                    seed=seed,
-                    strategy=strategy.value,
-                    log_root=log_root,
-                    families=family or None,
-                    workers=workers,
-                )
-            except DefaultFailedError as error:  # the other problems are still tuned
-                failures.append(f"{problem.key}: {error}")
-                typer.echo(failures[-1])
-                continue
-            failures += [f"{problem.key}: {text}" for text in result.failures.values()]
-            _print_result(result)
-            if result.ended == "interrupted":
-                typer.echo("interrupted: the same command goes on from here")
-                raise typer.Exit(130)
-            if distill and result.latency_us is not None:
-                records += _distilled(problem, machine, log_root, schedules, workers)
+            for asked in (
+                strategy,
+                *([Strategy.random] if control and strategy is not Strategy.random else []),
+            ):
+                typer.echo(f"{problem.key} on {machine.folder}, {asked.value}")
+                try:
+                    result = search(
+                        problem,
+                        machine,
+                        trials=trials,
+                        minutes=minutes,
+                        seed=seed,
+                        strategy=asked.value,
+                        log_root=log_root,
+                        families=family or None,
+                        workers=workers,
+                    )
+                except DefaultFailedError as error:  # the other problems are still tuned
+                    failures.append(f"{problem.key}: {error}")
+                    typer.echo(failures[-1])
+                    break
+                failures += [f"{problem.key}: {text}" for text in result.failures.values()]
+                _print_result(result)
+                if result.ended == "interrupted":
+                    typer.echo("interrupted: the same command goes on from here")
+                    raise typer.Exit(130)
+            else:
+                if control:
+                    _print_comparisons(log_folder(log_root, machine, problem, "evolutionary"), workers)
+                if distill:
+                    records += _distilled(problem, machine, log_root, schedules, workers)
     _print_records(records)
     if verify and records and machine.can_run_here() is None:
         failures += _verified(records, machine, verify, seed)
@@ -305,6 +319,17 @@ def _print_result(result: TuningResult) -> None:
     )
     failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
     typer.echo(f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}")
+
+
+def _print_comparisons(log_dir: Path, workers: Workers) -> None:
+    from .tuning import write_comparison
+    from .tuning.log import read_run
+
+    sampled = read_run(log_dir / "random")["families"]
+    for family in (name for name in read_run(log_dir)["families"] if name in sampled):
+        latencies = write_comparison(log_dir, family, workers=workers)["latency_us"]
+        shown = ", ".join(f"{name} {latency_us:,.1f} us" for name, latency_us in latencies.items())
+        typer.echo(f"{family}, timed in turns: {shown}")
 
 
 def _distilled(

@@ -6,8 +6,8 @@ writes records. Importing this package loads neither TVM nor xgboost.
 
 from __future__ import annotations
 
-from .distill import compare_strategies, distill
+from .distill import compare_strategies, distill, write_comparison
 from .log import curve, find_logs
 from .search import TuningResult, tune
 
-__all__ = ["TuningResult", "compare_strategies", "curve", "distill", "find_logs", "tune"]
+__all__ = ["TuningResult", "compare_strategies", "curve", "distill", "find_logs", "tune", "write_comparison"]

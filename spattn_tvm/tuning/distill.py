@@ -7,10 +7,12 @@ fastest candidates are therefore compared side by side before one of them ships.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from spattn_tvm.compiler import describe_resources
 from spattn_tvm.problem import AttentionProblem
@@ -118,7 +120,9 @@ def _record(
     )
 
 
-def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int = 15) -> dict[str, float]:
+def compare_strategies(
+    log_dir: Path, family: str | None = None, *, rounds: int = 15, workers: Workers | None = None
+) -> dict[str, float]:
     """Median latency, in microseconds, of the untuned default and of each strategy's best, measured in turns.
 
     A search and its random control ran at different times, on a machine that may have been slower during one
@@ -132,6 +136,8 @@ def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int 
         Kernel family; the first one of the log by default.
     rounds : int
         Measurements of each.
+    workers : Workers, optional
+        Processes of a search for the target.
 
     Returns
     -------
@@ -148,7 +154,7 @@ def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int 
     logs = list(find_logs(Path(log_dir)))
     run = read_run(Path(log_dir))
     problem, target = AttentionProblem.from_json(run["problem"]), parse_target(run["target"])
-    reason = target.can_run_here()
+    reason = target.can_run_here() if workers is None or workers.fleet is None else None
     if reason is not None:
         raise ValueError(f"{log_dir} must be measured on its target {target.folder}: {reason}")
     family = family or next(iter(run["families"]))
@@ -159,7 +165,7 @@ def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int 
         if not best:
             raise ValueError(f"{log} holds no correct candidate of the {family} family")
         contestants[read_run(log)["strategy"]] = best[0][1].decisions
-    with ProcessMeter(family, problem, target) as meter:
+    with ProcessMeter(family, problem, target, workers=workers) as meter:
         outcomes = meter.compare(list(contestants.values()), rounds)
     latencies = {}
     for name, outcome in zip(contestants, outcomes, strict=True):
@@ -167,6 +173,35 @@ def compare_strategies(log_dir: Path, family: str | None = None, *, rounds: int 
             raise RuntimeError(f"the {name} kernel of {log_dir}: {outcome.error}")
         latencies[name] = outcome.latency_us
     return latencies
+
+
+def write_comparison(
+    log_dir: Path, family: str | None = None, *, rounds: int = 15, workers: Workers | None = None
+) -> dict[str, Any]:
+    """What :func:`compare_strategies` finds, written to the log folder of the search.
+
+    The file is ``comparison.json``, and ``comparison-<family>.json`` for families but the log's first.
+
+    Returns
+    -------
+    dict
+        ``"date"``, ``"family"``, ``"rounds"``, ``"trials"`` of each strategy and ``"latency_us"``.
+    """
+    families = list(read_run(Path(log_dir))["families"])
+    family = family or families[0]
+    comparison = {
+        "date": now(),
+        "family": family,
+        "rounds": rounds,
+        "trials": {
+            read_run(folder)["strategy"]: sum(m.family == family for m in comparable_measurements(folder))
+            for folder in find_logs(Path(log_dir))
+        },
+        "latency_us": compare_strategies(log_dir, family, rounds=rounds, workers=workers),
+    }
+    name = "comparison.json" if family == families[0] else f"comparison-{family}.json"
+    (Path(log_dir) / name).write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+    return comparison
 
 
 def distill(

@@ -264,7 +264,8 @@ def run_search(
                     # The compiler, the device or the kernel's code is at fault, not this candidate. Failures
                     # that such a session logged would never be measured again.
                     raise DefaultFailedError(f"the untuned default of {family} fails: {measured[1].error}")
-            for position, outcome in waiting:
+            # The default is the first line of a log: its curve is drawn relative to it.
+            for position, outcome in sorted(waiting, key=lambda item: fresh[item[0]][0] != first):
                 decisions, candidate = fresh[position]
                 session.log.append(
                     Measurement(
