@@ -489,6 +489,14 @@ def compile_environment(target: MachineTarget) -> dict[str, str]:
     return environment
 
 
+def leave_out_torch() -> None:
+    """Keep ``import tvm`` from importing PyTorch in a process that only compiles: with CUDA that is 6 of its
+    8 seconds.
+    """
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
 def _compile_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
     """Compile in a process of its own: for CUDA, so that the stub does not end up in the user's."""
     environment = compile_environment(MachineTarget(**request["target"]))
@@ -622,4 +630,5 @@ def compile_kernel(
 
 
 if __name__ == "__main__":
+    leave_out_torch()
     _build_apart(json.load(sys.stdin))
