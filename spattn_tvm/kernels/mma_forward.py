@@ -390,6 +390,12 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                         if blocks.is_split:
                             T.cuda.warp_sync()
 
+            if scale < T.float32(0):
+                T.ptx["cp.async.wait_all"]()
+                T.cuda.cta_sync()
+                for i in T.serial(WARP_ROWS * PITCH * element_bytes(dtype) // 128):
+                    at: T.int32 = warp * (WARP_ROWS * PITCH * element_bytes(dtype) // 4) + 32 * i + lane
+                    arena_words[at] = arena_words[at] ^ T.uint32(SIGNS)
             stage: T.int32 = 0
             chunk: T.int32 = 0
             while chunk < chunks:
@@ -397,11 +403,6 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 T.cuda.cta_sync()
                 # Behind the barrier all warps are through with the stage before this one.
                 load_keys_and_values(chunk + (STAGES - 1), T.Select(stage == 0, STAGES - 1, stage - 1))
-                if T.And(chunk == 0, scale < T.float32(0)):
-                    for i in T.serial(WARP_ROWS * PITCH * element_bytes(dtype) // 128):
-                        at: T.int32 = warp * (WARP_ROWS * PITCH * element_bytes(dtype) // 4) + 32 * i + lane
-                        arena_words[at] = arena_words[at] ^ T.uint32(SIGNS)
-                    T.cuda.warp_sync()
                 if Q_IN_REGISTERS:
                     if chunk == 0:
                         for step in T.unroll(STEPS):
