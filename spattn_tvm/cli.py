@@ -301,7 +301,10 @@ def tune(
                 if control:
                     _print_comparisons(log_folder(log_root, machine, problem, "evolutionary"), workers)
                 if distill:
-                    records += _distilled(problem, machine, log_root, schedules, workers)
+                    try:
+                        records += _distilled(problem, machine, log_root, schedules, workers)
+                    except RuntimeError as error:
+                        failures.append(f"{problem.key}: {error}")
     _print_records(records)
     if verify and records and machine.can_run_here() is None:
         failures += _verified(records, machine, verify, seed)
