@@ -182,7 +182,7 @@ def _target_and_fleet(text: str, rpc: str | None, key: str | None) -> tuple[Mach
 
 @app.command(
     epilog="Example: spattn tune --target cuda --head-dims 64,128 --budget 8m   "
-    "(stop with Ctrl-C, the same command goes on)"
+    "(stop with Ctrl-C, the same command goes on; on a fleet: --rpc 10.0.0.5:9190 --key h200)"
 )
 def tune(
     shape: Annotated[

@@ -188,6 +188,14 @@ def test_a_wrong_kernel_is_found_out_on_a_server(services: _Services) -> None:
         fleet.require_servers()
 
 
+def test_servers_of_another_chip_are_refused() -> None:
+    with Workers(detect_cpu()) as workers:
+        workers.note_server("a:1", {"name": "znver4"})
+        workers.note_server("b:2", {"name": "znver4"})
+        with pytest.raises(RuntimeError, match="must be alike: c:3 is skylake"):
+            workers.note_server("c:3", {"name": "skylake"})
+
+
 def test_another_key_is_refused_and_names_the_known_ones(services: _Services, tmp_path: Path) -> None:
     process = _start(
         "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", str(_free_port()), "--port-end", "65535",

@@ -49,6 +49,9 @@ from spattn_tvm.tuning.search import Budget, _Progress, _Session, run_search
 from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
 
+# The package's attribute of this name is the function.
+distill_module = sys.modules["spattn_tvm.tuning.distill"]
+
 PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
 FAMILY = "cpu"
 TOY = "toy_space:FORWARD"
@@ -489,6 +492,38 @@ def test_minutes_are_counted_over_sessions(tmp_path: Path) -> None:
     assert ended == "budget" and log.elapsed_s >= 0.5 and len(meter.measured) > 8
     ended, meter, _ = _fake_search(tmp_path, "random", 1, Budget(None, 0.01))
     assert ended == "budget" and not meter.measured
+
+
+def test_families_share_the_time_that_is_left(tmp_path: Path) -> None:
+    session, _ = _fake_session(tmp_path, "random", 1, Budget(None, 0.02))
+    session.allot(2)
+    began = time.monotonic()
+    while not session.out_of_time():
+        time.sleep(0.01)
+    assert 0.4 < time.monotonic() - began < 0.8, "half of 1.2 s"
+    session.allot(1)
+    while not session.out_of_time():
+        time.sleep(0.01)
+    assert 1.0 < time.monotonic() - began < 1.6
+
+
+def test_distilling_compares_deterministic_candidates_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two fastest deterministic ones, however many others are faster."""
+    space = replace(_FAKE_SPACE, is_deterministic=lambda decisions: decisions["order"] == 0)
+    monkeypatch.setattr(distill_module, "find_space", lambda family, direction: space)
+    log = TuningLog(tmp_path, PROBLEM, detect_cpu(), "random")
+    log.begin_session({"seed": 0})
+    log.note_family("cpu", {"kernel": "fake"})
+    for position, (order, unroll) in enumerate(itertools.product((1, 2, 0), (0, 1, 2))):
+        decisions = {**_FIRST, "order": order, "unroll": unroll}
+        log.append(Measurement("cpu", "fake", decisions, 10.0 + position, None, 0.0))
+        log.append(Measurement("cpu", "fake", {**decisions, "rows": 16}, None, "wrong", 0.0))
+    found = distill_module._contestants([tmp_path], "cpu", PROBLEM, detect_cpu(), top=3)
+    assert [m.latency_us for _, m in found] == [10.0, 11.0, 12.0, 16.0, 17.0]
+    found = distill_module._contestants([tmp_path], "cpu", PROBLEM, detect_cpu(), top=7)
+    assert [m.latency_us for _, m in found] == [*(10.0 + i for i in range(7)), 17.0]
 
 
 def test_log_belongs_to_one_problem(tmp_path: Path) -> None:

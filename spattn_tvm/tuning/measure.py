@@ -225,6 +225,23 @@ class Workers:
     def all(self) -> list[_Worker]:
         return [*self.builders, *self.runners, *([self.spare] if self.spare else [])]
 
+    def note_server(self, server: str, facts: dict[str, Any]) -> None:
+        """Remember a server that takes part.
+
+        Raises
+        ------
+        RuntimeError
+            When it is another chip than those before.
+        """
+        known = self.server_facts.get("name", facts["name"])
+        if facts["name"] != known:
+            raise RuntimeError(
+                f"the servers must be alike: {server} is {facts['name']}, {', '.join(self.used_servers)} "
+                f"{known}; give each chip a key of its own"
+            )
+        self.used_servers.add(server)
+        self.server_facts = facts
+
     def warm(self) -> None:
         """Have idle processes do their imports, while others already work."""
         for worker in self.builders:
@@ -514,8 +531,7 @@ class ProcessMeter:
         if "error" not in answer:
             self._ready.add(runner)
             if "server" in answer:
-                self._workers.used_servers.add(answer["server"])
-                self._workers.server_facts = answer["device"]
+                self._workers.note_server(answer["server"], answer["device"])
             return
         if self._fleet is None or not answer.get("lost"):
             raise RuntimeError(f"{self._problem.key} can't be measured: {answer['error']}")
