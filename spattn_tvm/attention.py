@@ -221,11 +221,11 @@ def banded_attention(
         _check_inputs(q, k, v, layout, impl)
         if cu_seqlens is None:
             layout.check_length(q.shape[2])
-            prepared = prepare(q, k, layout.spec, impl) if plain else None
+            prepared = prepare(q, k, v, layout.spec, impl) if plain else None
         else:
             _check_cu_seqlens(cu_seqlens, q.device)
     if scale is None:
-        scale = q.shape[3] ** -0.5
+        scale = q.shape[3] ** -0.5 if prepared is None else prepared[3]
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
     elif not math.isfinite(scale):

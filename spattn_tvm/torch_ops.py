@@ -334,8 +334,8 @@ torch.library.register_autograd(
 
 # --- eager calls ---------------------------------------------------------------------------------------
 
-# What serves an unpacked call: kernel, band table, document boundaries.
-Prepared = tuple[Kernel, Tensor, Tensor]
+# What serves an unpacked call: kernel, band table, document boundaries; and the usual factor of the scores.
+Prepared = tuple[Kernel, Tensor, Tensor, float]
 
 _prepared: dict[Any, Prepared] = {}
 # Each new shape, length and layout is an entry.
@@ -356,13 +356,13 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0
 
 
 def is_plain(q: Any, k: Any, v: Any) -> bool:
-    """Is this an eager call on CPU or CUDA tensors while nobody watches operators?"""
+    """Is this an eager call on CPU or on CUDA tensors, while nobody watches operators?"""
     return (
         not _is_compiling()
         and (type(q) is Tensor or type(q) is Parameter)
         and (type(k) is Tensor or type(k) is Parameter)
         and (type(v) is Tensor or type(v) is Parameter)
-        and (q.is_cpu or q.is_cuda)
+        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
         and not _dispatch_modes()
         and not _has_function_mode()
         and _functorch_level() is None
@@ -383,40 +383,45 @@ def find_prepared(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Pr
     Parameters
     ----------
     q, k, v : Tensor
-        Anything of type Tensor.
+        For which `is_plain` holds.
 
     Returns
     -------
     tuple or None
         None also for an invalid call, as it never was prepared.
     """
-    k_shape, dtype, device = k.shape, q.dtype, q.device
-    stream = _current_stream(device.index) if q.is_cuda else 0
-    prepared = _prepared.get((q.shape, k_shape, dtype, device, stream, layout, impl))
-    if (
-        prepared is not None
-        and v.shape == k_shape
-        and k.dtype == dtype
-        and v.dtype == dtype
-        and k.device == device
-        and v.device == device
-    ):
-        return prepared
-    return None
+    return _prepared.get(_signature(q, k, v, layout, impl))
 
 
-def prepare(q: Tensor, k: Tensor, layout: str, impl: str) -> Prepared | None:
+def _signature(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> tuple[Any, ...]:
+    index = q.get_device()
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        index,
+        k.get_device(),
+        v.get_device(),
+        _current_stream(index) if index >= 0 else 0,
+        layout,
+        impl,
+    )
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Prepared | None:
     """Find what serves a valid unpacked call, for `find_prepared`; None for the reference, an empty batch."""
     if q.shape[0] == 0:
         return None
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
     if kernel.family == "reference":
         return None
-    stream = _current_stream(q.device.index) if q.is_cuda else 0
-    prepared = (kernel, *find_bands(layout, q, None))
+    prepared = (kernel, *find_bands(layout, q, None), q.shape[3] ** -0.5)
     if len(_prepared) >= _MAX_PREPARED:
         _prepared.clear()
-    _prepared[q.shape, k.shape, q.dtype, q.device, stream, layout, impl] = prepared
+    _prepared[_signature(q, k, v, layout, impl)] = prepared
     return prepared
 
 
