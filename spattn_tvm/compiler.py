@@ -325,7 +325,7 @@ def _record_launches(found: dict[str, int]) -> Any:
             if info.name != "tirx.SplitHostDevice":
                 return
             for _, function in module.functions_items():
-                if "tirx.kernel_launch_params" not in function.attrs.keys():  # a host function
+                if not function.attrs.get("tirx.kernel_launch_params"):  # a host function
                     found.update((kernel, int(size)) for kernel, size in _LAUNCH.findall(str(function)))
 
     return Recorder()
