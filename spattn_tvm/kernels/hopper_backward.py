@@ -1,5 +1,7 @@
 """Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two persistent passes.
 
+:mod:`.hopper_backward_one_pass` is the other structure; it has the figures of both.
+
 **Two passes instead of one.** A query tile's gradient takes three matrix products a block (scores, dP, dQ), a key
 tile's four (scores, dP, dV, dK): seven where a single pass over key tiles needs five. In return nothing is
 accumulated through global memory: no float32 dQ to clear, to add to and to convert (134 MB at
@@ -17,9 +19,11 @@ the other needs: with bands of 256 distances it works on 5 chunks of 64 a band, 
 only the first and last ones of a band are masked.
 
 Measured on an H200 (bfloat16, spattention, medians, L2 cleared; ms): (4, 16, 4096, 128) 0.40, (1, 16, 16384, 128)
-1.04, (4, 32, 4096, 128) 0.56, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61% (dK/dV) of the
+1.07, (4, 32, 4096, 128) 0.57, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61% (dK/dV) of the
 cycles at the first size (ncu); the loops alone reach about 80% by warp samples, the rest goes to the starts and ends
-of tiles.
+of tiles. Handing K and V back before a tile's last dS, not after it, took off 1 to 2%. Running a tile's last dQ product
+under the next tile's first scores did not pay: 0.41 and 0.59 instead of 0.40 and 0.57 at the first and third size, 1%
+less at the second.
 """
 
 from __future__ import annotations
@@ -31,58 +35,15 @@ from typing import Any
 
 WARPGROUP_ROWS = 64  # rows of one wgmma
 SWIZZLE_ROW_BYTES = 128  # a shared-memory row of one 64-column plane, 128-byte swizzle
+DTYPES = ("float16", "bfloat16")
 BARRIER_BYTES = 8
 # Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it.
 INFO_BYTES = 16
 # Of a tile: first row, its document's begin and end, batch and head; chunks for each warpgroup, chunks in all.
 TILE_INFO_BYTES = 32
 QUEUE = 2  # tiles that the tile warp may be ahead of the chunk warp
+ONE_PASS_QUERIES = 64  # of a chunk, where both passes are one
 SHARED_LIMIT = 232448  # bytes a CTA may use on sm_90
-
-# Products of two packed pairs, added to a sum.
-_DOT_SOURCE = {
-    "bfloat16": """
-__device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, float sum) {
-  sum = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), sum);
-  return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), sum);
-}
-""",
-    "float16": """
-__device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, float sum) {
-  float2 x = __half22float2(*reinterpret_cast<__half2*>(&a));
-  float2 y = __half22float2(*reinterpret_cast<__half2*>(&b));
-  return fmaf(x.y, y.y, fmaf(x.x, y.x, sum));
-}
-""",
-}
-
-# A loop that never repeats, for exp2 is never negative; see `pin`.
-_PIN_SOURCE = """
-__device__ __forceinline__ void spattn_pin(float p) {
-  asm volatile("{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
-}
-"""
-
-_LOAD_SHARED_SOURCE = """
-__device__ __forceinline__ int spattn_load_shared(unsigned int at) {
-  int value;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
-  return value;
-}
-"""
-
-_BALLOT_SOURCE = """
-__device__ __forceinline__ unsigned int spattn_ballot(int p) { return __ballot_sync(0xffffffffu, p); }
-"""
-
-
-def _hold_source(count: int) -> str:
-    operands = ", ".join(f'"+f"(r[{i}])' for i in range(count))
-    return f"""
-__device__ __forceinline__ void spattn_hold{count}(float* r) {{
-  asm volatile("" : {operands} :: "memory");
-}}
-"""
 
 
 def _align(value: int, to: int) -> int:
@@ -109,6 +70,11 @@ def dq_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
 def dkv_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
     """Dynamic shared memory of the dK/dV pass in bytes."""
     return _dkv_arena(decisions, head_dim)[1]
+
+
+def one_pass_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
+    """Dynamic shared memory of the one pass in bytes."""
+    return one_pass_arena(decisions, head_dim)[1]
 
 
 def _dq_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, int], int]:
@@ -160,11 +126,38 @@ def _dkv_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, i
     return at, arena.size
 
 
+def one_pass_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, int], int]:
+    """Byte offsets of the one pass in shared memory, and the bytes in all."""
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
+    chunk = ONE_PASS_QUERIES
+    stages = decisions["dkv_stages"]
+    arena = _Arena()
+    at = {
+        "k": arena.take(rows * head_dim * 2, 1024),
+        "v": arena.take(rows * head_dim * 2, 1024),
+        "q": arena.take(stages * chunk * head_dim * 2, 1024),
+        "do": arena.take(stages * chunk * head_dim * 2, 1024),
+        "ds": arena.take(2 * rows * chunk * 2, 1024),
+        "sum": arena.take(chunk * head_dim * 4, 1024),
+        "stats": arena.take(stages * chunk * 8, 128),
+        "info": arena.take(stages * INFO_BYTES, 16),
+        "tile": arena.take(TILE_INFO_BYTES, 16),
+        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
+        "full": arena.take(stages * BARRIER_BYTES, 8),
+        "empty": arena.take(stages * BARRIER_BYTES, 8),
+        "tile_full": arena.take(BARRIER_BYTES, 8),
+        "tile_empty": arena.take(BARRIER_BYTES, 8),
+        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
+        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
+    }
+    return at, arena.size
+
+
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
     """The backward of banded attention as one function ``backward`` that launches three kernels.
 
-    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, stats, next_tile, scale, workers)``.
-    Batch, heads, length, strides, layout and documents are data of the call. Nothing synchronises; nothing is
+    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, stats, next_tile, [dq_sum,] scale,
+    workers)``. Batch, heads, length, strides, layout and documents are data of the call. Nothing synchronises; nothing is
     allocated.
 
     ============== ======================= ============ ==============================================================
@@ -178,16 +171,19 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries, lse in base
                                                         2 twice, then delta = rowsum(do * o) - dlse twice
     next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first kernel
+    dq_sum         (B, Hq, N, D)           float32      only for ``one_pass``; contiguous workspace, written before it is
+                                                        read
     scale          scalar                  float32      factor of the scores
     workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
     ============== ======================= ============ ==============================================================
 
     B, Hq, Hkv and N are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer than 1 are
-    multiples of 16 bytes (gradients: 8). Offsets are 64-bit. Gradients are bitwise reproducible.
+    multiples of 16 bytes (gradients: 8). Offsets are 64-bit. Gradients of two passes are bitwise reproducible.
 
     Parameters
     ----------
     decisions : mapping of str to int
+        ``one_pass`` (1: dQ is added up beside dK and dV, and of the others only those of ``dkv_`` count).
         ``dq_`` and ``dkv_`` each: ``warpgroups`` (consumers of 64 rows), ``stages`` (chunks in the ring), ``heads``
         (whose tiles are drawn together), ``registers`` and ``producer_registers`` (a thread); ``dq_keys`` and
         ``dkv_queries`` (rows of a chunk, a multiple of 16); ``dkv_buffers`` (tiles of K and V in shared memory).
@@ -208,22 +204,55 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     """
     if head_dim not in (64, 128):
         raise ValueError(f"head_dim must be 64 or 128, got {head_dim}")
-    if dtype not in _DOT_SOURCE:
-        raise ValueError(f"dtype must be one of {', '.join(_DOT_SOURCE)}, got {dtype!r}")
-    for name, needed in (
-        ("dQ", dq_shared_bytes(decisions, head_dim)),
-        ("dK/dV", dkv_shared_bytes(decisions, head_dim)),
-    ):
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if decisions["one_pass"]:
+        passes = {"one": one_pass_shared_bytes(decisions, head_dim)}
+    else:
+        passes = {
+            "dQ": dq_shared_bytes(decisions, head_dim),
+            "dK/dV": dkv_shared_bytes(decisions, head_dim),
+        }
+    for name, needed in passes.items():
         if needed > SHARED_LIMIT:
             raise ValueError(
                 f"the {name} pass needs {needed} bytes of shared memory, a CTA has {SHARED_LIMIT}: fewer stages"
             )
+    if decisions["one_pass"]:
+        from spattn_tvm.kernels.hopper_backward_one_pass import build_one_pass
 
+        return build_one_pass(decisions, head_dim, dtype)
+    return _build_two_passes(decisions, head_dim, dtype)
+
+
+def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
     import tvm
     from tvm.script import tirx as T
 
+    from spattn_tvm.kernels.hopper_backward_parts import (
+        ARRIVALS,
+        K_MAJOR,
+        LOAD,
+        LOAD_STATS,
+        address,
+        advance,
+        arrive_warp,
+        ballot,
+        descriptor,
+        dot2,
+        element,
+        encode_rows,
+        encode_stats,
+        find_chunk,
+        hold,
+        init_barriers,
+        load_shared,
+        pass_rest,
+        pin,
+        store_rows,
+    )
+
     D = head_dim
-    PLANES = D // 64
     KS = D // 16  # k16 steps over the head dimension
     ROW = SWIZZLE_ROW_BYTES
     BF = {"bfloat16": "bf16", "float16": "f16"}[dtype]
@@ -253,50 +282,9 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     RESET_THREADS = 128
 
     CVT = f"cvt.rn.{BF}x2.f32"
-    LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-    LOAD_STATS = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
     MMA_Q_SCORE = f"wgmma.mma_async.sync.aligned.m64n{Q_KEYS}k16.f32.{BF}.{BF}"
     MMA_KV_SCORE = f"wgmma.mma_async.sync.aligned.m64n{KV_QUERIES}k16.f32.{BF}.{BF}"
     MMA_OUT = f"wgmma.mma_async.sync.aligned.m64n{D}k16.f32.{BF}.{BF}"
-
-    def desc_const(plane_bytes: int) -> int:
-        """Descriptor bits besides the address: 128-byte swizzle, 1024 bytes between groups of 8 rows."""
-        return (1 << 62) | (64 << 32) | ((plane_bytes >> 4) << 16)
-
-    K_MAJOR = desc_const(16)
-
-    def address(base: Any, offsets: dict[str, int], name: str, index: Any = None, pitch: int = 0) -> Any:
-        """Shared-memory address of element `index` (`pitch` bytes apart) of the region `name`."""
-        start = base + T.uint32(offsets[name])
-        return start if index is None else start + T.Cast("uint32", index) * T.uint32(pitch)
-
-    def element(start: Any, strides: tuple[Any, Any, Any], b: Any, h: Any, row: Any, col: Any) -> Any:
-        """Global address of one element of a strided (B, H, N, D) tensor, in 64-bit arithmetic."""
-        offset = sum(T.Cast("int64", i) * s for i, s in zip((b, h, row), strides, strict=True)) + T.Cast(
-            "int64", col
-        )
-        return T.reinterpret("uint64", start) + T.Cast("uint64", offset * 2)
-
-    def load_shared(at: Any) -> Any:
-        """An int32 in shared memory."""
-        return T.cuda.func_call(
-            "spattn_load_shared", at, source_code=_LOAD_SHARED_SOURCE, return_type="int32"
-        )
-
-    def ballot(condition: Any) -> Any:
-        """Bit i of the result says whether the condition holds in lane i."""
-        return T.cuda.func_call(
-            "spattn_ballot", T.Cast("int32", condition), source_code=_BALLOT_SOURCE, return_type="uint32"
-        )
-
-    def pin(probability: Any) -> Any:
-        """A branch never taken: without it ptxas moves the wait for the next product above the exponentials it should hide."""
-        return T.cuda.func_call("spattn_pin", probability, source_code=_PIN_SOURCE)
-
-    def hold(accumulator: Any, count: int) -> Any:
-        """Ties accumulator registers to this place: plain arithmetic on them must not move above the wait before it,
-        or ptxas sees an accumulator read in flight and serializes every wgmma of the kernel (C7514)."""
-        return T.cuda.func_call(f"spattn_hold{count}", accumulator.data, source_code=_hold_source(count))
 
     # fmt: off
     @T.prim_func
@@ -337,35 +325,26 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
         docs: T.let[T.int32] = T.Cast("int32", ND64) - 1
         group: T.let[T.int32] = HQ // HK
 
-        @T.inline
-        def encode(tmap, buffer, heads, s0, s1, s2, rows):
-            # A stride that no index ever multiplies may be anything in torch; the encoder wants multiples of 16 bytes.
-            T.call_packed("runtime.cuTensorMapEncodeTiled", tmap, dtype, 5, buffer.data, 64, N64, PLANES, heads, B64,
-                          T.if_then_else(N64 == 1, T.int64(2 * D), s2 * 2), 128,
-                          T.if_then_else(heads == 1, T.int64(2 * D), s1 * 2), T.if_then_else(B64 == 1, T.int64(2 * D), s0 * 2),
-                          64, rows, PLANES, 1, 1, 1, 1, 1, 1, 1, 0, 3, 2, 0)
-
         qa_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(qa_map, q, HQ64, q0s, q1s, q2s, Q_ROWS)
+        encode_rows(qa_map, q, dtype, D, B64, HQ64, N64, q0s, q1s, q2s, Q_ROWS)
         oa_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(oa_map, o, HQ64, o0s, o1s, o2s, Q_ROWS)
+        encode_rows(oa_map, o, dtype, D, B64, HQ64, N64, o0s, o1s, o2s, Q_ROWS)
         ga_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(ga_map, do, HQ64, g0s, g1s, g2s, Q_ROWS)
+        encode_rows(ga_map, do, dtype, D, B64, HQ64, N64, g0s, g1s, g2s, Q_ROWS)
         ka_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(ka_map, k, HK64, k0s, k1s, k2s, Q_KEYS)
+        encode_rows(ka_map, k, dtype, D, B64, HK64, N64, k0s, k1s, k2s, Q_KEYS)
         va_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(va_map, v, HK64, v0s, v1s, v2s, Q_KEYS)
+        encode_rows(va_map, v, dtype, D, B64, HK64, N64, v0s, v1s, v2s, Q_KEYS)
         qc_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(qc_map, q, HQ64, q0s, q1s, q2s, KV_QUERIES)
+        encode_rows(qc_map, q, dtype, D, B64, HQ64, N64, q0s, q1s, q2s, KV_QUERIES)
         gc_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(gc_map, do, HQ64, g0s, g1s, g2s, KV_QUERIES)
+        encode_rows(gc_map, do, dtype, D, B64, HQ64, N64, g0s, g1s, g2s, KV_QUERIES)
         kc_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(kc_map, k, HK64, k0s, k1s, k2s, KV_ROWS)
+        encode_rows(kc_map, k, dtype, D, B64, HK64, N64, k0s, k1s, k2s, KV_ROWS)
         vc_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        encode(vc_map, v, HK64, v0s, v1s, v2s, KV_ROWS)
+        encode_rows(vc_map, v, dtype, D, B64, HK64, N64, v0s, v1s, v2s, KV_ROWS)
         stats_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", stats_map, "float32", 2, stats.data, NP64 * 4, B64 * HQ64, NP64 * 16,
-                      2 * KV_QUERIES, 1, 1, 1, 0, 0, 2, 0)
+        encode_stats(stats_map, stats, B64 * HQ64, NP64, KV_QUERIES)
 
         # What the passes share: the tile counters start at zero, and an odd N has one more row of stats, which must be finite.
         with T.attr({"tirx.device_entry": True}):
@@ -396,14 +375,12 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
             at = T.meta_var(partial(address, base, Q_AT))
 
             if tx == 0:
-                for s in T.unroll(Q_STAGES):
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["full"] + s * BARRIER_BYTES), T.uint32(1))
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["empty"] + s * BARRIER_BYTES), T.uint32(4 * Q_W))
-                T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["tile_full"]), T.uint32(1))
-                T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["tile_empty"]), T.uint32(4 * Q_W))
-                for s in T.unroll(QUEUE):
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["queue_full"] + s * BARRIER_BYTES), T.uint32(1))
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(Q_AT["queue_empty"] + s * BARRIER_BYTES), T.uint32(1))
+                init_barriers(at("full"), Q_STAGES, 1)
+                init_barriers(at("empty"), Q_STAGES, ARRIVALS * 4 * Q_W)
+                init_barriers(at("tile_full"), 1, 1)
+                init_barriers(at("tile_empty"), 1, ARRIVALS * 4 * Q_W)
+                init_barriers(at("queue_full"), QUEUE, 1)
+                init_barriers(at("queue_empty"), QUEUE, ARRIVALS)
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
@@ -424,13 +401,6 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                 c_first: T.int32 = 0
                 c_last: T.int32 = 0
                 chunks: T.int32 = 0
-
-                @T.inline
-                def next_place():
-                    place = place + 1
-                    if place == QUEUE:
-                        place = 0
-                        place_phase = place_phase ^ 1
 
                 @T.inline
                 def segment():
@@ -484,7 +454,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                 T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), q0, begin, end, doc)
                                 T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
                                 T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                            next_place()
+                            advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             total: T.int32 = 0
                             count: T.int32 = 0
@@ -531,9 +501,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                             b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
                             h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
                             T.cuda.warp_sync()
-                            if lane == 0:
-                                T.ptx.mbarrier.arrive.shared.b64(at("queue_empty", place, BARRIER_BYTES))
-                            next_place()
+                            arrive_warp(lane, at("queue_empty", place, BARRIER_BYTES))
+                            advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             hk: T.int32 = T.truncdiv(h, group)
                             seg = 0
@@ -590,59 +559,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                 scale2: T.float32 = scale * T.float32(LOG2E)
 
                 @T.inline
-                def store_rows(values, j, factor, row_at, wanted):
-                    # Neighbouring lanes swap halves of two 8-column blocks: a quad then writes whole 32-byte sectors.
-                    for n in T.unroll(D // 16):
-                        T.ptx[CVT](turn[3 * n], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
-                        T.ptx[CVT](turn[3 * n + 1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
-                        turn[3 * n + 2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[3 * n + 1], turn[3 * n]), 1, 32, 32)
-                    if wanted:
-                        for n in T.unroll(D // 16):
-                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[3 * n], turn[3 * n + 2]), T.if_then_else(lane % 2 == 0, turn[3 * n + 2], turn[3 * n + 1]))
-
-                @T.inline
-                def release(which):
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(at("empty", which, BARRIER_BYTES))
-
-                @T.inline
-                def advance():
-                    stage = stage + 1
-                    if stage == Q_STAGES:
-                        stage = 0
-                        phase = phase ^ 1
-
-                @T.inline
                 def look(limit):
-                    # The next chunk that this warpgroup needs; chunks for others are handed back. While the output of a chunk
-                    # is still to be issued its stage is taken, so the search gives up before it would wait for that stage.
-                    found = 0
-                    skipped: T.int32 = 0
-                    searching: T.int32 = 1
-                    while searching == 1:
-                        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
-                        T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], at("info", stage, INFO_BYTES))
-                        if ((info[3] >> w) & 1) == 1:
-                            found = 1
-                            searching = 0
-                            left = left - 1
-                        else:
-                            if skipped == limit:
-                                searching = 0
-                            else:
-                                release(stage)
-                                advance()
-                                left = left - 1
-                                skipped = skipped + 1
-
-                @T.inline
-                def drain():
-                    # The rest of the tile's chunks concern other warpgroups only.
-                    while left > 0:
-                        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
-                        release(stage)
-                        advance()
-                        left = left - 1
+                    find_chunk(at, w, lane, stage, phase, Q_STAGES, left, found, info, limit)
 
                 @T.inline
                 def issue_product(out, left_operand, region):
@@ -656,7 +574,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
 
                 @T.inline
                 def issue_output():
-                    start: T.uint64 = T.uint64(desc_const(Q_KEYS * ROW)) + T.Cast("uint64", at("k", prev, Q_KEYS * D * 2) >> T.uint32(4))
+                    start: T.uint64 = T.uint64(descriptor(Q_KEYS * ROW)) + T.Cast("uint64", at("k", prev, Q_KEYS * D * 2) >> T.uint32(4))
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(Q_KEYS // 16):
                         T.ptx[MMA_OUT](*[acc[i] for i in range(D // 2)], *[ds[4 * kk + i] for i in range(4)],
@@ -683,10 +601,9 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                     for kk in T.unroll(KS):
                         load_fragment(ds, 0, "o", kk)
                         for i in T.unroll(4):
-                            delta[i % 2] = T.cuda.func_call("spattn_dot2", ds[i], gf[4 * kk + i], delta[i % 2], source_code=_DOT_SOURCE[dtype], return_type="float32")
+                            delta[i % 2] = dot2(ds[i], gf[4 * kk + i], delta[i % 2], dtype)
                     T.cuda.warp_sync()
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_empty"))
+                    arrive_warp(lane, at("tile_empty"))
                     for j in T.unroll(2):
                         query: T.int32 = tinfo[0] + my_row + 8 * j
                         delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 1, 32, 32)
@@ -731,13 +648,13 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     hold(p_acc, Q_KEYS // 2)
                     if follows:
-                        release(prev)
+                        arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
                     for n in T.unroll(Q_KEYS // 8):
                         for j in T.unroll(2):
                             T.ptx[CVT](ds[2 * n + j], s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - delta[j]),
                                        s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - delta[j]))
                     prev = stage
-                    advance()
+                    advance(stage, phase, Q_STAGES)
 
                 while running == 1:
                     T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
@@ -778,12 +695,12 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                             issue_output()
                             T.ptx.wgmma.wait_group.sync.aligned(0)
                             hold(acc, D // 2)
-                            release(prev)
-                        drain()
+                            arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                        pass_rest(at, lane, stage, phase, Q_STAGES, left)
                         for j in T.unroll(2):
                             out_row: T.int32 = tinfo[0] + my_row + 8 * j
                             out_at: T.uint64 = element(dq.data, (dq0s, dq1s, dq2s), b, h, out_row, sector_col)
-                            store_rows(acc, j, scale, out_at, out_row < tinfo[2])
+                            store_rows(acc, D // 2, j, scale, out_at, out_row < tinfo[2], lane, turn, CVT)
 
         # dK and dV: tiles of keys, chunks of queries. Scores are transposed here (keys in rows), so that P and dS leave the
         # accumulators in the layout that the products with dO and Q take from registers.
@@ -803,15 +720,12 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
             at = T.meta_var(partial(address, base, KV_AT))
 
             if tx == 0:
-                for s in T.unroll(KV_STAGES):
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["full"] + s * BARRIER_BYTES), T.uint32(1))
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["empty"] + s * BARRIER_BYTES), T.uint32(4 * KV_W))
-                for s in T.unroll(KV_BUFFERS):
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["tile_full"] + s * BARRIER_BYTES), T.uint32(1))
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["tile_empty"] + s * BARRIER_BYTES), T.uint32(4 * KV_W))
-                for s in T.unroll(QUEUE):
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["queue_full"] + s * BARRIER_BYTES), T.uint32(1))
-                    T.ptx.mbarrier.init.shared.b64(base + T.uint32(KV_AT["queue_empty"] + s * BARRIER_BYTES), T.uint32(1))
+                init_barriers(at("full"), KV_STAGES, 1)
+                init_barriers(at("empty"), KV_STAGES, ARRIVALS * 4 * KV_W)
+                init_barriers(at("tile_full"), KV_BUFFERS, 1)
+                init_barriers(at("tile_empty"), KV_BUFFERS, ARRIVALS * 4 * KV_W)
+                init_barriers(at("queue_full"), QUEUE, 1)
+                init_barriers(at("queue_empty"), QUEUE, ARRIVALS)
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
@@ -832,13 +746,6 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                 c_first: T.int32 = 0
                 c_last: T.int32 = 0
                 chunks: T.int32 = 0
-
-                @T.inline
-                def next_place():
-                    place = place + 1
-                    if place == QUEUE:
-                        place = 0
-                        place_phase = place_phase ^ 1
 
                 @T.inline
                 def segment():
@@ -892,7 +799,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                 T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), k0, begin, end, doc)
                                 T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
                                 T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                            next_place()
+                            advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             total: T.int32 = 0
                             count: T.int32 = 0
@@ -941,9 +848,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                             b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
                             h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
                             T.cuda.warp_sync()
-                            if lane == 0:
-                                T.ptx.mbarrier.arrive.shared.b64(at("queue_empty", place, BARRIER_BYTES))
-                            next_place()
+                            arrive_warp(lane, at("queue_empty", place, BARRIER_BYTES))
+                            advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
                             while seg < 2 * group:
@@ -990,59 +896,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                 scale2: T.float32 = scale * T.float32(LOG2E)
 
                 @T.inline
-                def store_rows(values, j, factor, row_at, wanted):
-                    # Neighbouring lanes swap halves of two 8-column blocks: a quad then writes whole 32-byte sectors.
-                    for n in T.unroll(D // 16):
-                        T.ptx[CVT](turn[3 * n], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
-                        T.ptx[CVT](turn[3 * n + 1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
-                        turn[3 * n + 2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[3 * n + 1], turn[3 * n]), 1, 32, 32)
-                    if wanted:
-                        for n in T.unroll(D // 16):
-                            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[3 * n], turn[3 * n + 2]), T.if_then_else(lane % 2 == 0, turn[3 * n + 2], turn[3 * n + 1]))
-
-                @T.inline
-                def release(which):
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(at("empty", which, BARRIER_BYTES))
-
-                @T.inline
-                def advance():
-                    stage = stage + 1
-                    if stage == KV_STAGES:
-                        stage = 0
-                        phase = phase ^ 1
-
-                @T.inline
                 def look(limit):
-                    # The next chunk that this warpgroup needs; chunks for others are handed back. While the output of a chunk
-                    # is still to be issued its stage is taken, so the search gives up before it would wait for that stage.
-                    found = 0
-                    skipped: T.int32 = 0
-                    searching: T.int32 = 1
-                    while searching == 1:
-                        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
-                        T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], at("info", stage, INFO_BYTES))
-                        if ((info[3] >> w) & 1) == 1:
-                            found = 1
-                            searching = 0
-                            left = left - 1
-                        else:
-                            if skipped == limit:
-                                searching = 0
-                            else:
-                                release(stage)
-                                advance()
-                                left = left - 1
-                                skipped = skipped + 1
-
-                @T.inline
-                def drain():
-                    # The rest of the tile's chunks concern other warpgroups only.
-                    while left > 0:
-                        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
-                        release(stage)
-                        advance()
-                        left = left - 1
+                    find_chunk(at, w, lane, stage, phase, KV_STAGES, left, found, info, limit)
 
                 @T.inline
                 def issue_product(out, rows_region, region):
@@ -1058,12 +913,17 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
 
                 @T.inline
                 def issue_output(out, left_operand, region, which):
-                    start: T.uint64 = T.uint64(desc_const(KV_QUERIES * ROW)) + T.Cast("uint64", at(region, which, KV_QUERIES * D * 2) >> T.uint32(4))
+                    start: T.uint64 = T.uint64(descriptor(KV_QUERIES * ROW)) + T.Cast("uint64", at(region, which, KV_QUERIES * D * 2) >> T.uint32(4))
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(KV_QUERIES // 16):
                         T.ptx[MMA_OUT](*[out[i] for i in range(D // 2)], *[left_operand[4 * kk + i] for i in range(4)],
                                        start + T.uint64(kk * (16 * ROW // 16)), T.bool(True), 1, 1, 1)
                     T.ptx.wgmma.commit_group.sync.aligned()
+
+                @T.inline
+                def release_tile():
+                    T.cuda.warp_sync()
+                    arrive_warp(lane, at("tile_empty", slab, BARRIER_BYTES))
 
                 @T.inline
                 def step(follows):
@@ -1073,7 +933,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                     issue_product(s_acc, "k", "q")
                     if follows:
                         T.ptx.wgmma.wait_group.sync.aligned(1)
-                        release(prev)
+                        arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
                     issue_product(p_acc, "v", "do")
                     for n in T.unroll(KV_QUERIES // 8):
                         T.ptx["ld.shared.v2.f32"](stat[2 * n], stat[2 * n + 1], at("stats", stage, KV_QUERIES * 8) + stats_lane + T.uint32(64 * n))
@@ -1100,19 +960,16 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                         T.ptx["ld.shared.v2.f32"](stat[2 * n], stat[2 * n + 1], at("stats", stage, KV_QUERIES * 8) + stats_lane + T.uint32(64 * n + 8))
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     hold(p_acc, KV_QUERIES // 2)
+                    if todo == 1:
+                        # K and V are read: the next tile's may load under what is left of this one.
+                        release_tile()
                     for n in T.unroll(KV_QUERIES // 8):
                         for j in T.unroll(2):
                             T.ptx[CVT](ds[2 * n + j], s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - stat[2 * n + 1]),
                                        s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - stat[2 * n]))
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     prev = stage
-                    advance()
-
-                @T.inline
-                def release_tile():
-                    T.cuda.warp_sync()
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_empty", slab, BARRIER_BYTES))
+                    advance(stage, phase, KV_STAGES)
 
                 while running == 1:
                     T.cuda.mbarrier_wait(at("tile_full", slab, BARRIER_BYTES), tile_phase)
@@ -1142,22 +999,19 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                 found = 0
                                 if todo > 0:
                                     look(KV_STAGES - 2)
-                            if todo == 0:
-                                # K and V are read: the next tile's may load under what is left of this one.
-                                release_tile()
                             issue_output(k_acc, ds, "q", prev)
                             T.ptx.wgmma.wait_group.sync.aligned(0)
                             hold(k_acc, D // 2)
                             hold(v_acc, D // 2)
-                            release(prev)
-                        drain()
+                            arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                        pass_rest(at, lane, stage, phase, KV_STAGES, left)
                         b: T.int32 = T.truncdiv(tinfo[3], HK)
                         for j in T.unroll(2):
                             out_row: T.int32 = tinfo[0] + my_row + 8 * j
                             v_at: T.uint64 = element(dv.data, (dv0s, dv1s, dv2s), b, tinfo[3] - b * HK, out_row, sector_col)
-                            store_rows(v_acc, j, T.float32(1), v_at, out_row < tinfo[2])
+                            store_rows(v_acc, D // 2, j, T.float32(1), v_at, out_row < tinfo[2], lane, turn, CVT)
                             k_at: T.uint64 = element(dk.data, (dk0s, dk1s, dk2s), b, tinfo[3] - b * HK, out_row, sector_col)
-                            store_rows(k_acc, j, scale, k_at, out_row < tinfo[2])
+                            store_rows(k_acc, D // 2, j, scale, k_at, out_row < tinfo[2], lane, turn, CVT)
                         slab = slab + 1
                         if slab == KV_BUFFERS:
                             slab = 0

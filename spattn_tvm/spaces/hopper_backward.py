@@ -1,6 +1,8 @@
-"""Decision space of the Hopper backward: tile shapes, pipeline depths and the tile order of its two passes.
+"""Decision space of the Hopper backward: its structure, tile shapes, pipeline depths and tile order.
 
-The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own.
+The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. ``one_pass`` takes the
+decisions of the dK/dV pass, and is legal only with the untuned values of those that say nothing there: no
+kernel is built twice.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
 # nothing where these left room, and serialized every wgmma (C7512) where they did not.
 DQ_OTHER_REGISTERS = 32
 DKV_OTHER_REGISTERS = 16
+# Rows of a chunk and buffers of K and V that the one pass is made for.
+ONE_PASS_QUERIES = 64
+ONE_PASS_BUFFERS = 1
 
 
 def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
@@ -40,6 +45,7 @@ def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
     return {
+        "one_pass": (0, 1),
         # One warpgroup starts with more registers than setmaxnreg would raise it to; three would get 160 each
         # and need 176.
         "dq_warpgroups": (2,),
@@ -72,6 +78,13 @@ def _dkv_bytes(decisions: Decisions, head_dim: int) -> int:
     return (2 * rows + 2 * ring) * head_dim * 2 + ring * 8 + 512
 
 
+def _one_pass_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the one pass: the dK/dV pass's, two buffers of dS, and a chunk's dQ in float32."""
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
+    queries = decisions["dkv_queries"]
+    return _dkv_bytes(decisions, head_dim) + 2 * rows * queries * 2 + queries * head_dim * 4
+
+
 def _dq_registers(decisions: Decisions, head_dim: int) -> int:
     """Registers of a dQ consumer: dQ, the fragments of Q and dO, scores, dP and dS."""
     keys = decisions["dq_keys"]
@@ -96,11 +109,30 @@ def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | 
     return None
 
 
+def _unused_by_one_pass(head_dim: int) -> dict[str, int]:
+    wide = head_dim == 128
+    return {
+        "dq_warpgroups": 2,
+        "dq_keys": 64,
+        "dq_stages": 4 if wide else 6,
+        "dq_heads": 8,
+        "dq_registers": 240,
+        "dq_producer_registers": 24,
+        "dkv_queries": ONE_PASS_QUERIES,
+        "dkv_buffers": ONE_PASS_BUFFERS,
+    }
+
+
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
     needs = {
         "dq": (_dq_bytes(decisions, head_dim), _dq_registers(decisions, head_dim)),
         "dkv": (_dkv_bytes(decisions, head_dim), _dkv_registers(decisions, head_dim)),
     }
+    if decisions["one_pass"]:
+        for name, value in _unused_by_one_pass(head_dim).items():
+            if decisions[name] != value:
+                return f"one_pass=1 has {name}={value}, not {decisions[name]}"
+        needs = {"dkv": (_one_pass_bytes(decisions, head_dim), needs["dkv"][1])}
     for name, (shared, registers) in needs.items():
         if shared > SHARED_LIMIT:
             return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
@@ -120,44 +152,51 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     each multiprocessor of a full chip gets.
     """
     useful = max(1, problem.layout.pairs(problem.length))
-    features = [math.log2(value) for _, value in sorted(decisions.items())]
+    one_pass = decisions["one_pass"]
+    features = [float(one_pass)]
+    features += [math.log2(value) for name, value in sorted(decisions.items()) if name != "one_pass"]
     for name, chunk in (("dq", "dq_keys"), ("dkv", "dkv_queries")):
         # By symmetry the queries of a key tile are counted like the keys of a query tile.
         executed = problem.layout.executed_pairs(problem.length, WARPGROUP_ROWS, decisions[chunk])
         rows = WARPGROUP_ROWS * decisions[f"{name}_warpgroups"]
         heads = problem.query_heads if name == "dq" else problem.kv_heads
         tiles = problem.batch * heads * math.ceil(problem.length / rows)
-        features.append(executed / useful)
+        # Products a block: three and four in two passes, five in one.
+        products = {"dq": 0, "dkv": 5}[name] if one_pass else {"dq": 3, "dkv": 4}[name]
+        features.append(products * executed / useful)
         features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
         features.append(math.log2(tiles / 132))
     features.append(_dq_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
-    features.append(_dkv_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
+    shared = _one_pass_bytes if one_pass else _dkv_bytes
+    features.append(shared(decisions, problem.head_dim) / SHARED_LIMIT)
     features.append(_dq_registers(decisions, problem.head_dim) / decisions["dq_registers"])
     features.append(_dkv_registers(decisions, problem.head_dim) / decisions["dkv_registers"])
     return features
 
 
 def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
-    """Chunks of 64 and the deepest rings that fit, with one buffer of K and V: two buffers and three stages
-    took 0.442 ms instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead
-    of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64 (H200, bfloat16, spattention).
+    """Two passes, chunks of 64 and the deepest rings that fit, with one buffer of K and V.
+
+    Measured on an H200 in bfloat16, spattention unless said otherwise, ms at (B, H, N, D). Two buffers and
+    three stages took 0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404
+    instead of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. One pass took 0.537 instead of 0.404
+    at the first, 1.167 instead of 1.076 at (1, 16, 16384, 128), 0.860 instead of 0.569 at (4, 32, 4096, 128),
+    0.368 instead of 0.261 at (4, 16, 4096, 64), and less only on the causal layout: 1.400 instead of 1.456 at
+    (1, 16, 8192, 128).
     """
-    wide = head_dim == 128
     return {
-        "dq_warpgroups": 2,
-        "dq_keys": 64,
-        "dq_stages": 4 if wide else 6,
-        "dq_heads": 8,
-        "dq_registers": 240,
-        "dq_producer_registers": 24,
+        "one_pass": 0,
+        **_unused_by_one_pass(head_dim),
         "dkv_warpgroups": 2,
-        "dkv_queries": 64,
-        "dkv_stages": 5 if wide else 8,
-        "dkv_buffers": 1,
+        "dkv_stages": 5 if head_dim == 128 else 8,
         "dkv_heads": 8,
         "dkv_registers": 240,
         "dkv_producer_registers": 24,
     }
+
+
+def _is_deterministic(decisions: Decisions) -> bool:
+    return not decisions["one_pass"]
 
 
 def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
@@ -175,4 +214,5 @@ BACKWARD = Space(
     untuned=_untuned,
     build=_build,
     unsupported=_unsupported,
+    is_deterministic=_is_deterministic,
 )

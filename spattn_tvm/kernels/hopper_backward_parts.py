@@ -1,0 +1,200 @@
+"""Parts of the Hopper backward kernels: shared memory, addresses, descriptors, rings of chunks and stores.
+
+The inline functions change the variables that they are given, as if their text stood where they are called.
+"""
+
+# fmt: off
+# mypy: ignore-errors
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tvm.script import tirx as T
+
+from spattn_tvm.kernels.hopper_backward import BARRIER_BYTES, INFO_BYTES
+
+# Lanes of a warp that arrive when it has read something: the first, after the others, or all 32.
+ARRIVALS = 1
+
+LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+LOAD_STATS = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+
+# Products of two packed pairs, added to a sum.
+_DOT_SOURCE = {
+    "bfloat16": """
+__device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, float sum) {
+  sum = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), sum);
+  return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), sum);
+}
+""",
+    "float16": """
+__device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, float sum) {
+  float2 x = __half22float2(*reinterpret_cast<__half2*>(&a));
+  float2 y = __half22float2(*reinterpret_cast<__half2*>(&b));
+  return fmaf(x.y, y.y, fmaf(x.x, y.x, sum));
+}
+""",
+}
+
+# A loop that never repeats, for exp2 is never negative; see `pin`.
+_PIN_SOURCE = """
+__device__ __forceinline__ void spattn_pin(float p) {
+  asm volatile("{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
+}
+"""
+
+_LOAD_SHARED_SOURCE = """
+__device__ __forceinline__ int spattn_load_shared(unsigned int at) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  return value;
+}
+"""
+
+_BALLOT_SOURCE = """
+__device__ __forceinline__ unsigned int spattn_ballot(int p) { return __ballot_sync(0xffffffffu, p); }
+"""
+
+
+def _hold_source(count: int) -> str:
+    operands = ", ".join(f'"+f"(r[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void spattn_hold{count}(float* r) {{
+  asm volatile("" : {operands} :: "memory");
+}}
+"""
+
+
+def descriptor(plane_bytes: int) -> int:
+    """Bits of a wgmma descriptor besides the address: 128-byte swizzle, 1024 bytes between groups of 8 rows."""
+    return (1 << 62) | (64 << 32) | ((plane_bytes >> 4) << 16)
+
+
+K_MAJOR = descriptor(16)
+
+
+def address(base: Any, offsets: Mapping[str, int], name: str, index: Any = None, pitch: int = 0) -> Any:
+    """Shared-memory address of element `index` (`pitch` bytes apart) of the region `name`."""
+    start = base + T.uint32(offsets[name])
+    return start if index is None else start + T.Cast("uint32", index) * T.uint32(pitch)
+
+
+def element(start: Any, strides: tuple[Any, Any, Any], b: Any, h: Any, row: Any, col: Any) -> Any:
+    """Global address of one element of a strided (B, H, N, D) tensor, in 64-bit arithmetic."""
+    offset = sum(T.Cast("int64", i) * s for i, s in zip((b, h, row), strides, strict=True)) + T.Cast("int64", col)
+    return T.reinterpret("uint64", start) + T.Cast("uint64", offset * 2)
+
+
+def load_shared(at: Any) -> Any:
+    """An int32 in shared memory."""
+    return T.cuda.func_call("spattn_load_shared", at, source_code=_LOAD_SHARED_SOURCE, return_type="int32")
+
+
+def ballot(condition: Any) -> Any:
+    """Bit i of the result says whether the condition holds in lane i."""
+    return T.cuda.func_call("spattn_ballot", T.Cast("int32", condition), source_code=_BALLOT_SOURCE, return_type="uint32")
+
+
+def dot2(a: Any, b: Any, total: Any, dtype: str) -> Any:
+    """`total` and the products of two pairs of `dtype`."""
+    return T.cuda.func_call("spattn_dot2", a, b, total, source_code=_DOT_SOURCE[dtype], return_type="float32")
+
+
+def pin(probability: Any) -> Any:
+    """A branch never taken: without it ptxas moves the wait for the next product above the exponentials it should hide."""
+    return T.cuda.func_call("spattn_pin", probability, source_code=_PIN_SOURCE)
+
+
+def hold(accumulator: Any, count: int) -> Any:
+    """Ties accumulator registers to this place: plain arithmetic on them must not move above the wait before it,
+    or ptxas sees an accumulator read in flight and serializes every wgmma of the kernel (C7514)."""
+    return T.cuda.func_call(f"spattn_hold{count}", accumulator.data, source_code=_hold_source(count))
+
+
+@T.inline
+def encode_rows(tmap, buffer, dtype, D, batch, heads, length, s0, s1, s2, rows):
+    # A stride that no index ever multiplies may be anything in torch; the encoder wants multiples of 16 bytes.
+    T.call_packed("runtime.cuTensorMapEncodeTiled", tmap, dtype, 5, buffer.data, 64, length, D // 64, heads, batch,
+                  T.if_then_else(length == 1, T.int64(2 * D), s2 * 2), 128,
+                  T.if_then_else(heads == 1, T.int64(2 * D), s1 * 2), T.if_then_else(batch == 1, T.int64(2 * D), s0 * 2),
+                  64, rows, D // 64, 1, 1, 1, 1, 1, 1, 1, 0, 3, 2, 0)
+
+
+@T.inline
+def encode_stats(tmap, buffer, heads, pairs, queries):
+    # Two queries are 16 bytes.
+    T.call_packed("runtime.cuTensorMapEncodeTiled", tmap, "float32", 2, buffer.data, pairs * 4, heads, pairs * 16,
+                  2 * queries, 1, 1, 1, 0, 0, 2, 0)
+
+
+@T.inline
+def init_barriers(first, count, arrivals):
+    for s in T.unroll(count):
+        T.ptx.mbarrier.init.shared.b64(first + T.uint32(s * BARRIER_BYTES), T.uint32(arrivals))
+
+
+@T.inline
+def arrive_warp(lane, barrier):
+    if ARRIVALS == 1:
+        if lane == 0:
+            T.ptx.mbarrier.arrive.shared.b64(barrier)
+    else:
+        T.ptx.mbarrier.arrive.shared.b64(barrier)
+
+
+@T.inline
+def advance(place, phase, places):
+    place = place + 1
+    if place == places:
+        place = 0
+        phase = phase ^ 1
+
+
+@T.inline
+def pass_chunk(at, lane, stage, phase, stages, left):
+    arrive_warp(lane, at("empty", stage, BARRIER_BYTES))
+    advance(stage, phase, stages)
+    left = left - 1
+
+
+@T.inline
+def find_chunk(at, w, lane, stage, phase, stages, left, found, info, limit):
+    # The next chunk that this warpgroup needs; chunks for others are handed back. While the output of a chunk
+    # is still to be issued its stage is taken, so the search gives up before it would wait for that stage.
+    found = 0
+    skipped: T.int32 = 0
+    searching: T.int32 = 1
+    while searching == 1:
+        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
+        T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], at("info", stage, INFO_BYTES))
+        if ((info[3] >> w) & 1) == 1:
+            found = 1
+            searching = 0
+            left = left - 1
+        else:
+            if skipped == limit:
+                searching = 0
+            else:
+                pass_chunk(at, lane, stage, phase, stages, left)
+                skipped = skipped + 1
+
+
+@T.inline
+def pass_rest(at, lane, stage, phase, stages, left):
+    # The rest of the tile's chunks concern other warpgroups only.
+    while left > 0:
+        T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
+        pass_chunk(at, lane, stage, phase, stages, left)
+
+
+@T.inline
+def store_rows(values, count, j, factor, row_at, wanted, lane, turn, convert):
+    # Neighbouring lanes swap halves of two 8-column blocks: a quad then writes whole 32-byte sectors.
+    for n in T.unroll(count // 8):
+        T.ptx[convert](turn[3 * n], values[8 * n + 2 * j + 1] * factor, values[8 * n + 2 * j] * factor)
+        T.ptx[convert](turn[3 * n + 1], values[8 * n + 4 + 2 * j + 1] * factor, values[8 * n + 4 + 2 * j] * factor)
+        turn[3 * n + 2] = T.tvm_warp_shuffle_xor(0xFFFFFFFF, T.if_then_else(lane % 2 == 0, turn[3 * n + 1], turn[3 * n]), 1, 32, 32)
+    if wanted:
+        for n in T.unroll(count // 8):
+            T.ptx["st.global.v2.u32"](row_at + T.uint64(32 * n), T.if_then_else(lane % 2 == 0, turn[3 * n], turn[3 * n + 2]), T.if_then_else(lane % 2 == 0, turn[3 * n + 2], turn[3 * n + 1]))
