@@ -40,6 +40,7 @@ from spattn_tvm.kernels.mma_tile import registers_most, shared_bytes_most
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
+SINGLE_ATOMICS = ("sm_80", "sm_86", "sm_89")  # chips whose atomic adds take one float at a time
 SMALL_THREADS = 256  # of the kernels that only move data
 
 
@@ -62,7 +63,6 @@ class Pass:
     chunk: int  # columns of a stage
     stages: int
     late: bool  # one buffer of the second column operand, filled between its last use and the next chunk
-    deferred: bool  # dQ of a chunk beside the next chunk's scores, in one pass
     hold: bool  # row operands in registers
     heads: int  # whose tiles are interleaved
     blocks: int  # a multiprocessor should hold
@@ -78,18 +78,13 @@ class Pass:
         return self.warps * self.rows
 
     @property
-    def columns(self) -> int:
-        """Head dimension as the products see it: whole steps of 16."""
-        return _align(self.head_dim, 16)
-
-    @property
     def pitch(self) -> int:
-        return self.columns * self.element + PAD
+        return self.head_dim * self.element + PAD
 
     @property
     def steps(self) -> int:
         """Products that a score takes along the head dimension, 32 bytes of both sides each."""
-        return self.columns * self.element // 32
+        return self.head_dim * self.element // 32
 
     @property
     def out_step(self) -> int:
@@ -103,7 +98,7 @@ class Pass:
     @property
     def out_columns(self) -> int:
         """Head dimension that a warp accumulates, in steps of 16; the last warp's may reach beyond the end."""
-        return _align(-(-self.columns // self.split), 16)
+        return _align(-(-self.head_dim // self.split), 16)
 
     @property
     def accumulators(self) -> int:
@@ -122,11 +117,6 @@ class Pass:
         return self.chunk * self.element + PAD
 
     @property
-    def exchange_buffers(self) -> int:
-        """Buffers for dS."""
-        return 2 if self.deferred else int(self.exchange or self.one_pass)
-
-    @property
     def dq_warps(self) -> tuple[int, int]:
         """How the warps share a chunk's dQ in one pass: along queries, along the head dimension."""
         best = (1, 1)
@@ -134,10 +124,10 @@ class Pass:
         for along in range(1, self.chunk // 16 + 1):
             if self.chunk % (16 * along):
                 continue
-            across = min(self.warps * self.split // along, self.columns // 16)
+            across = min(self.warps * self.split // along, self.head_dim // 16)
             if across == 0:
                 continue
-            columns = _align(-(-self.columns // across), 16)
+            columns = _align(-(-self.head_dim // across), 16)
             rows = self.chunk // along
             # The slowest warp's products, and what it loads for them.
             work = rows * columns + 4 * (rows + columns)
@@ -148,7 +138,7 @@ class Pass:
     @property
     def dq_keys(self) -> int:
         """Keys that dQ takes or leaves together."""
-        return 64 if self.tile % 64 == 0 else self.tile
+        return self.tile // 2 if self.tile % 128 == 0 else self.tile
 
     @property
     def dq_rows(self) -> int:
@@ -156,7 +146,7 @@ class Pass:
 
     @property
     def dq_columns(self) -> int:
-        return _align(-(-self.columns // self.dq_warps[1]), 16)
+        return _align(-(-self.head_dim // self.dq_warps[1]), 16)
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -166,9 +156,9 @@ class Pass:
         for name, stages in (("third", self.stages), ("fourth", self.late_stages)):
             at[name] = end
             end += stages * self.chunk * self.pitch
-        for name, buffers in (("p", int(self.exchange)), ("ds", self.exchange_buffers)):
+        for name, is_used in (("p", self.exchange), ("ds", self.exchange or self.one_pass)):
             at[name] = end
-            end += buffers * self.tile * self.exchange_pitch
+            end += self.tile * self.exchange_pitch if is_used else 0
         at["lse"] = end
         end += self.stages * self.chunk * 4 if self.keys else 0
         at["delta"] = end
@@ -180,7 +170,7 @@ class Pass:
     @property
     def shared_bytes(self) -> int:
         # Columns beyond the head dimension are read, never used, and must lie inside the allocation.
-        beyond = self.out_columns * self.split + self.dq_columns * self.dq_warps[1] - 2 * self.columns
+        beyond = self.out_columns * self.split + self.dq_columns * self.dq_warps[1] - 2 * self.head_dim
         return self.offsets["end"] + beyond * self.element
 
     @property
@@ -191,7 +181,7 @@ class Pass:
         packed = self.scores * self.element // 4
         fragments = (8 * self.row_blocks * self.steps if self.hold else 4 * self.row_blocks) + 8
         if self.element == 4:
-            fragments *= 2
+            fragments = 2 * fragments + 48  # high and low parts, and the own sums of products in flight
         dq = self.dq_rows * self.dq_columns // 32 if self.one_pass else 0
         return outputs + max(scores + packed, dq) + fragments + 26
 
@@ -200,40 +190,57 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
     """The dQ pass and the dK/dV pass that decisions name."""
     element = ELEMENT_BYTES[dtype]
     dq = Pass(
-        keys=False, head_dim=head_dim, element=element, warps=decisions["dq_warps"], split=1, exchange=False,
-        rows=decisions["dq_rows"], strip=decisions["dq_strip"], chunk=decisions["dq_chunk"],
-        stages=decisions["dq_stages"], late=False, deferred=False, hold=bool(decisions["dq_hold"]), heads=decisions["dq_heads"],
-        blocks=decisions["dq_blocks"], one_pass=False, vector=1,
-    )  # fmt: skip
+        keys=False,
+        head_dim=head_dim,
+        element=element,
+        warps=decisions["dq_warps"],
+        split=1,
+        exchange=False,
+        rows=decisions["dq_rows"],
+        strip=decisions["dq_strip"],
+        chunk=decisions["dq_strip"] * decisions["dq_strips"],
+        stages=decisions["dq_stages"],
+        late=False,
+        hold=bool(decisions["dq_hold"]),
+        heads=decisions["dq_heads"],
+        blocks=decisions["dq_blocks"],
+        one_pass=False,
+        vector=1,
+    )
+    exchange = decisions["dkv_strips"] == 0
     dkv = Pass(
-        keys=True, head_dim=head_dim, element=element, warps=decisions["dkv_warps"], split=decisions["dkv_split"],
-        exchange=bool(decisions["dkv_exchange"]),
-        rows=decisions["dkv_rows"], strip=decisions["dkv_strip"], chunk=decisions["dkv_chunk"],
-        stages=decisions["dkv_stages"], late=bool(decisions["dkv_late"]),
-        deferred=bool(decisions["dkv_deferred"]), hold=bool(decisions["dkv_hold"]), heads=decisions["dkv_heads"],
-        blocks=decisions["dkv_blocks"], one_pass=bool(decisions["one_pass"]), vector=decisions["atomic_floats"],
-    )  # fmt: skip
+        keys=True,
+        head_dim=head_dim,
+        element=element,
+        warps=decisions["dkv_warps"],
+        split=decisions["dkv_split"],
+        exchange=exchange,
+        rows=decisions["dkv_rows"],
+        strip=decisions["dkv_strip"],
+        chunk=decisions["dkv_strip"] * (decisions["dkv_split"] if exchange else decisions["dkv_strips"]),
+        stages=decisions["dkv_stages"],
+        late=bool(decisions["dkv_late"]) and exchange and decisions["dkv_stages"] == 2,
+        hold=bool(decisions["dkv_hold"]),
+        heads=decisions["dkv_heads"],
+        blocks=decisions["dkv_blocks"],
+        one_pass=bool(decisions["one_pass"]),
+        vector=decisions["atomic_floats"],
+    )
     return dq, dkv
 
 
 def _pass_conflict(part: Pass, arch: str) -> str | None:
-    if part.chunk % part.strip:
-        return f"strips of {part.strip} don't divide chunks of {part.chunk}"
     if part.exchange and part.split == 1:
-        return "a warp that shares its rows with none has nothing to exchange"
-    if part.exchange and part.chunk != part.strip * part.split:
-        return f"{part.split} warps that exchange strips of {part.strip} need chunks of {part.strip * part.split}"
-    if part.split * 16 > part.columns:
+        return "a warp that shares its rows with none has nothing to exchange (dkv_strips=0)"
+    if part.split * 16 > part.head_dim:
         return f"{part.split} warps for a head dim of {part.head_dim}"
-    if part.late and not (part.exchange and part.stages == 2):
-        return "a late load is for two stages and warps that exchange scores"
-    if part.deferred and not (part.one_pass and part.exchange and not part.late and part.stages > 1):
-        return "dQ can be deferred in one pass, where warps exchange scores, with more than one stage and no late load"
     if part.threads > 512:
         return f"{part.threads} threads"
     most = shared_bytes_most(arch, part.blocks)
     if part.shared_bytes > most:
-        return f"{part.shared_bytes} bytes of shared memory, {arch} has {most} for each of {part.blocks} blocks"
+        return (
+            f"{part.shared_bytes} bytes of shared memory, {arch} has {most} for each of {part.blocks} blocks"
+        )
     if part.registers > registers_most(part.threads, part.blocks):
         return f"about {part.registers} registers, a thread has {registers_most(part.threads, part.blocks)}"
     return None
@@ -241,7 +248,7 @@ def _pass_conflict(part: Pass, arch: str) -> str | None:
 
 def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
     """Why a chip can't run the kernel with these decisions, or would spill registers; None if it can."""
-    if decisions["atomic_floats"] > 1 and arch in ("sm_80", "sm_86", "sm_89"):
+    if decisions["one_pass"] and decisions["atomic_floats"] > 1 and arch in SINGLE_ATOMICS:
         return f"atomic_floats={decisions['atomic_floats']} needs sm_90, not {arch}"
     dq, dkv = passes(decisions, head_dim, dtype)
     if dq.hold and dtype == "float32":
@@ -283,7 +290,7 @@ __device__ __forceinline__ unsigned long long spattn_address(const void* pointer
 """
 
 
-def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
+def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> Any:
     """The backward of banded attention as one function ``backward`` that launches three kernels.
 
     Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, delta, [dq_sum,] scale, workers)``.
@@ -311,14 +318,19 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
     ----------
     decisions : mapping of str to int
         ``one_pass``; ``dq_`` and ``dkv_`` each: ``warps`` (along the tile's rows), ``rows`` (of a warp, 16 or 32),
-        ``strip`` (columns that a warp computes at once), ``chunk`` (columns of a stage), ``stages`` (of the ring, 1:
-        loads wait for the products), ``heads`` (whose tiles are interleaved), ``blocks`` (that a multiprocessor
-        should hold, which limits registers); ``dq_hold`` (Q and dO of a tile in registers); ``dkv_split`` (warps
-        that share rows); ``atomic_floats`` (of one atomic add; more than 1 from sm_90 on).
+        ``strip`` (columns that a warp computes at once), ``strips`` (in a chunk, the columns of a stage; ``dkv_strips``
+        = 0: one for each of the warps that share rows, which exchange P and dS), ``stages`` (of the ring, 1: loads wait
+        for the products), ``hold`` (the tile's rows as operands in registers), ``heads`` (whose tiles are interleaved),
+        ``blocks`` (that a multiprocessor should hold, which limits registers); ``dkv_split`` (warps that share rows);
+        ``dkv_late`` (with two stages and an exchange: one buffer for dO, filled again after its last use);
+        ``atomic_floats`` (of one atomic add, with ``one_pass``; more than 1 from sm_90 on).
     head_dim : int
-        D: a multiple of 8.
+        D: a multiple of 16 up to 256.
     dtype : str
         ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    arch : str
+        ``"sm_80"`` and so on: what a block may have of shared memory and registers, and whether atomic adds of
+        several floats exist.
 
     Returns
     -------
@@ -328,12 +340,16 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
     Raises
     ------
     ValueError
-        For another head dim or dtype.
+        For another head dim or dtype, and where the decisions don't suit the chip.
     """
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
     if dtype not in ELEMENT_BYTES:
         raise ValueError(f"dtype must be one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}")
+
+    reason = conflict(decisions, head_dim, dtype, arch)
+    if reason is not None:
+        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
 
     import tvm
     from tvm.script import tirx as T
@@ -369,6 +385,16 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
 
     def u32(value: Any) -> Any:
         return T.Cast("uint32", value)
+
+    def reaches(c: Pass, info: Any, first_row: Any, last_row: Any, end: Any, col: Any, count: int) -> Any:
+        """Whether some pair of a warp's rows and `count` columns from `col` on lies in the chunk's band."""
+        if c.keys:
+            inside = T.And(
+                col <= T.min(last_row + info[2], end - 1), col + (count - 1) >= first_row + info[1]
+            )
+        else:
+            inside = T.And(col <= last_row - info[1], col + (count - 1) >= first_row - info[2])
+        return T.And(inside, first_row <= last_row)
 
     # fmt: off
     @T.prim_func
@@ -412,34 +438,34 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
         with T.attr({"tirx.device_entry": True}):
             bx = T.cta_id([(B * HQ * N + (SMALL_ROWS - 1)) // SMALL_ROWS])
             tx = T.thread_id([SMALL_THREADS])
-            row: T.int32 = bx * SMALL_ROWS + tx // LANES
+            # What is beyond the last row does that row again: shuffles need all lanes.
+            row: T.int32 = T.min(bx * SMALL_ROWS + tx // LANES, B * HQ * N - 1)
             lane: T.int32 = tx % LANES
-            if row < B * HQ * N:
-                bh: T.int32 = T.truncdiv(row, N)
-                i: T.int32 = row - bh * N
-                b: T.int32 = T.truncdiv(bh, HQ)
-                h: T.int32 = bh - b * HQ
-                o_at: T.uint64 = element(o.data, (o0s, o1s, o2s), b, h, i, E)
-                g_at: T.uint64 = element(do.data, (g0s, g1s, g2s), b, h, i, E)
-                total = T.alloc_local((1,), "float32")
-                x = T.alloc_local((4,), "uint32")
-                y = T.alloc_local((4,), "uint32")
-                total[0] = T.float32(0)
-                for step in T.unroll((UNITS + LANES - 1) // LANES):
-                    if lane + step * LANES < UNITS:
-                        T.ptx["ld.global.nc.v4.u32"](x[0], x[1], x[2], x[3], o_at + T.Cast("uint64", (lane + step * LANES) * 16))
-                        T.ptx["ld.global.nc.v4.u32"](y[0], y[1], y[2], y[3], g_at + T.Cast("uint64", (lane + step * LANES) * 16))
-                        for w in T.unroll(4):
-                            total[0] = T.cuda.func_call("spattn_dot", x[w], y[w], total[0], source_code=_DOT_SOURCE[dtype], return_type="float32")
-                        if ONE_PASS:
-                            for w in T.unroll(4 // E):
-                                T.ptx["st.global.v4.f32"](address(dq_sum.data) + T.Cast("uint64", row) * T.uint64(4 * D) + T.Cast("uint64", (lane + step * LANES) * (64 // E) + 16 * w),
-                                                          T.float32(0), T.float32(0), T.float32(0), T.float32(0))
-                for half in T.unroll((LANES - 1).bit_length()):
-                    total[0] = total[0] + T.tvm_warp_shuffle_xor(ALL, total[0], 1 << half, 32, 32)
-                if lane == 0:
-                    # What a query without keys is given as dlse must not matter.
-                    delta[b, h, i] = T.if_then_else(lse[b, h, i] > -T.float32(INF), total[0] - dlse[b, h, i], T.float32(0))
+            bh: T.int32 = T.truncdiv(row, N)
+            i: T.int32 = row - bh * N
+            b: T.int32 = T.truncdiv(bh, HQ)
+            h: T.int32 = bh - b * HQ
+            o_at: T.uint64 = element(o.data, (o0s, o1s, o2s), b, h, i, E)
+            g_at: T.uint64 = element(do.data, (g0s, g1s, g2s), b, h, i, E)
+            total = T.alloc_local((1,), "float32")
+            x = T.alloc_local((4,), "uint32")
+            y = T.alloc_local((4,), "uint32")
+            total[0] = T.float32(0)
+            for step in T.unroll((UNITS + LANES - 1) // LANES):
+                if lane + step * LANES < UNITS:
+                    T.ptx["ld.global.nc.v4.u32"](x[0], x[1], x[2], x[3], o_at + T.Cast("uint64", (lane + step * LANES) * 16))
+                    T.ptx["ld.global.nc.v4.u32"](y[0], y[1], y[2], y[3], g_at + T.Cast("uint64", (lane + step * LANES) * 16))
+                    for w in T.unroll(4):
+                        total[0] = T.cuda.func_call("spattn_dot", x[w], y[w], total[0], source_code=_DOT_SOURCE[dtype], return_type="float32")
+                    if ONE_PASS:
+                        for w in T.unroll(4 // E):
+                            T.ptx["st.global.v4.f32"](address(dq_sum.data) + T.Cast("uint64", row) * T.uint64(4 * D) + T.Cast("uint64", (lane + step * LANES) * (64 // E) + 16 * w),
+                                                      T.float32(0), T.float32(0), T.float32(0), T.float32(0))
+            for half in T.unroll((LANES - 1).bit_length()):
+                total[0] = total[0] + T.tvm_warp_shuffle_xor(ALL, total[0], 1 << half, 32, 32)
+            if lane == 0:
+                # What a query without keys is given as dlse must not matter.
+                delta[b, h, i] = T.if_then_else(lse[b, h, i] > -T.float32(INF), total[0] - dlse[b, h, i], T.float32(0))
 
         @T.inline
         def run_pass(c):
@@ -482,7 +508,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
             @T.inline
             def load_rows(to, source, stride, first, count):
                 # Rows outside of the document become zeros.
-                units = T.meta_var(c.columns * E // 16)
+                units = T.meta_var(D * E // 16)
                 if c.threads % units == 0:
                     unit: T.int32 = tx % units
                     start: T.uint64 = source + T.Cast("uint64", T.Cast("int64", first + tx // units) * stride * E) + T.Cast("uint64", unit * 16)
@@ -491,8 +517,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                     for i in T.unroll((count * units + c.threads - 1) // c.threads):
                         row: T.int32 = first + tx // units + i * (c.threads // units)
                         wanted: T.bool = T.And(row >= begin, row < end)
-                        if D != c.columns:
-                            wanted = T.And(wanted, unit < UNITS)
                         if count * units % c.threads != 0:
                             if tx // units + i * (c.threads // units) < count:
                                 T.ptx["cp.async.cg.shared.global"](target + T.uint32(i * (c.threads // units) * c.pitch), start + T.Cast("uint64", i * pace), 16, T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
@@ -504,8 +528,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                         if place < count * units:
                             row: T.int32 = first + place // units
                             wanted: T.bool = T.And(row >= begin, row < end)
-                            if D != c.columns:
-                                wanted = T.And(wanted, place % units < UNITS)
                             T.ptx["cp.async.cg.shared.global"](to + u32(place // units * c.pitch + place % units * 16),
                                                                source + T.Cast("uint64", T.Cast("int64", row) * stride * E) + T.Cast("uint64", place % units * 16), 16,
                                                                T.if_then_else(wanted, T.uint32(16), T.uint32(0)))
@@ -583,9 +605,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             put = 0
 
                 @T.inline
-                def produce_late():
-                    # dO of the chunk that was produced last.
-                    if made > done + 1:
+                def produce_late(chunk):
+                    # dO of a chunk, if it was the last one produced.
+                    if made > chunk:
                         load_rows(base + T.uint32(c.offsets["fourth"]), element(do.data, (g0s, g1s, g2s), b, h * group + segment // 2, 0, E), g2s, place - c.chunk, c.chunk)
 
                 # Lane offsets of the fragments, see the module's docstring.
@@ -769,9 +791,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                     p[x] = s[x] * (p[x] - stat[2 * c.row_blocks + 2 * m + e // 2])
 
                 @T.inline
-                def publish(words, name, col, buffer):
+                def publish(words, name, col):
                     # This warp's P^T or dS^T into an exchange buffer, rows as in the tile.
-                    at: T.uint32 = base + T.uint32(c.offsets[name]) + u32(buffer * (c.tile * c.exchange_pitch)) + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
+                    at: T.uint32 = base + T.uint32(c.offsets[name]) + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
                     for m in T.unroll(c.row_blocks):
                         for half in T.unroll(2):
                             for n in T.unroll(c.strip // 8):
@@ -781,7 +803,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                     T.ptx["st.shared.v2.u32"](at + T.uint32((16 * m + 8 * half) * c.exchange_pitch + 8 * n * E), words[(m * (c.strip // 8) + n) * 4 + 2 * half], words[(m * (c.strip // 8) + n) * 4 + 2 * half + 1])
 
                 @T.inline
-                def add_dq(first_col, lo, hi, which, buffer):
+                def add_dq():
                     # dQ += dS K of one chunk, summed over this tile's keys here and over tiles in dq_sum.
                     along: T.int32 = warp // c.dq_warps[1]
                     beside: T.int32 = warp % c.dq_warps[1]
@@ -791,11 +813,11 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             dqs[i] = T.float32(0)
                         left = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
                         left_low = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
-                        ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + u32(buffer * (c.tile * c.exchange_pitch)) + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
+                        ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
                         keys_at: T.uint32 = base + T.uint32(c.offsets["first"]) + t_lane + u32(beside * (c.dq_columns * E))
                         for part in T.unroll(c.tile // c.dq_keys):
                             # At a band's edges half of a tile has no key of these queries.
-                            if T.And(first_col + (c.chunk - 1) - lo >= row0 + part * c.dq_keys, first_col - hi <= row0 + (part * c.dq_keys + c.dq_keys - 1)):
+                            if T.And(info[0] + (c.chunk - 1) - info[1] >= row0 + part * c.dq_keys, info[0] - info[2] <= row0 + (part * c.dq_keys + c.dq_keys - 1)):
                                 for step in T.unroll(c.dq_keys // c.out_step):
                                     kk: T.let = part * (c.dq_keys // c.out_step) + step
                                     for m in T.unroll(c.dq_rows // 16):
@@ -810,8 +832,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                         for m in T.unroll(c.dq_rows // 16):
                                             for side in T.unroll(2):
                                                 multiply(dqs, (m * (c.dq_columns // 8) + 2 * n + side) * 4, left, left_low, 4 * m, bf, bl, 2 * side, False)
-                        query: T.int32 = first_col + along * c.dq_rows + quad
-                        dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + which // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", (beside * c.dq_columns + lane % 4 * 2) * 4))
+                        query: T.int32 = info[0] + along * c.dq_rows + quad
+                        dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + info[3] // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", (beside * c.dq_columns + lane % 4 * 2) * 4))
                         if c.vector == 4:
                             # Neighbouring lanes swap halves of two 8-column blocks, as in `store`.
                             other = T.alloc_local((2,), "float32")
@@ -855,9 +877,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                 for i in T.unroll(c.stages - 1):
                     produce()
                     if c.late:
-                        done = -1
-                        produce_late()
-                        done = 0
+                        produce_late(0)
                     T.ptx.cp.async_.commit_group()
 
                 # Statistics of the tile's rows.
@@ -869,8 +889,10 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                             stat[m] = lse[b, h, my_row + 8 * m] * T.float32(LOG2E)
                             stat[2 * c.row_blocks + m] = delta[b, h, my_row + 8 * m]
 
+                slab: T.uint32 = t_lane + u32(across * (c.out_columns * E))
+                e_lane: T.uint32 = u32((strip_row + lane % 16) * c.exchange_pitch + lane // 16 * 16 if HALF else (strip_row + quad) * c.exchange_pitch + lane % 4 * 8)
+
                 going: T.int32 = 1
-                before = T.alloc_local((4,), "int32")
                 while going == 1:
                     if c.stages == 1:
                         produce()
@@ -888,9 +910,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                                 for kk in T.unroll(c.steps):
                                     T.ptx[LDMATRIX](*[held[(m * c.steps + kk) * 4 + e] for e in range(4)], first_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
                                     T.ptx[LDMATRIX](*[held[4 * c.row_blocks * c.steps + (m * c.steps + kk) * 4 + e] for e in range(4)], second_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
-                    if c.deferred:
-                        if done > 0:
-                            add_dq(before[0], before[1], before[2], before[3], (done - 1) % 2)
                     if done >= made:
                         going = 0
                     else:
@@ -898,67 +917,53 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) 
                         third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(take * (c.chunk * c.pitch))
                         fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(take * (c.chunk * c.pitch) if not c.late else 0)
                         stats: T.uint32 = base + u32(take * (c.chunk * 4) + lane % 4 * 8)
-                        slab: T.uint32 = t_lane + u32(across * (c.out_columns * E))
-                        if not c.exchange:
-                            at: T.int32 = 0
-                            while at < c.chunk:
-                                first_col: T.int32 = info[0] + at
-                                wanted: T.bool = T.And(T.And(first_col <= T.min(last_row + info[2], end - 1), first_col + (c.strip - 1) >= first_row + info[1]), first_row <= last_row) if c.keys else T.And(T.And(first_col <= last_row - info[1], first_col + (c.strip - 1) >= first_row - info[2]), first_row <= last_row)
-                                if wanted:
-                                    strip(third + u32(at * c.pitch), fourth + u32(at * c.pitch), stats + u32(at * 4), first_col)
-                                    if c.keys:
-                                        pack(pw, s)
-                                        output_product(out2, pw, base, fourth + u32(at * c.pitch) + slab, c.strip)
-                                    pack(dw, p)
-                                    if c.one_pass:
-                                        publish(dw, "ds", at, 0)
-                                    output_product(out1, dw, base, third + u32(at * c.pitch) + slab, c.strip)
-                                else:
-                                    if c.one_pass:
-                                        for x in T.unroll(c.scores * E // 4):
-                                            dw[x] = T.uint32(0)
-                                        publish(dw, "ds", at, 0)
-                                at = at + c.strip
-                            if c.one_pass:
-                                T.cuda.cta_sync()
-                        else:
-                            first_col: T.int32 = info[0] + across * c.strip
-                            buffer: T.int32 = done % 2 if c.deferred else 0
-                            wanted: T.bool = T.And(T.And(first_col <= T.min(last_row + info[2], end - 1), first_col + (c.strip - 1) >= first_row + info[1]), first_row <= last_row)
-                            if wanted:
-                                strip(third + u32(across * (c.strip * c.pitch)), fourth + u32(across * (c.strip * c.pitch)), stats + u32(across * (c.strip * 4)), first_col)
+                        if c.exchange:
+                            if reaches(c, info, first_row, last_row, end, info[0] + across * c.strip, c.strip):
+                                strip(third + u32(across * (c.strip * c.pitch)), fourth + u32(across * (c.strip * c.pitch)), stats + u32(across * (c.strip * 4)), info[0] + across * c.strip)
                                 pack(pw, s)
                                 pack(dw, p)
                             else:
                                 for x in T.unroll(c.scores * E // 4):
                                     pw[x] = T.uint32(0)
                                     dw[x] = T.uint32(0)
-                            publish(pw, "p", across * c.strip, 0)
-                            publish(dw, "ds", across * c.strip, buffer)
-                            if c.deferred:
-                                # Only the warps that share rows wait for each other.
-                                T.ptx.bar.sync(u32(1 + warp // c.split), T.uint32(32 * c.split))
-                            else:
-                                T.cuda.cta_sync()
-                            some: T.bool = T.And(T.And(info[0] <= T.min(last_row + info[2], end - 1), info[0] + (c.chunk - 1) >= first_row + info[1]), first_row <= last_row)
-                            e_lane: T.uint32 = u32((strip_row + lane % 16) * c.exchange_pitch + lane // 16 * 16 if HALF else (strip_row + quad) * c.exchange_pitch + lane % 4 * 8)
+                            publish(pw, "p", across * c.strip)
+                            publish(dw, "ds", across * c.strip)
+                            T.cuda.cta_sync()
+                            some: T.bool = reaches(c, info, first_row, last_row, end, info[0], c.chunk)
                             if some:
                                 output_product(out2, pw, base + T.uint32(c.offsets["p"]) + e_lane, fourth + slab, c.chunk)
                             if c.late:
                                 T.cuda.cta_sync()
-                                produce_late()
+                                produce_late(done + 1)
                                 T.ptx.cp.async_.commit_group()
                             if some:
-                                output_product(out1, dw, base + T.uint32(c.offsets["ds"]) + u32(buffer * (c.tile * c.exchange_pitch)) + e_lane, third + slab, c.chunk)
-                        if c.one_pass and not c.deferred:
-                            add_dq(info[0], info[1], info[2], info[3], 0)
+                                output_product(out1, dw, base + T.uint32(c.offsets["ds"]) + e_lane, third + slab, c.chunk)
+                        else:
+                            at: T.int32 = 0
+                            while at < c.chunk:
+                                if reaches(c, info, first_row, last_row, end, info[0] + at, c.strip):
+                                    strip(third + u32(at * c.pitch), fourth + u32(at * c.pitch), stats + u32(at * 4), info[0] + at)
+                                    if c.keys:
+                                        pack(pw, s)
+                                        output_product(out2, pw, base, fourth + u32(at * c.pitch) + slab, c.strip)
+                                    pack(dw, p)
+                                    if c.one_pass:
+                                        publish(dw, "ds", at)
+                                    output_product(out1, dw, base, third + u32(at * c.pitch) + slab, c.strip)
+                                else:
+                                    if c.one_pass:
+                                        for x in T.unroll(c.scores * E // 4):
+                                            dw[x] = T.uint32(0)
+                                        publish(dw, "ds", at)
+                                at = at + c.strip
+                            if c.one_pass:
+                                T.cuda.cta_sync()
+                        if c.one_pass:
+                            add_dq()
                         take = take + 1
                         if take == c.stages:
                             take = 0
                         done = done + 1
-                        if c.deferred:
-                            for i in T.unroll(4):
-                                before[i] = info[i]
                         if c.stages == 1:
                             T.cuda.cta_sync()
 

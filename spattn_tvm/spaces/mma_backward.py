@@ -1,18 +1,17 @@
-"""Decision space of the portable tensor-core backward: its structure, and the shapes and order of its passes.
+"""Decision space of the portable tensor-core backward: its structure, its passes' shapes and their order.
 
-The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. With ``one_pass`` there is no dQ
-pass, and the ``dq_`` decisions say nothing; they stay, so that every point of the space has the same decisions.
+The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. With ``one_pass`` there is
+no dQ pass, and the ``dq_`` decisions say nothing; they stay, so that every point of the space has the same
+decisions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.kernels import mma_backward as kernel
-from spattn_tvm.kernels import mma_tile
 from spattn_tvm.spaces import Decisions, Space
 
 if TYPE_CHECKING:
@@ -35,26 +34,31 @@ def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
-    columns, rows, stages = (16, 32, 64), (16, 32), (1, 2, 3)
-    heads, blocks = (1, 4, 8, 16, 64), (1, 2, 3, 4)
+    wide = head_dim * kernel.ELEMENT_BYTES[dtype] > 256
+    strips = (16, 32) if wide else (16, 32, 64)
+    warps = (1, 2, 4) if wide else (2, 4, 8)
+    rows, stages, heads = (16, 32), (1, 2, 3), (1, 4, 8, 16, 64)
+    holds = (0,) if dtype == "float32" else (0, 1)
+    blocks = (1, 2) if wide else (1, 2, 3, 4)
     return {
         "one_pass": (0, 1),
-        "atomic_floats": (1, 2),
-        "dq_warps": (1, 2, 4, 8),
+        "atomic_floats": (1, 2, 4),
+        "dq_warps": warps,
         "dq_rows": rows,
-        "dq_strip": columns,
-        "dq_chunk": (16, 32, 64, 128),
+        "dq_strip": strips,
+        "dq_strips": (1, 2, 4),
         "dq_stages": stages,
-        "dq_hold": (0, 1) if dtype != "float32" else (0,),
+        "dq_hold": holds,
         "dq_heads": heads,
         "dq_blocks": blocks,
-        "dkv_warps": (1, 2, 4, 8),
+        "dkv_warps": warps,
         "dkv_split": (1, 2, 4),
-        "dkv_exchange": (0, 1),
         "dkv_rows": rows,
-        "dkv_strip": columns,
-        "dkv_chunk": (16, 32, 64, 128),
+        "dkv_strip": strips,
+        "dkv_strips": (0, 1, 2, 4),
         "dkv_stages": stages,
+        "dkv_late": (0, 1),
+        "dkv_hold": holds,
         "dkv_heads": heads,
         "dkv_blocks": blocks,
     }
@@ -65,8 +69,8 @@ def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTar
 
 
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
-    """Sizes on a logarithmic scale; of each pass the work executed against useful work, bytes read from shared memory
-    for a product, shared memory, registers, and the tiles that each multiprocessor gets.
+    """Sizes on a logarithmic scale; of each pass the work executed against useful work, what a product loads
+    from shared memory, shared memory, registers, and the tiles that each multiprocessor gets.
     """
     layout, length = problem.layout, problem.length
     useful = max(1, layout.pairs(length))
@@ -83,53 +87,68 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     return features
 
 
-def _candidates(head_dim: int, dtype: str, one_pass: int) -> Iterator[dict[str, int]]:
-    """Decisions in order of preference; what a chip has no room for is passed over."""
-    newest = (2, 1)
-    for atomic_floats, stages, rows in product(newest, (2, 1), (32, 16)):
-        for warps, split, exchange, chunk in (
-            (4, 1, 0, 64),
-            (4, 2, 1, 64),
-            (4, 2, 1, 32),
-            (2, 2, 1, 32),
-            (4, 1, 0, 32),
-            (2, 2, 0, 16),
-            (2, 4, 0, 16),
-            (1, 4, 0, 16),
-        ):
-            strip = chunk // split if exchange else min(chunk, 32)
-            for hold, dq_chunk, dq_warps, blocks in product((1, 0), (64, 32, 16), (4, 2), (2, 1)):
-                yield {
-                    "one_pass": one_pass,
-                    "atomic_floats": atomic_floats,
-                    "dq_warps": dq_warps,
-                    "dq_rows": 16,
-                    "dq_strip": min(dq_chunk, 32),
-                    "dq_chunk": dq_chunk,
-                    "dq_stages": stages,
-                    "dq_hold": hold if dtype != "float32" else 0,
-                    "dq_heads": 8,
-                    "dq_blocks": blocks,
-                    "dkv_warps": warps,
-                    "dkv_split": split,
-                    "dkv_exchange": exchange,
-                    "dkv_rows": rows,
-                    "dkv_strip": strip,
-                    "dkv_chunk": chunk,
-                    "dkv_stages": stages,
-                    "dkv_heads": 8,
-                    "dkv_blocks": blocks,
-                }
+# In order of preference; the first that a chip has room for is the default. Measured where a comment says so,
+# on an H200 in bfloat16 at (B, H, N, D), the rest chosen by what they have in common with those.
+_DQ = ("warps", "rows", "strip", "strips", "stages", "hold", "blocks")
+_DQ_PREFERRED = (
+    (4, 32, 32, 2, 2, 1, 2),  # head dim 64: 0.17 ms of the 0.40 at (4, 16, 4096, 64)
+    (4, 32, 32, 1, 2, 0, 2),  # head dim 128: 0.30 ms at (4, 16, 4096, 128), 16 rows in registers 0.33
+    (4, 16, 32, 2, 2, 1, 2),
+    (4, 16, 32, 1, 2, 1, 2),
+    (4, 16, 32, 1, 2, 1, 1),
+    (4, 16, 32, 1, 2, 0, 1),
+    (4, 16, 16, 1, 2, 0, 1),
+    (4, 16, 16, 1, 1, 0, 1),
+    (2, 16, 16, 1, 1, 0, 1),
+    (1, 16, 16, 1, 1, 0, 1),
+)
+_DKV = ("warps", "rows", "split", "strip", "strips", "stages", "late", "blocks")
+_DKV_UNSPLIT = ((4, 32, 1, 32, 2, 2, 0, 2),)  # head dim 64: 0.37 ms at (4, 16, 4096, 64), 16 rows 0.43
+# Head dim 128, ms at (4, 16, 4096, 128) and (1, 16, 16384, 128): in one pass 0.737 and 1.97, with the choice
+# for two passes 0.745 and 2.09, with 16 rows 0.83 and 2.42.
+_DKV_ONE_PASS = ((4, 32, 2, 32, 0, 2, 0, 1),)
+# Head dim 128, in two passes: 0.752 and 2.12; with 16 rows and K and V in registers 0.765 and 2.21, with the
+# choice above 0.93 and 2.56.
+_DKV_TWO_PASSES = ((2, 32, 2, 32, 0, 2, 1, 2),)
+_DKV_SMALL = (
+    (4, 32, 2, 32, 0, 2, 1, 1),
+    (4, 32, 2, 16, 0, 2, 0, 1),
+    (2, 32, 2, 32, 0, 1, 0, 1),
+    (2, 32, 4, 16, 0, 2, 0, 1),
+    (2, 32, 4, 16, 0, 2, 1, 1),
+    (4, 16, 2, 16, 0, 2, 0, 1),
+    (2, 32, 4, 16, 0, 1, 0, 1),
+    (4, 16, 2, 16, 0, 1, 0, 1),
+    (2, 16, 2, 16, 0, 2, 0, 1),
+    (2, 16, 2, 16, 0, 1, 0, 1),
+    (2, 16, 2, 16, 1, 1, 0, 1),
+    (1, 16, 2, 16, 0, 1, 0, 1),
+    (1, 16, 4, 16, 1, 1, 0, 1),
+)
 
 
-def _untuned(
-    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False
-) -> dict[str, int]:
-    one_pass = 0 if deterministic else 1
-    for decisions in _candidates(head_dim, dtype, one_pass):
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
+    """One pass where atomic adds of four floats exist: at (4, 16, 4096, 128) on an H200 adds of two floats
+    took 0.03 to 0.08 ms more than of four, and single ones 0.43 ms, which is more than a dQ pass.
+    """
+    vectors = target.arch not in kernel.SINGLE_ATOMICS
+    one_pass = int(vectors and not deterministic)
+    shared = {
+        "one_pass": one_pass,
+        "atomic_floats": 4 if vectors else 1,
+        "dq_heads": 8,
+        "dkv_heads": 8,
+        "dkv_hold": 0,
+    }
+    structure = _DKV_ONE_PASS if one_pass else _DKV_TWO_PASSES
+    holds = [dq for dq in _DQ_PREFERRED if dtype != "float32" or not dq[_DQ.index("hold")]]
+    for dq, dkv in product(holds, _DKV_UNSPLIT + structure + _DKV_SMALL):
+        decisions = dict(shared)
+        decisions.update({f"dq_{name}": value for name, value in zip(_DQ, dq, strict=True)})
+        decisions.update({f"dkv_{name}": value for name, value in zip(_DKV, dkv, strict=True)})
         if _illegal(decisions, head_dim, dtype, target) is None:
             return decisions
-    raise ValueError(f"no decisions fit {target.arch} at head dim {head_dim} and {dtype}")
+    raise ValueError(f"no default fits {target.arch} at head dim {head_dim} and {dtype}")
 
 
 def _is_deterministic(decisions: Decisions) -> bool:
@@ -137,7 +156,7 @@ def _is_deterministic(decisions: Decisions) -> bool:
 
 
 def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
-    return kernel.build_mma_backward(decisions, head_dim, dtype)
+    return kernel.build_mma_backward(decisions, head_dim, dtype, target.arch)
 
 
 BACKWARD = Space(

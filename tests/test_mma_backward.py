@@ -1,0 +1,230 @@
+"""The portable tensor-core backward: its space, its machine code and, on a GPU, both structures' results."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweep import DTYPES, SweepProblem, check_problem
+from test_mma_forward import machine_code
+
+from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm.compiler import compile_kernel, compile_obstacle
+from spattn_tvm.kernels.mma_backward import Pass, build_mma_backward, passes
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.spaces import find_space
+from spattn_tvm.target import MachineTarget, parse_target
+
+SPACE = find_space("mma", "backward")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+H200 = parse_target("nvidia/h200")
+
+
+def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
+    return {name: draw.choice(values) for name, values in SPACE.choices(head_dim, dtype).items()}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_untuned_decisions_are_legal_for_every_head_dim(
+    dtype: str, arch: str, deterministic: bool
+) -> None:
+    target = MachineTarget("cuda", arch)
+    for head_dim in range(32, 257, 16):
+        decisions = SPACE.untuned(head_dim, dtype, target, deterministic=deterministic)
+        assert SPACE.rejection(decisions, head_dim, dtype, target) is None
+        assert SPACE.is_deterministic(decisions) == (decisions["one_pass"] == 0)
+        assert SPACE.is_deterministic(decisions) or not deterministic
+        # Atomic adds of one float cost more than a pass for dQ.
+        assert decisions["one_pass"] == int(not deterministic and arch.endswith("a"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_legal_decisions_share_the_memory_and_registers_that_a_chip_has(dtype: str, arch: str) -> None:
+    # From the data sheets, apart from the table under test: all of a multiprocessor's blocks together.
+    kibibytes = {"sm_80": 164, "sm_86": 100, "sm_90a": 228}[arch]
+    draw = random.Random(arch + dtype)
+    legal = Counter[int]()
+    for _ in range(10000):
+        head_dim = draw.choice(HEAD_DIMS)
+        decisions = draw_decisions(draw, head_dim, dtype)
+        if SPACE.illegal(decisions, head_dim, dtype, MachineTarget("cuda", arch)) is not None:
+            continue
+        legal[decisions["one_pass"]] += 1
+        for part in passes(decisions, head_dim, dtype)[decisions["one_pass"] :]:
+            assert part.blocks * (part.shared_bytes + 1024) <= 1024 * kibibytes
+            assert part.blocks * part.threads * part.registers <= 65536
+            assert part.chunk % part.strip == 0
+    assert min(legal[0], legal[1]) > 20
+
+
+def largest_offset(part: Pass) -> int:
+    """End of what a pass keeps in shared memory, counted apart from its own offsets."""
+    row = part.head_dim * part.element + 16
+    tile, ring = 2 * part.tile * row, (part.stages + part.late_stages) * part.chunk * row
+    exchanged = int(part.exchange) + int(part.exchange or part.one_pass)
+    exchange = exchanged * part.tile * (part.chunk * part.element + 16)
+    statistics = 8 * part.stages * part.chunk if part.keys else 0
+    return tile + ring + exchange + statistics + 16 * part.stages
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_memory_holds_all_parts(dtype: str) -> None:
+    draw = random.Random(dtype)
+    for _ in range(500):
+        head_dim = draw.choice(HEAD_DIMS)
+        for part in passes(draw_decisions(draw, head_dim, dtype), head_dim, dtype):
+            assert largest_offset(part) <= part.shared_bytes <= largest_offset(part) + 4096
+            assert part.out_columns * part.split >= head_dim
+            assert part.dq_warps[0] * part.dq_rows == part.chunk
+            assert part.dq_warps[1] * part.dq_columns >= head_dim
+            assert part.dq_warps[0] * part.dq_warps[1] <= max(part.warps * part.split, part.dq_warps[0])
+
+
+@pytest.mark.parametrize(
+    "dtype,arch,changes,message",
+    [
+        ("bfloat16", "sm_90a", {"dkv_warps": 8}, "dK/dV pass: 2.* bytes of shared memory"),
+        ("bfloat16", "sm_90a", {"dkv_blocks": 2}, "dK/dV pass: 1.* bytes of shared memory"),
+        ("bfloat16", "sm_90a", {"dkv_split": 1}, "nothing to exchange"),
+        ("bfloat16", "sm_90a", {"dkv_hold": 1}, "about .* registers"),
+        ("bfloat16", "sm_80", {}, "atomic_floats=4 needs sm_90, not sm_80"),
+        ("bfloat16", "sm_90a", {"one_pass": 0, "dq_blocks": 1}, "dQ pass: about .* registers"),
+        ("float32", "sm_90a", {"dkv_hold": 1}, "_hold is for 2-byte types"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    dtype: str, arch: str, changes: dict[str, int], message: str
+) -> None:
+    decisions = {**SPACE.untuned(128, "bfloat16", H200), **changes}
+    assert re.search(message, str(SPACE.illegal(decisions, 128, dtype, MachineTarget("cuda", arch))))
+    with pytest.raises(ValueError, match=message):
+        build_mma_backward(decisions, 128, dtype, arch)
+
+
+def test_unsupported_problems_are_refused_with_a_reason() -> None:
+    assert SPACE.unsupported(48, "float32", H200) is None
+    assert "head dim 40" in str(SPACE.unsupported(40, "bfloat16", H200))
+    assert "float64" in str(SPACE.unsupported(64, "float64", H200))
+    assert "NVIDIA" in str(SPACE.unsupported(64, "bfloat16", MachineTarget("cpu", "x86-64-v4")))
+    decisions = SPACE.untuned(128, "bfloat16", H200)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 16 up to 256, got 40"):
+        build_mma_backward(decisions, 40, "bfloat16", "sm_90a")
+    with pytest.raises(ValueError, match="'float64'"):
+        build_mma_backward(decisions, 64, "float64", "sm_90a")
+
+
+def test_features_are_finite_and_tell_decisions_apart() -> None:
+    problem = AttentionProblem("backward", "bfloat16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
+    draw = random.Random(1)
+    seen = set()
+    for _ in range(50):
+        decisions = draw_decisions(draw, 128, "bfloat16")
+        features = SPACE.features(decisions, problem)
+        assert all(abs(value) < 1e6 for value in features)
+        seen.add((tuple(sorted(decisions.items())), tuple(features)))
+    assert len({decisions for decisions, _ in seen}) == len({features for _, features in seen}) > 40
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
+    deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = parse_target("a100") if deterministic else H200
+    obstacle = compile_obstacle(target)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    decisions = SPACE.untuned(64, "bfloat16", target, deterministic=deterministic)
+    library = compile_kernel("mma", "backward", "bfloat16", 64, decisions, target)
+    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
+    assert len(kernels) == 3
+    assert all(each["spill_store_bytes"] <= 32 for each in kernels.values())
+
+    code = machine_code(library)
+    count = Counter(re.findall(r"\b(HMMA\.16816|LDSM|LDGSTS|RED[G.A-Z]*)", code))
+    dq, dkv = passes(decisions, 64, "bfloat16")
+    # Of a strip: two score products, and the outputs; of a chunk dQ.
+    scores = 2 * (64 // 16) * (dkv.rows // 16) * (dkv.strip // 8)
+    outputs = 2 * (dkv.strip // 16) * (dkv.rows // 16) * (64 // 8)
+    if deterministic:
+        scores_dq = 2 * (64 // 16) * (dq.rows // 16) * (dq.strip // 8)
+        outputs_dq = (dq.strip // 16) * (dq.rows // 16) * (64 // 8)
+        assert count["HMMA.16816"] == scores + outputs + scores_dq + outputs_dq
+    else:
+        added = (dkv.tile // 16) * (dkv.dq_rows // 16) * (dkv.dq_columns // 8)
+        assert count["HMMA.16816"] == scores + outputs + added
+    assert count["LDSM"] > 0 and count["LDGSTS"] > 0
+    assert any(name.startswith("RED") for name in count) != deterministic
+
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "one token": {"length": 1},
+    "paper": {"length": 1024, "kv_heads": 16, "batch": 1},
+    "ragged, grouped": {"length": 333, "kv_heads": 2, "group": 3, "batch": 3, "scale": -0.3},
+    "keyless queries": {"length": 517, "layout": BandLayout.exclusive(4), "strides": ("fused",) * 4},
+    "keys that nobody sees": {"length": 260, "layout": BandLayout.custom([[(3, 40), (77, 90)]] * 4)},
+    "packed": {
+        "length": 300,
+        "kv_heads": 8,
+        "cu_seqlens": (0, 0, 37, 37, 190, 300),
+        "strides": ("bnhd", "padded", "last", "bhnd"),
+    },
+    "packed, one table, grouped": {
+        "length": 777,
+        "kv_heads": 2,
+        "group": 2,
+        "layout": BandLayout.spattention(4, 1024),
+        "cu_seqlens": (0, 128, 384, 640, 777),
+        "strides": ("padded", "expanded", "bnhd", "bhnd"),
+        "scale": 0.0,
+    },
+    "dense": {"length": 400, "layout": BandLayout.causal(4), "scale": 0.5},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 48, 240])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_err_at_most_twice_as_much_as_plain_pytorch(
+    dtype: str, head_dim: int, name: str, deterministic: bool
+) -> None:
+    fields: dict[str, Any] = {
+        "batch": 2,
+        "kv_heads": 4,
+        "group": 1,
+        "strides": ("bhnd",) * 4,
+        "cu_seqlens": None,
+        "scale": None,
+        **PROBLEMS[name],
+    }
+    fields.setdefault("layout", BandLayout.spattention(fields["kv_heads"] * fields["group"]))
+    problem = SweepProblem(dtype=dtype, head_dim=head_dim, loss="both", seed=random.getrandbits(32), **fields)
+    check_problem(problem, device="cuda", impl="mma", deterministic=deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_deterministic_runs_are_bitwise_equal(dtype: str) -> None:
+    layout = BandLayout.spattention(8)
+    q, k, v, do = (torch.randn(2, 8, 1000, 128, device="cuda").to(DTYPES[dtype]) for _ in range(4))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    first, second = (
+        torch.autograd.grad(banded_attention(q, k, v, layout, impl="mma", deterministic=True), leaves, do)
+        for _ in range(2)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
