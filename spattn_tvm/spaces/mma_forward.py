@@ -7,6 +7,7 @@ that is repeated here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.kernels import mma_forward as kernel
@@ -38,7 +39,9 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
         "warp_rows": (16, 32),
         "key_rows": (16, 32, 64, 128),
         "edge_keys": (16, 32, 64),
-        "stages": (2, 3, 4),
+        "stages": (2, 3, 4, 6),
+        "ahead": (1, 2, 3),
+        "load_point": (0, 1, 2),
         "queries_in_registers": (0, 1),
         "rescale_threshold": (0, 8),
         "head_group": (1, 4, 8, 16, 64),
@@ -73,35 +76,39 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     ]
 
 
-def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
-    """The first that the chip has memory and registers for, the fastest on an H200 (the kernel's file has the
-    table) first. The kernel is deterministic.
+def _candidates(head_dim: int, dtype: str) -> Iterator[dict[str, int]]:
+    """Decisions in the order in which they are tried.
+
+    The first of head dims 64 and 128 in two-byte types was the fastest on an H200 (the kernel's file has the
+    table); other head dims follow the nearest. What comes behind the first is for chips with less shared
+    memory: fewer stages, then half the rows, then one block a multiprocessor.
     """
-    common = {
-        "edge_keys": 32,
-        "queries_in_registers": 0,
-        "rescale_threshold": 8,
-        "head_group": 1,
-    }
-    for warps, warp_rows, key_rows, stages, blocks in (
-        (4, 32, 64, 2, 2),
-        (4, 32, 32, 3, 2),
-        (4, 32, 32, 2, 2),
-        (4, 16, 32, 2, 2),
-        (4, 32, 32, 2, 1),
-        (4, 16, 32, 2, 1),
-        (4, 16, 16, 2, 1),
-        (2, 16, 16, 2, 1),
-    ):
-        decisions = {
-            "warps": warps,
-            "warp_rows": warp_rows,
-            "key_rows": key_rows,
-            "stages": stages,
-            "blocks_per_multiprocessor": blocks,
-            **common,
-            "edge_keys": min(key_rows, common["edge_keys"]),
+    names = ("warps", "warp_rows", "key_rows", "stages", "ahead", "load_point", "blocks_per_multiprocessor")
+    shapes: list[tuple[int, ...]] = []
+    if dtype != "float32":
+        if head_dim <= 64:
+            shapes = [(4, 16, 64, 2, 1, 1, 4), (4, 16, 32, 2, 1, 1, 4)]
+        elif head_dim <= 128:
+            shapes = [(4, 32, 32, 4, 2, 0, 2), (4, 32, 32, 2, 1, 2, 2), (8, 16, 32, 2, 1, 1, 1)]
+    # Asking for chunks in the middle of a step makes large float32 heads spill.
+    point = 0 if dtype == "float32" and head_dim > 96 else 1
+    if dtype != "float32" or head_dim <= 128:
+        shapes += [(4, 16, 32, 2, 1, point, 2), (4, 16, 32, 2, 1, point, 1)]
+    shapes += [(4, 16, 16, 2, 1, point, 2), (4, 16, 16, 2, 1, point, 1), (2, 16, 16, 2, 1, point, 1)]
+    for shape in shapes:
+        decisions = dict(zip(names, shape, strict=True))
+        yield {
+            **decisions,
+            "edge_keys": min(32, decisions["key_rows"]),
+            "queries_in_registers": 0,
+            "rescale_threshold": 8,
+            "head_group": 8,
         }
+
+
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
+    """The first candidate that the chip has memory and registers for. The kernel is deterministic."""
+    for decisions in _candidates(head_dim, dtype):
         if kernel.conflict(decisions, head_dim, dtype, target.arch) is None:
             return decisions
     raise AssertionError(f"no untuned decisions for {dtype}, head dim {head_dim}, {target.arch}")
