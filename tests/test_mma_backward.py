@@ -100,7 +100,7 @@ def test_shared_memory_holds_all_parts(dtype: str) -> None:
         ("bfloat16", "sm_90a", {"dkv_hold": 1}, "about .* registers"),
         ("bfloat16", "sm_80", {}, "atomic_floats=4 needs sm_90, not sm_80"),
         ("bfloat16", "sm_90a", {"one_pass": 0, "dq_blocks": 1}, "dQ pass: about .* registers"),
-        ("float32", "sm_90a", {"dkv_hold": 1}, "_hold is for 2-byte types"),
+        ("float32", "sm_90a", {"dkv_hold": 1}, "dK/dV pass: hold is for 2-byte types"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(

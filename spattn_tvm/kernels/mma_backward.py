@@ -253,6 +253,8 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
 def _pass_conflict(part: Pass, arch: str) -> str | None:
     if part.exchange and part.split == 1:
         return "a warp that shares its rows with none has nothing to exchange (dkv_strips=0)"
+    if part.hold and part.element == 4:
+        return "hold is for 2-byte types: float32 operands are split where they are used"
     if part.split * 16 > part.head_dim:
         return f"{part.split} warps for a head dim of {part.head_dim}"
     if part.threads > 512:
@@ -272,8 +274,6 @@ def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str)
     if decisions["one_pass"] and decisions["atomic_floats"] > 1 and arch in SINGLE_ATOMICS:
         return f"atomic_floats={decisions['atomic_floats']} needs sm_90, not {arch}"
     dq, dkv = passes(decisions, head_dim, dtype)
-    if dq.hold and dtype == "float32":
-        return "dq_hold is for 2-byte types: float32 fragments are split where they are used"
     if not decisions["one_pass"]:
         reason = _pass_conflict(dq, arch)
         if reason is not None:

@@ -142,7 +142,7 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     }
     structure = _DKV_ONE_PASS if one_pass else _DKV_TWO_PASSES
     for dq, dkv in product(_DQ_PREFERRED, _DKV_UNSPLIT + structure + _DKV_SMALL):
-        # The many sums of float32 products spill with 32 rows, and its operands are split where they are used.
+        # The sums of float32 products in flight spill with 32 rows.
         if dtype == "float32" and (dq[1] > 16 or dkv[1] > 16 or dq[_DQ.index("hold")]):
             continue
         decisions = dict(shared)
