@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.bench import OURS
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.tuning.log import curve, read_run
@@ -78,7 +79,7 @@ def benchmark_block(kind: str) -> str | None:
     rows, notes = [], {}
     for result in report["results"]:
         for entry in result["entries"]:
-            name = f"**{entry['title']}**" if entry["peer"] == "ours" else entry["title"]
+            name = f"**{entry['title']}**" if entry["peer"] in OURS else entry["title"]
             cells = [result["shape"], entry["pass"].replace("_", " + "), name]
             if entry["median_ms"] is None:
                 cells += [entry["status"], "", "", ""] + ([""] if cuda else [])

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -156,10 +157,17 @@ def _dtype(problem: AttentionProblem) -> torch.dtype:
 # Peers
 
 
-def _prepare_ours(problem: AttentionProblem, device: torch.device) -> Attention:
-    from .attention import banded_attention
+# What each of our own peers asks `banded_attention` for.
+OURS = {"ours": "auto", "mma": "mma"}
 
-    return lambda q, k, v: banded_attention(q, k, v, problem.layout)
+
+def _prepare_ours(impl: str) -> Callable[[AttentionProblem, torch.device], Attention]:
+    def prepare(problem: AttentionProblem, device: torch.device) -> Attention:
+        from .attention import banded_attention
+
+        return lambda q, k, v: banded_attention(q, k, v, problem.layout, impl=impl)
+
+    return prepare
 
 
 def _prepare_sdpa(backend_name: str | None) -> Callable[[AttentionProblem, torch.device], Attention]:
@@ -253,7 +261,8 @@ def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.dev
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("ours", "spattn-tvm", ("cpu", "cuda"), True, _prepare_ours),
+        Peer("ours", "spattn-tvm", ("cpu", "cuda"), True, _prepare_ours(OURS["ours"])),
+        Peer("mma", "spattn-tvm, portable kernels", ("cuda",), True, _prepare_ours(OURS["mma"])),
         Peer("sdpa", "PyTorch SDPA, dense causal", ("cpu",), False, _prepare_sdpa(None)),
         Peer("cudnn", "cuDNN SDPA, dense causal", ("cuda",), False, _prepare_sdpa("CUDNN_ATTENTION")),
         Peer("flash", "Flash SDPA, dense causal", ("cuda",), False, _prepare_sdpa("FLASH_ATTENTION")),
@@ -553,18 +562,22 @@ def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
             timing.ratio_to_dense = timing.median_ms / dense[timing.pass_name]
 
 
-def _schedules(problem: AttentionProblem, q: torch.Tensor, passes: Sequence[str]) -> dict[str, Any]:
+def _schedules(
+    problem: AttentionProblem, q: torch.Tensor, passes: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
     """What dispatch chose for our own calls, and why; nothing more than a lookup once they have run."""
     from .dispatch import find_kernel
 
     chosen: dict[str, dict[str, Any]] = {}
-    for direction in ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]:
+    directions = ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]
+    for name, direction in itertools.product(names, directions):
+        key = direction if name == "ours" else f"{name} {direction}"
         try:
-            kernel = find_kernel(direction, q, problem.layout.spec, kv_heads=problem.kv_heads)
+            kernel = find_kernel(direction, q, problem.layout.spec, OURS[name], kv_heads=problem.kv_heads)
         except (ValueError, RuntimeError) as error:
-            chosen[direction] = {"status": "none", "reason": _first_line(error)}
+            chosen[key] = {"status": "none", "reason": _first_line(error)}
             continue
-        chosen[direction] = {
+        chosen[key] = {
             "family": kernel.family,
             "status": kernel.status,
             "reason": kernel.reason,
@@ -624,7 +637,7 @@ def _benchmark_problem(
     return {
         "problem": problem.to_json(),
         "shape": describe(problem),
-        "schedule": _schedules(problem, inputs.q, passes) if "ours" in attends else {},
+        "schedule": _schedules(problem, inputs.q, passes, [name for name in OURS if name in attends]),
         "matmul_tflops": matmul_tflops,
         "entries": [timing.to_json() for timing in timings],
     }

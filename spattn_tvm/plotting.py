@@ -302,7 +302,7 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(0.01 * longest, position, row.get("status", "not available"), va="center",
                       fontsize=8.5, color=_MUTED, style="italic")  # fmt: skip
             continue
-        axes.barh(position, median, height=0.7, color=_OURS if row.get("peer") == "ours" else _PEER)
+        axes.barh(position, median, height=0.7, color=_OURS if row.get("peer") in ("ours", "mma") else _PEER)
         end = median
         if row.get("p25_ms") is not None:
             end = max(median, row["p75_ms"])
