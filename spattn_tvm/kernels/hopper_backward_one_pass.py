@@ -34,8 +34,9 @@ So it is for dense causal attention of head dim 128; bands are faster in two pas
 clearing, reading and converting the sums takes 0.12 ms at the second size. Of the second
 kernel's 0.98 ms at (1, 16, 16384, 128), writing dQ to shared memory, with the fence and the barrier, cost 0.22 and
 the additions 0.05; leaving out the product, the exponentials or the exchange as well changed little (0.01, 0.09, 0.08).
-Tensor cores are active for about 60% of the cycles: five products here read 192 KB of shared memory a block of 64 x 64,
-the seven of two passes 144 KB, since those of the dQ pass have one side in registers. Also tried: `red.global.add.v4.f32`
+Compute throughput was 57% over the cycles that a multiprocessor had work (ncu). By count, the five products with what
+is exchanged move 192 KB through shared memory a block of 64 x 64, the seven of two passes 144 KB, since those of the dQ
+pass have one side in registers. Also tried: `red.global.add.v4.f32`
 from registers (1.35 ms at that size), dS with keys in rows (1.175), dK from registers (1.21), the additions by a warp
 of their own one chunk later (1.175, and 1.499 on the causal layout), that with dK issued after dP (1.27), packs of 4
 and 2 heads instead of 8 (1.20, 1.22).
