@@ -142,8 +142,8 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     }
     structure = _DKV_ONE_PASS if one_pass else _DKV_TWO_PASSES
     for dq, dkv in product(_DQ_PREFERRED, _DKV_UNSPLIT + structure + _DKV_SMALL):
-        # The sums of float32 products in flight spill with 32 rows.
-        if dtype == "float32" and (dq[1] > 16 or dkv[1] > 16 or dq[_DQ.index("hold")]):
+        # The sums of float32 products in flight spill with 32 rows or columns.
+        if dtype == "float32" and (max(dq[1], dq[2], dkv[1]) > 16 or dq[_DQ.index("hold")]):
             continue
         decisions = dict(shared)
         decisions.update({f"dq_{name}": value for name, value in zip(_DQ, dq, strict=True)})
