@@ -13,8 +13,8 @@ from spattn_tvm.compiler import compile_kernel
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.runtime import load_library
 from spattn_tvm.spaces import find_space
-from spattn_tvm.store import ScheduleRecord, find_schedule, load_records
-from spattn_tvm.target import detect_cpu, parse_target
+from spattn_tvm.store import ScheduleRecord, find_schedule, is_deterministic, load_records
+from spattn_tvm.target import detect_cpu, detect_cuda, parse_target
 from spattn_tvm.verify import RandomProblem, check_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,12 +29,20 @@ def test_schedules_are_shipped() -> None:
     assert RECORDS
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record.target}-{record.problem.key}")
+@pytest.mark.parametrize(
+    "record", RECORDS, ids=lambda record: f"{record.target}-{record.family}-{record.problem.key}"
+)
 def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord) -> None:
     problem, target = record.problem, parse_target(record.target)
     space = find_space(record.family, problem.direction)
     assert space.rejection(record.decisions, problem.head_dim, problem.dtype, target) is None
-    choice = find_schedule(problem, target, root=ROOT / "schedules")
+    choice = find_schedule(
+        problem,
+        target,
+        families=[record.family],
+        deterministic=is_deterministic(record),
+        root=ROOT / "schedules",
+    )
     assert (choice.status, dict(choice.decisions)) == ("tuned", dict(record.decisions))
     lines = (ROOT / "autotune_logs" / record.source_log / "measurements.jsonl").read_text().splitlines()
     measured = [entry for entry in map(json.loads, lines) if entry["decisions"] == dict(record.decisions)]
@@ -43,11 +51,18 @@ def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord
 
 @pytest.mark.parametrize(
     "record",
-    [record for record in RECORDS if parse_target(record.target).kind == "cpu"],
-    ids=lambda record: f"{record.target}-{record.problem.key}",
+    [
+        pytest.param(
+            record,
+            marks=[pytest.mark.gpu] if parse_target(record.target).kind == "cuda" else [],
+            id=f"{record.target}-{record.family}-{record.problem.key}",
+        )
+        for record in RECORDS
+    ],
 )
 def test_a_shipped_schedule_computes_the_right_thing(record: ScheduleRecord) -> None:
-    problem, target = record.problem, detect_cpu()
+    problem, kind = record.problem, parse_target(record.target).kind
+    target = detect_cpu() if kind == "cpu" else detect_cuda(0)
     space = find_space(record.family, problem.direction)
     reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
     if reason is not None:
@@ -55,9 +70,9 @@ def test_a_shipped_schedule_computes_the_right_thing(record: ScheduleRecord) -> 
     path = compile_kernel(
         record.family, problem.direction, problem.dtype, problem.head_dim, record.decisions, target
     )
-    function = load_library(path, problem.direction)
+    function = load_library(path, problem.direction, cuda=kind == "cuda")
     kernel = Kernel(function, record.family, problem.direction, record.decisions, path=path)
     rng = random.Random()
     for _ in range(10):
         drawn = RandomProblem.draw(rng, problem.dtype, problem.head_dim, 520)
-        assert check_kernel(kernel, drawn, torch.device("cpu")) == "", str(drawn)
+        assert check_kernel(kernel, drawn, torch.device(kind)) == "", str(drawn)
