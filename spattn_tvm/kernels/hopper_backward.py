@@ -230,13 +230,13 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
     from tvm.script import tirx as T
 
     from spattn_tvm.kernels.hopper_backward_parts import (
-        ARRIVALS,
         K_MAJOR,
+        LANES,
         LOAD,
         LOAD_STATS,
         address,
         advance,
-        arrive_warp,
+        arrive,
         ballot,
         descriptor,
         dot2,
@@ -376,11 +376,11 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
 
             if tx == 0:
                 init_barriers(at("full"), Q_STAGES, 1)
-                init_barriers(at("empty"), Q_STAGES, ARRIVALS * 4 * Q_W)
+                init_barriers(at("empty"), Q_STAGES, LANES * 4 * Q_W)
                 init_barriers(at("tile_full"), 1, 1)
-                init_barriers(at("tile_empty"), 1, ARRIVALS * 4 * Q_W)
+                init_barriers(at("tile_empty"), 1, LANES * 4 * Q_W)
                 init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, ARRIVALS)
+                init_barriers(at("queue_empty"), QUEUE, LANES)
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
@@ -501,7 +501,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                             b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
                             h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
                             T.cuda.warp_sync()
-                            arrive_warp(lane, at("queue_empty", place, BARRIER_BYTES))
+                            arrive(at("queue_empty", place, BARRIER_BYTES))
                             advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             hk: T.int32 = T.truncdiv(h, group)
@@ -560,7 +560,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
 
                 @T.inline
                 def look(limit):
-                    find_chunk(at, w, lane, stage, phase, Q_STAGES, left, found, info, limit)
+                    find_chunk(at, w, stage, phase, Q_STAGES, left, found, info, limit)
 
                 @T.inline
                 def issue_product(out, left_operand, region):
@@ -603,7 +603,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                         for i in T.unroll(4):
                             delta[i % 2] = dot2(ds[i], gf[4 * kk + i], delta[i % 2], dtype)
                     T.cuda.warp_sync()
-                    arrive_warp(lane, at("tile_empty"))
+                    arrive(at("tile_empty"))
                     for j in T.unroll(2):
                         query: T.int32 = tinfo[0] + my_row + 8 * j
                         delta[j] = delta[j] + T.tvm_warp_shuffle_xor(0xFFFFFFFF, delta[j], 1, 32, 32)
@@ -648,7 +648,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     hold(p_acc, Q_KEYS // 2)
                     if follows:
-                        arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                        arrive(at("empty", prev, BARRIER_BYTES))
                     for n in T.unroll(Q_KEYS // 8):
                         for j in T.unroll(2):
                             T.ptx[CVT](ds[2 * n + j], s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - delta[j]),
@@ -695,8 +695,8 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                             issue_output()
                             T.ptx.wgmma.wait_group.sync.aligned(0)
                             hold(acc, D // 2)
-                            arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
-                        pass_rest(at, lane, stage, phase, Q_STAGES, left)
+                            arrive(at("empty", prev, BARRIER_BYTES))
+                        pass_rest(at, stage, phase, Q_STAGES, left)
                         for j in T.unroll(2):
                             out_row: T.int32 = tinfo[0] + my_row + 8 * j
                             out_at: T.uint64 = element(dq.data, (dq0s, dq1s, dq2s), b, h, out_row, sector_col)
@@ -721,11 +721,11 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
 
             if tx == 0:
                 init_barriers(at("full"), KV_STAGES, 1)
-                init_barriers(at("empty"), KV_STAGES, ARRIVALS * 4 * KV_W)
+                init_barriers(at("empty"), KV_STAGES, LANES * 4 * KV_W)
                 init_barriers(at("tile_full"), KV_BUFFERS, 1)
-                init_barriers(at("tile_empty"), KV_BUFFERS, ARRIVALS * 4 * KV_W)
+                init_barriers(at("tile_empty"), KV_BUFFERS, LANES * 4 * KV_W)
                 init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, ARRIVALS)
+                init_barriers(at("queue_empty"), QUEUE, LANES)
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
@@ -848,7 +848,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                             b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
                             h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
                             T.cuda.warp_sync()
-                            arrive_warp(lane, at("queue_empty", place, BARRIER_BYTES))
+                            arrive(at("queue_empty", place, BARRIER_BYTES))
                             advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
@@ -897,7 +897,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
 
                 @T.inline
                 def look(limit):
-                    find_chunk(at, w, lane, stage, phase, KV_STAGES, left, found, info, limit)
+                    find_chunk(at, w, stage, phase, KV_STAGES, left, found, info, limit)
 
                 @T.inline
                 def issue_product(out, rows_region, region):
@@ -923,7 +923,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                 @T.inline
                 def release_tile():
                     T.cuda.warp_sync()
-                    arrive_warp(lane, at("tile_empty", slab, BARRIER_BYTES))
+                    arrive(at("tile_empty", slab, BARRIER_BYTES))
 
                 @T.inline
                 def step(follows):
@@ -933,7 +933,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                     issue_product(s_acc, "k", "q")
                     if follows:
                         T.ptx.wgmma.wait_group.sync.aligned(1)
-                        arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                        arrive(at("empty", prev, BARRIER_BYTES))
                     issue_product(p_acc, "v", "do")
                     for n in T.unroll(KV_QUERIES // 8):
                         T.ptx["ld.shared.v2.f32"](stat[2 * n], stat[2 * n + 1], at("stats", stage, KV_QUERIES * 8) + stats_lane + T.uint32(64 * n))
@@ -1003,8 +1003,8 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                             T.ptx.wgmma.wait_group.sync.aligned(0)
                             hold(k_acc, D // 2)
                             hold(v_acc, D // 2)
-                            arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
-                        pass_rest(at, lane, stage, phase, KV_STAGES, left)
+                            arrive(at("empty", prev, BARRIER_BYTES))
+                        pass_rest(at, stage, phase, KV_STAGES, left)
                         b: T.int32 = T.truncdiv(tinfo[3], HK)
                         for j in T.unroll(2):
                             out_row: T.int32 = tinfo[0] + my_row + 8 * j

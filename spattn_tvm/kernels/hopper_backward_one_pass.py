@@ -63,13 +63,13 @@ from spattn_tvm.kernels.hopper_backward import (
     one_pass_arena,
 )
 from spattn_tvm.kernels.hopper_backward_parts import (
-    ARRIVALS,
     K_MAJOR,
+    LANES,
     LOAD,
     LOAD_STATS,
     address,
     advance,
-    arrive_warp,
+    arrive,
     descriptor,
     dot2,
     element,
@@ -226,11 +226,11 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
 
             if tx == 0:
                 init_barriers(at("full"), STAGES, 1)
-                init_barriers(at("empty"), STAGES, ARRIVALS * 4 * W)
+                init_barriers(at("empty"), STAGES, LANES * 4 * W)
                 init_barriers(at("tile_full"), 1, 1)
-                init_barriers(at("tile_empty"), 1, ARRIVALS * 4 * W)
+                init_barriers(at("tile_empty"), 1, LANES * 4 * W)
                 init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, ARRIVALS)
+                init_barriers(at("queue_empty"), QUEUE, LANES)
                 T.ptx.fence.mbarrier_init.release.cluster()
             T.cuda.cta_sync()
 
@@ -334,7 +334,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                             b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
                             h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
                             T.cuda.warp_sync()
-                            arrive_warp(lane, at("queue_empty", place, BARRIER_BYTES))
+                            arrive(at("queue_empty", place, BARRIER_BYTES))
                             advance(place, place_phase, QUEUE)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
@@ -493,7 +493,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     hold(p_acc, CHUNK // 2)
                     if follows:
-                        arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                        arrive(at("empty", prev, BARRIER_BYTES))
                     for n in T.unroll(CHUNK // 8):
                         if n > 0 and n % DELTAS == 0:
                             for i in T.unroll(DELTAS):
@@ -537,9 +537,9 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                             hold(k_acc, D // 2)
                             hold(v_acc, D // 2)
                             add_sum()
-                            arrive_warp(lane, at("empty", prev, BARRIER_BYTES))
+                            arrive(at("empty", prev, BARRIER_BYTES))
                         T.cuda.warp_sync()
-                        arrive_warp(lane, at("tile_empty"))
+                        arrive(at("tile_empty"))
                         b: T.int32 = T.truncdiv(tinfo[3], HK)
                         for j in T.unroll(2):
                             out_row: T.int32 = tinfo[0] + my_row + 8 * j
