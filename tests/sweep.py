@@ -103,19 +103,20 @@ def _strided(values: Tensor, strides: str) -> Tensor:
 
 
 def make_inputs(problem: SweepProblem, device: torch.device | str = "cpu") -> Inputs:
-    """Standard normal tensors of the problem."""
-    generator = torch.Generator().manual_seed(problem.seed)
+    """Standard normal tensors of the problem, drawn on the device: for a GPU the host would take longest."""
+    generator = torch.Generator(device).manual_seed(problem.seed)
     query_heads = problem.kv_heads * problem.group
 
     def draw(heads: int, strides: str) -> Tensor:
-        values = torch.randn((problem.batch, heads, problem.length, problem.head_dim), generator=generator)
-        return _strided(values.to(DTYPES[problem.dtype]).to(device), strides)
+        shape = (problem.batch, heads, problem.length, problem.head_dim)
+        values = torch.randn(shape, generator=generator, device=device)
+        return _strided(values.to(DTYPES[problem.dtype]), strides)
 
     q = draw(query_heads, problem.strides[0])
     k = draw(problem.kv_heads, problem.strides[1])
     v = draw(problem.kv_heads, problem.strides[2])
     do = draw(query_heads, problem.strides[3])
-    dlse = torch.randn(q.shape[:3], generator=generator).to(device)
+    dlse = torch.randn(q.shape[:3], generator=generator, device=device)
     cu_seqlens = None
     if problem.cu_seqlens is not None:
         index_dtype = torch.int64 if problem.seed % 2 else torch.int32
@@ -125,12 +126,13 @@ def make_inputs(problem: SweepProblem, device: torch.device | str = "cpu") -> In
     )
 
 
-def plain_mask(problem: SweepProblem) -> Tensor:
+def plain_mask(problem: SweepProblem, device: torch.device | str = "cpu") -> Tensor:
     """Bool (Hq, N, N) from the definition, in plain loops over heads and documents."""
     offsets = problem.cu_seqlens or (0, problem.length)
-    mask = torch.zeros(problem.kv_heads * problem.group, problem.length, problem.length, dtype=torch.bool)
+    shape = (problem.kv_heads * problem.group, problem.length, problem.length)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
     for begin, end in pairwise(offsets):
-        position = torch.arange(end - begin)
+        position = torch.arange(end - begin, device=device)
         distance = position[:, None] - position[None, :]
         for head, bands in enumerate(problem.layout.bands(end - begin)):
             for lo, hi in bands:
@@ -288,7 +290,7 @@ def check_problem(
         One for each of `OUTPUTS`.
     """
     inputs = make_inputs(problem, device)
-    mask = plain_mask(problem).to(device)
+    mask = plain_mask(problem, device)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return banded_attention(
