@@ -207,11 +207,21 @@ def test_search_stops_at_once_when_not_even_the_default_works(tmp_path: Path) ->
         assert not session.log.measurements
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_deterministic_default_is_measured_too(alone: bool, tmp_path: Path) -> None:
+    session, search = _fake_session(tmp_path, "random", 1, Budget(12, None))
+    also = {**_FIRST, "order": 2}
+    run_search(search, _FakeMeter(), session, "cpu", "fake", _FIRST, alone, [also, _FIRST])
+    assert [m.decisions for m in session.log.measurements[:2]] == [_FIRST, also]
+    assert len(set(_keys(session.log.measurements))) == 12
+
+
 def test_the_default_may_be_one_of_the_first_batch(tmp_path: Path) -> None:
     session, search = _fake_session(tmp_path, "evolutionary", 1, Budget(20, None))
     meter = _FakeMeter(reverse=True)
     assert run_search(search, meter, session, "cpu", "fake", _FIRST, first_alone=False) == "budget"
     assert _FIRST in meter.measured[1:9], "it is not measured together with others"
+    assert session.log.measurements[0].decisions == _FIRST
     assert len(meter.measured) == 20 == len(set(_keys(session.log.measurements)))
     assert sum(m.error == "planted" for m in session.log.measurements) > 0
 

@@ -159,7 +159,7 @@ FORWARD = Space(
     choices=lambda head_dim, dtype: dict(CHOICES),
     illegal=_illegal,
     features=lambda decisions, problem: [float(decisions["repeats"] * problem.useful_flops)],
-    untuned=lambda head_dim, dtype, target: {"repeats": 4, "label": 10, "fault": 0},
+    untuned=lambda head_dim, dtype, target, deterministic=False: {"repeats": 4, "label": 10, "fault": 0},
     build=_build,
     unsupported=lambda head_dim, dtype, target: None if dtype == "float32" else "float32 only",
 )

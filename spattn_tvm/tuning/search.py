@@ -205,6 +205,7 @@ def run_search(
     kernel: str,
     first: dict[str, int],
     first_alone: bool = True,
+    also: Sequence[dict[str, int]] = (),
 ) -> str:
     """Search one family until the budget is spent; returns why it ended.
 
@@ -215,6 +216,8 @@ def run_search(
     first_alone : bool
         Whether it is measured before all others, which on a CPU are timed against it. On a GPU the other
         builders would have nothing to do meanwhile, for as long as each later batch takes.
+    also : sequence of dict
+        Decisions to measure right after the default, such as the default with deterministic results.
 
     Raises
     ------
@@ -228,8 +231,8 @@ def run_search(
     stale = 0
     with_first = [] if first_alone or _key(first) in known else (search.ask() or [])
     proposed: list[tuple[dict[str, int], Any]] | None = [
-        (first, search.candidate(first)),
-        *with_first[: batch_size - 1],
+        *((decisions, search.candidate(decisions)) for decisions in (first, *also)),
+        *with_first[: max(0, batch_size - 1 - len(also))],
     ]
     while True:
         left = None if session.budget.trials is None else session.budget.trials - len(known)
@@ -397,13 +400,17 @@ def tune(
                     late = session.out_of_time() and bool(session.of_family(family, kernel))
                     return interrupt.requested or late
 
-                first = space.untuned(problem.head_dim, problem.dtype, target)
+                key = (problem.head_dim, problem.dtype, target)
+                first = space.untuned(*key)
+                reproducible = space.untuned(*key, deterministic=True)
                 try:
                     with ProcessMeter(
                         family, problem, target, seed=seed, stopped=stopped, workers=workers
                     ) as meter:
                         alone = target.kind == "cpu"
-                        ended = run_search(search, meter, session, family, kernel, first, alone)
+                        ended = run_search(
+                            search, meter, session, family, kernel, first, alone, [reproducible]
+                        )
                 except DefaultFailedError as error:
                     failures[family] = str(error)
                 search.close()
