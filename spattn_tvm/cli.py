@@ -203,16 +203,13 @@ def tune(
     direction: DirectionOption = Direction.both,
     target: TargetOption = "cpu",
     budget: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="Trials of each search (64), or time for all searches together (8m, 90s), which share it "
-            "equally. There is a search for each shape, pass and kernel family. 64 by default."
+            "equally. There is a search for each shape, pass and kernel family, and for each of them its "
+            "control."
         ),
-    ] = None,
-    trials: Annotated[int | None, typer.Option(help="As --budget with a number.", hidden=True)] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Search time of each shape and pass.", hidden=True)
-    ] = None,
+    ] = "64",
     strategy: Annotated[
         Strategy, typer.Option(help="random samples the same space without a cost model: the control.")
     ] = Strategy.evolutionary,
@@ -252,15 +249,16 @@ def tune(
     from .tuning.search import DefaultFailedError
     from .tuning.search import tune as search
 
-    if sum(option is not None for option in (budget, trials, minutes)) > 1:
-        raise ValueError("give one of --budget, --trials and --minutes")
     machine, fleet = _target_and_fleet(target, rpc, key)
     shapes = _replace_head_dims(shape or _DEFAULT_SHAPES[machine.kind], head_dims)
     name = (dtype or _DEFAULT_DTYPE[machine.kind]).value
     problems = parse_problems(shapes, name, layout, context, direction.value)
-    if budget is not None:
-        trials, minutes = parse_budget(budget)
-        minutes = None if minutes is None else minutes / len(problems)
+    strategies = [strategy]
+    if control and strategy is not Strategy.random:
+        strategies.append(Strategy.random)
+    trials, minutes = parse_budget(budget)
+    if minutes is not None:
+        minutes /= len(problems) * len(strategies)
     reason = machine.can_run_here() if fleet is None else None
     if reason is not None:
         raise ValueError(
@@ -271,10 +269,7 @@ def tune(
     failures: list[str] = []
     with Workers(machine, fleet=fleet) as workers:
         for problem in problems:
-            for asked in (
-                strategy,
-                *([Strategy.random] if control and strategy is not Strategy.random else []),
-            ):
+            for asked in strategies:
                 typer.echo(f"{problem.key} on {machine.folder}, {asked.value}")
                 try:
                     result = search(

@@ -55,7 +55,8 @@ def _start(*arguments: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Both, because a process that has loaded a kernel has the second one set, and that is preferred.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
