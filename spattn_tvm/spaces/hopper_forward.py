@@ -75,9 +75,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     ]
 
 
-def _untuned(
-    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False
-) -> dict[str, int]:
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
     """The fastest that were measured on an H200 (the table is in the kernel's file); at head dim 192,
     which fills the registers of two warpgroups, what fits.
     """
