@@ -380,6 +380,9 @@ class ProcessMeter:
                         position, kernel = built.popleft()
                         request = {"do": "measure", **kernel, "best_us": best_us, "anchor": usual}
                         runner.send((position, kernel), request, self._timeout_s)
+                        # Servers take turns, also where builds are what takes long.
+                        self._workers.runners.remove(runner)
+                        self._workers.runners.append(runner)
                 for worker, job, answer in self._workers.finished():
                     if worker in self._workers.builders:
                         if job == _ANCHOR:
