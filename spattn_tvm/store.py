@@ -438,12 +438,15 @@ def find_schedule(
             default=None,
         )
 
-    found = nearest(here)
-    if found is None:
-        found = nearest(record for folder in _other_models(target, root) for record in usable(folder))
+    candidates = here or [record for folder in _other_models(target, root) for record in usable(folder)]
+    found = nearest(candidates)
     if found is not None:
         reason = f"nearest record, measured {_difference(problem, found, target)}"
-        rivals = [record for record in here if record.problem == found.problem]
+        rivals = [
+            record
+            for record in candidates
+            if (record.problem, record.target) == (found.problem, found.target)
+        ]
         reason = remark(reason + _other_families(found, rivals, able))
         return Choice(found.family, found.decisions, "nearest", reason, found)
 

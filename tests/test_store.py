@@ -13,7 +13,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.spaces import find_space
 from spattn_tvm.store import NoKernelError, ScheduleRecord, find_schedule, load_records, save_records
-from spattn_tvm.target import MachineTarget
+from spattn_tvm.target import MachineTarget, parse_target
 
 HERE = MachineTarget("cpu", "x86-64-v4", "amd-25-17")
 SIBLING = MachineTarget("cpu", "x86-64-v4", "intel-6-143")
@@ -220,3 +220,40 @@ def test_records_are_json_that_people_can_read(tmp_path: Path) -> None:
     assert data[0]["problem"]["length"] == 4096
     assert list(data[0]["decisions"]) == sorted(data[0]["decisions"])
     assert path.read_text(encoding="utf-8").endswith("]\n")
+
+
+def test_the_reason_says_how_the_other_families_did(tmp_path: Path) -> None:
+    """Also where the records are another model's of the same instruction set."""
+    h200, h100 = parse_target("nvidia/h200"), parse_target("nvidia/h100")
+    wanted = problem(dtype="bfloat16", head_dim=128)
+    records = [
+        ScheduleRecord(wanted, h200.folder, family, space.untuned(128, "bfloat16", h200), latency_us)
+        for family, latency_us in (("hopper", 134.0), ("mma", 209.0))
+        for space in [find_space(family, "forward")]
+    ]
+    save_records(records[:1], tmp_path)
+    assert "mma has no record of it" in find_schedule(wanted, h200, root=tmp_path).reason
+    save_records(records[1:], tmp_path)
+    for target, status in ((h200, "tuned"), (h100, "nearest")):
+        choice = find_schedule(wanted, target, root=tmp_path)
+        assert (choice.family, choice.status) == ("hopper", status)
+        assert "hopper 134.0 us, mma 209.0 us" in choice.reason
+    assert find_schedule(wanted, h200, families=["mma"], root=tmp_path).family == "mma"
+
+
+def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
+    h200 = parse_target("nvidia/h200")
+    space = find_space("mma", "backward")
+    wanted = problem(direction="backward", dtype="bfloat16", head_dim=128)
+    fast, steady = (space.untuned(128, "bfloat16", h200, deterministic=asked) for asked in (False, True))
+    assert (fast["one_pass"], steady["one_pass"]) == (1, 0)
+    records = [
+        ScheduleRecord(wanted, h200.folder, "mma", decisions, latency_us)
+        for decisions, latency_us in ((fast, 740.0), (steady, 750.0))
+    ]
+    save_records(records, tmp_path)
+    for asked, decisions in ((False, fast), (True, steady)):
+        choice = find_schedule(wanted, h200, families=["mma"], deterministic=asked, root=tmp_path)
+        assert (choice.status, choice.decisions) == ("tuned", decisions)
+    save_records([dataclasses.replace(records[0], latency_us=700.0)], tmp_path)
+    assert sorted(record.latency_us for record in load_records(h200.folder, tmp_path)) == [700.0, 750.0]
