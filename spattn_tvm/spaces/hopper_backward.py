@@ -8,15 +8,16 @@ kernel is built twice.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.spaces import Decisions, Space
+from spattn_tvm.spaces.hopper import MULTIPROCESSORS, unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
-DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128)
 
 WARPGROUP_ROWS = 64
@@ -31,16 +32,6 @@ DKV_OTHER_REGISTERS = 16
 # Rows of a chunk and buffers of K and V that the one pass is made for.
 ONE_PASS_QUERIES = 64
 ONE_PASS_BUFFERS = 1
-
-
-def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    if target.kind != "cuda" or target.arch != "sm_90a":
-        return f"the hopper family needs sm_90a, not {target.folder}"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not among {', '.join(DTYPES)}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is not among {', '.join(map(str, HEAD_DIMS))}"
-    return None
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
@@ -165,7 +156,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
         products = {"dq": 0, "dkv": 5}[name] if one_pass else {"dq": 3, "dkv": 4}[name]
         features.append(products * executed / useful)
         features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
-        features.append(math.log2(tiles / 132))
+        features.append(math.log2(tiles / MULTIPROCESSORS))
     features.append(_dq_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
     shared = _one_pass_bytes if one_pass else _dkv_bytes
     features.append(shared(decisions, problem.head_dim) / SHARED_LIMIT)
@@ -213,6 +204,6 @@ BACKWARD = Space(
     features=_features,
     untuned=_untuned,
     build=_build,
-    unsupported=_unsupported,
+    unsupported=partial(unsupported, HEAD_DIMS),
     is_deterministic=_is_deterministic,
 )

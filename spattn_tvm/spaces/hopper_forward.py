@@ -7,28 +7,18 @@ repeated here.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.kernels import hopper_forward as kernel
 from spattn_tvm.spaces import Decisions, Space
+from spattn_tvm.spaces.hopper import MULTIPROCESSORS, unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
-DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128, 192)
-MULTIPROCESSORS = 132  # of a full chip; only the scale of a feature hangs on it
-
-
-def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    if target.kind != "cuda" or target.arch != "sm_90a":
-        return f"the hopper family needs sm_90a, not {target.folder}"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not among {', '.join(DTYPES)}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is not among {', '.join(map(str, HEAD_DIMS))}"
-    return None
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
@@ -117,5 +107,5 @@ FORWARD = Space(
     features=_features,
     untuned=_untuned,
     build=_build,
-    unsupported=_unsupported,
+    unsupported=partial(unsupported, HEAD_DIMS),
 )

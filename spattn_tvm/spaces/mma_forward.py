@@ -13,24 +13,11 @@ from typing import TYPE_CHECKING, Any
 from spattn_tvm.kernels import mma_forward as kernel
 from spattn_tvm.kernels import mma_tile
 from spattn_tvm.spaces import Decisions, Space
+from spattn_tvm.spaces.mma import MULTIPROCESSORS, unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
-
-DTYPES = ("float16", "bfloat16", "float32")
-HEAD_DIMS = range(32, 257, 16)
-MULTIPROCESSORS = 132  # only the scale of a feature hangs on it
-
-
-def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    if target.kind != "cuda":
-        return f"the mma family needs an NVIDIA GPU, not {target.folder}"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not among {', '.join(DTYPES)}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is not a multiple of 16 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
-    return None
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
@@ -126,5 +113,5 @@ FORWARD = Space(
     features=_features,
     untuned=_untuned,
     build=_build,
-    unsupported=_unsupported,
+    unsupported=unsupported,
 )
