@@ -86,9 +86,11 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
     """
     from tvm.script import tirx as T
 
+    from .key_range import first_slot
+
     @T.inline
     def locate(words, block, bands, cu, batches, heads, length, documents, tables):
-        slots: T.int32 = T.Select(documents == 1, (length + (rows - 1)) // rows, length // rows + documents)
+        slots: T.int32 = tile_slots(length, documents, rows)
         which: T.int32 = block // (slots * group)
         members: T.int32 = T.min(group, batches * heads - which * group)
         inside: T.int32 = block - which * (slots * group)
@@ -101,16 +103,16 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
         beyond: T.int32 = documents
         while beyond - document > 1:
             middle: T.int32 = (document + beyond) // 2
-            if cu[middle] // rows + middle <= slot:
+            if first_slot(cu[middle], middle, rows) <= slot:
                 document = middle
             else:
                 beyond = middle
         doc_begin: T.int32 = cu[document]
-        first_slot: T.int32 = T.Select(documents == 1, 0, doc_begin // rows + document)
+        first: T.int32 = T.Select(documents == 1, 0, first_slot(doc_begin, document, rows))
         table: T.int32 = T.Select(tables == 1, 0, document)
         words[BATCH] = pair % batches
         words[HEAD] = head
-        words[ROW0] = doc_begin + (slot - first_slot) * rows
+        words[ROW0] = doc_begin + (slot - first) * rows
         words[DOC_BEGIN] = doc_begin
         words[DOC_END] = cu[document + 1]
         words[NEAR_LO] = bands[table, head, 0]
