@@ -23,7 +23,7 @@ from .environment import installed_versions
 from .problem import AttentionProblem
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
 from .spaces import find_space
-from .store import find_schedule, is_same_problem, problem_distance
+from .store import find_schedule, is_deterministic, is_same_problem, problem_distance
 from .target import MachineTarget, detect_cpu
 
 FORMAT = 2
@@ -117,7 +117,7 @@ class Bundle:
             and kernel.problem.dtype == problem.dtype
             and kernel.problem.head_dim == problem.head_dim
             and (families is None or kernel.family in families)
-            and (not deterministic or _is_deterministic(kernel))
+            and (not deterministic or is_deterministic(kernel))
         ]
         return min(
             able,
@@ -142,10 +142,6 @@ def _fits(kernel: BundledKernel, device: MachineTarget) -> bool:
         return True
     space, problem = find_space(kernel.family, kernel.problem.direction), kernel.problem
     return space.rejection(kernel.decisions, problem.head_dim, problem.dtype, device) is None
-
-
-def _is_deterministic(kernel: BundledKernel) -> bool:
-    return find_space(kernel.family, kernel.problem.direction).is_deterministic(kernel.decisions)
 
 
 def _sha256(path: Path) -> str:

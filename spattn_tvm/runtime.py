@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .environment import available_cpus
+
 RUNTIME_LIBRARY = "libtvm_runtime.so"
 CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"
 OPENMP_LAUNCH = "spattn_openmp_launch"
@@ -83,9 +85,8 @@ def forbids_tvm() -> bool:
 def _set_thread_defaults() -> None:
     """Settings that TVM reads when its thread pool starts; the user's own win."""
     # Without it TVM uses half of the cores on x86, and its pool can only be narrowed after its start.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "OMP_NUM_THREADS" not in os.environ:
-        os.environ.setdefault("TVM_NUM_THREADS", str(cores))
+        os.environ.setdefault("TVM_NUM_THREADS", str(available_cpus()))
     # TVM would pin the calling thread, which is PyTorch's, to its first cores.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
 

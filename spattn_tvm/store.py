@@ -16,11 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .problem import AttentionProblem
 from .spaces import FAMILIES, families_for, find_space, has_space
 from .target import MachineTarget, parse_target
+
+if TYPE_CHECKING:
+    from .bundle import BundledKernel
 
 
 class NoKernelError(ValueError):
@@ -203,8 +206,8 @@ def _order(record: ScheduleRecord) -> tuple[Any, ...]:
     )
 
 
-def is_deterministic(record: ScheduleRecord) -> bool:
-    """Whether the recorded kernel's results are bitwise equal from run to run."""
+def is_deterministic(record: ScheduleRecord | BundledKernel) -> bool:
+    """Whether a recorded or bundled kernel's results are bitwise equal from run to run."""
     return find_space(record.family, record.problem.direction).is_deterministic(record.decisions)
 
 
