@@ -41,10 +41,11 @@ class Cubin:
 
 def read_cubins(data: bytes) -> list[Cubin]:
     """The images in a library's bytes."""
-    return [_read(data, offset) for offset in _offsets(data)]
+    return [_read(data, offset) for offset in cubin_offsets(data)]
 
 
-def _offsets(data: bytes) -> Iterator[int]:
+def cubin_offsets(data: bytes) -> Iterator[int]:
+    """Where the images begin in a library's bytes."""
     offset = data.find(_MAGIC, len(_MAGIC))  # the library itself is an ELF file too
     while offset >= 0:
         if int.from_bytes(data[offset + 18 : offset + 20], "little") == _MACHINE_CUDA:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from sweep import DTYPES, SweepProblem, check_problem
-from test_mma_forward import machine_code
+from sweep import DTYPES, check_problem
+from test_mma_forward import complete_problem, machine_code
 
 from spattn_tvm import BandLayout, banded_attention
 from spattn_tvm.compiler import compile_kernel, compile_obstacle
@@ -203,17 +203,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 def test_gradients_err_at_most_twice_as_much_as_plain_pytorch(
     dtype: str, head_dim: int, name: str, deterministic: bool
 ) -> None:
-    fields: dict[str, Any] = {
-        "batch": 2,
-        "kv_heads": 4,
-        "group": 1,
-        "strides": ("bhnd",) * 4,
-        "cu_seqlens": None,
-        "scale": None,
-        **PROBLEMS[name],
-    }
-    fields.setdefault("layout", BandLayout.spattention(fields["kv_heads"] * fields["group"]))
-    problem = SweepProblem(dtype=dtype, head_dim=head_dim, loss="both", seed=random.getrandbits(32), **fields)
+    problem = complete_problem(dtype, head_dim, PROBLEMS[name])
     check_problem(problem, device="cuda", impl="mma", deterministic=deterministic)
 
 

@@ -17,6 +17,7 @@ from sweep import DTYPES, SweepProblem, check_problem
 
 from spattn_tvm import BandLayout, banded_attention
 from spattn_tvm.compiler import compile_kernel, compile_obstacle
+from spattn_tvm.cubin import cubin_offsets
 from spattn_tvm.kernels.mma_forward import build_mma_forward, registers_needed, shared_bytes
 from spattn_tvm.kernels.mma_tile import registers_most, row_pitch, shared_bytes_most
 from spattn_tvm.problem import AttentionProblem
@@ -130,9 +131,7 @@ def machine_code(library: Path) -> str:
     if tool is None:
         pytest.skip("cuobjdump is not installed")
     data = library.read_bytes()
-    start = data.find(b"\x7fELF", 4)
-    while start >= 0 and int.from_bytes(data[start + 18 : start + 20], "little") != 190:  # EM_CUDA
-        start = data.find(b"\x7fELF", start + 1)
+    (start,) = cubin_offsets(data)
     cubin = library.with_suffix(".cubin")
     cubin.write_bytes(data[start:])
     return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -212,12 +211,8 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned_outputs")
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 48, 80])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim: int, name: str) -> None:
+def complete_problem(dtype: str, head_dim: int, given: dict[str, Any]) -> SweepProblem:
+    """The problem of some fields, the usual others and fresh data."""
     fields = {
         "batch": 2,
         "kv_heads": 4,
@@ -225,10 +220,19 @@ def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim
         "strides": ("bhnd",) * 4,
         "cu_seqlens": None,
         "scale": None,
-        **PROBLEMS[name],
+        **given,
     }
     fields.setdefault("layout", BandLayout.spattention(fields["kv_heads"] * fields["group"]))
-    problem = SweepProblem(dtype=dtype, head_dim=head_dim, loss="both", seed=random.getrandbits(32), **fields)
+    return SweepProblem(dtype=dtype, head_dim=head_dim, loss="both", seed=random.getrandbits(32), **fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 48, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim: int, name: str) -> None:
+    problem = complete_problem(dtype, head_dim, PROBLEMS[name])
     cu_seqlens = problem.cu_seqlens
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
