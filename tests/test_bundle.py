@@ -17,12 +17,13 @@ from spattn_tvm import bundle as bundles
 from spattn_tvm import dispatch
 from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bundle import MANIFEST, export_bundle, load_bundle
+from spattn_tvm.bundle import MANIFEST, Bundle, BundledKernel, export_bundle, load_bundle
 from spattn_tvm.dispatch import explain, find_kernel
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import RUNTIME_LIBRARY
-from spattn_tvm.target import MachineTarget, detect_cpu
+from spattn_tvm.spaces import find_space
+from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
 LAYOUT = BandLayout.spattention(4)
 PROBLEMS = [
@@ -366,3 +367,45 @@ def test_a_bundle_for_another_architecture_is_not_written(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="export it on such a machine"):
         export_bundle(tmp_path / "new", PROBLEMS, other)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_call_that_asks_for_determinism_gets_the_bundled_kernel_that_has_it(tmp_path: Path) -> None:
+    h200 = parse_target("nvidia/h200")
+    problem = AttentionProblem("backward", "bfloat16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
+    fast, steady = (
+        BundledKernel(
+            problem,
+            "mma",
+            find_space("mma", "backward").untuned(128, "bfloat16", h200, deterministic=asked),
+            "untuned",
+            "",
+            tmp_path / f"{asked}.so",
+            h200,
+        )
+        for asked in (False, True)
+    )
+    assert Bundle(tmp_path, (h200,), (fast, steady), {}, {}).nearest(problem, h200) is fast
+    for kernels, found in (((fast, steady), steady), ((fast,), None)):
+        bundle = Bundle(tmp_path, (h200,), kernels, {}, {})
+        assert bundle.nearest(problem, h200, deterministic=True) is found
+
+
+def test_an_export_adds_the_deterministic_kernel_where_the_fastest_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_instead(*identity: object) -> Path:
+        path = tmp_path / f"{len(list(tmp_path.glob('*.so')))}.so"
+        path.write_bytes(repr(identity).encode())
+        return path
+
+    monkeypatch.setattr("spattn_tvm.compiler.compile_kernel", write_instead)
+    problems = [
+        AttentionProblem("backward", dtype, 1, 4, 4, 64, 128, LAYOUT) for dtype in ("float32", "bfloat16")
+    ]
+    folder = export_bundle(tmp_path / "bundle", problems, parse_target("nvidia/h200"))
+    kernels = json.loads((folder / MANIFEST).read_text())["kernels"]
+    assert [(k["family"], k["decisions"]["one_pass"]) for k in kernels] == [
+        ("mma", 1),
+        ("mma", 0),
+        ("hopper", 0),
+    ]
