@@ -466,9 +466,12 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                                 seg = seg + 1
                             T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
                             tile_phase = tile_phase ^ 1
-                            if lane < Q_W:
-                                T.ptx["st.shared.s32"](at("tile", lane, 4) + T.uint32(16), count)
-                            T.cuda.warp_sync()
+                            # Lane 0 stores all counts: its arrival releases what it wrote itself. (Stored by their own lanes
+                            # before a warp synchronisation, they left racecheck in doubt.)
+                            for w in T.unroll(Q_W):
+                                theirs: T.int32 = T.tvm_warp_shuffle(0xFFFFFFFF, count, w, 32, 32)
+                                if lane == 0:
+                                    T.ptx["st.shared.s32"](at("tile") + T.uint32(16 + 4 * w), theirs)
                             if lane == 0:
                                 T.ptx["st.shared.v4.s32"](at("tile"), q0, begin, end, b * HQ + h)
                                 T.ptx["st.shared.s32"](at("tile") + T.uint32(16 + 4 * Q_W), total)
@@ -810,9 +813,10 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                                 count = count + c_last - c_first + 1
                                 seg = seg + 1
                             T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
-                            if lane < KV_W:
-                                T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.Cast("uint32", 16 + 4 * lane), count)
-                            T.cuda.warp_sync()
+                            for w in T.unroll(KV_W):
+                                theirs: T.int32 = T.tvm_warp_shuffle(0xFFFFFFFF, count, w, 32, 32)
+                                if lane == 0:
+                                    T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * w), theirs)
                             if lane == 0:
                                 T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), k0, begin, end, b * HK + h)
                                 T.ptx["st.shared.s32"](at("tile", slab, TILE_INFO_BYTES) + T.uint32(16 + 4 * KV_W), total)
