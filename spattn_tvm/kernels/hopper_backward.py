@@ -231,7 +231,6 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
 
     from spattn_tvm.kernels.hopper_backward_parts import (
         K_MAJOR,
-        LANES,
         LOAD,
         LOAD_STATS,
         address,
@@ -240,16 +239,22 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
         ballot,
         descriptor,
         dot2,
+        draw_tile,
         element,
         encode_rows,
         encode_stats,
         find_chunk,
         hold,
-        init_barriers,
+        init_rings,
         load_shared,
+        locate_head,
+        locate_rows,
+        offer_no_more,
+        offer_tile,
         pass_rest,
         pin,
         store_rows,
+        take_tile,
     )
 
     D = head_dim
@@ -375,13 +380,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
             at = T.meta_var(partial(address, base, Q_AT))
 
             if tx == 0:
-                init_barriers(at("full"), Q_STAGES, 1)
-                init_barriers(at("empty"), Q_STAGES, LANES * 4 * Q_W)
-                init_barriers(at("tile_full"), 1, 1)
-                init_barriers(at("tile_empty"), 1, LANES * 4 * Q_W)
-                init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, LANES)
-                T.ptx.fence.mbarrier_init.release.cluster()
+                init_rings(at, Q_STAGES, 1, Q_W)
             T.cuda.cta_sync()
 
             if warp < 4:
@@ -394,6 +393,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                 q0: T.int32 = 0
                 begin: T.int32 = 0
                 end: T.int32 = 0
+                doc: T.int32 = 0
                 b: T.int32 = 0
                 h: T.int32 = 0
                 band_at: T.uint64 = T.uint64(0)
@@ -422,39 +422,18 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                 if warp == 1:
                     # The tile warp: draws tiles, hands them to the chunk warp, and loads what stays for the whole tile.
                     fetched = T.alloc_local((1,), "int32")
-                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(lane == 0, 1, 0))
+                    slot: T.int32 = 0
+                    draw_tile(next_tile[0], lane, fetched)
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
-                        # A few heads at a time, so that what their tiles share stays in the L2; of those the late queries,
-                        # which have the most keys, first.
-                        pack: T.int32 = T.truncdiv(fetched[0], slots * Q_HEADS)
-                        packed: T.int32 = T.min(B * HQ - pack * Q_HEADS, Q_HEADS)
-                        slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * Q_HEADS), packed)
-                        h = fetched[0] - pack * (slots * Q_HEADS) - slot * packed + pack * Q_HEADS
-                        b = h - T.truncdiv(h, B) * B
-                        h = T.truncdiv(h, B)
-                        slot = slots - 1 - slot
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[0]), T.if_then_else(lane == 0, 1, 0))
-                        doc: T.int32 = 0
-                        doc_hi: T.int32 = docs - 1
-                        while doc < doc_hi:
-                            mid: T.int32 = (doc + doc_hi + 1) // 2
-                            if cu[mid] // Q_ROWS + mid <= slot:
-                                doc = mid
-                            else:
-                                doc_hi = mid - 1
-                        begin = cu[doc]
-                        end = cu[doc + 1]
-                        q0 = begin + (slot - (begin // Q_ROWS + doc)) * Q_ROWS
+                        locate_head(fetched[0], slots, B, HQ, Q_HEADS, slot, b, h)
+                        slot = slots - 1 - slot  # late queries have the most keys
+                        draw_tile(next_tile[0], lane, fetched)
+                        locate_rows(slot, Q_ROWS, cu, docs, doc, begin, end, q0)
                         if M == 1:
                             doc = 0
                         if q0 < end:
-                            T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                            if lane == 0:
-                                T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), q0, begin, end, doc)
-                                T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
-                                T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            offer_tile(at, place, place_phase, lane, q0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             total: T.int32 = 0
                             count: T.int32 = 0
@@ -480,14 +459,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                                 T.ptx[LOAD](at("do"), T.address_of(ga_map), 0, q0, 0, h, b, at("tile_full"))
                                 T.ptx[LOAD](at("o"), T.address_of(oa_map), 0, q0, 0, h, b, at("tile_full"))
                         fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
-                    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
-                        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                    T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.v4.s32"](at("tile"), -1, 0, 0, 0)
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full"))
+                    offer_no_more(at, place, place_phase, 0, tile_phase, lane)
                 if warp == 0:
                     # The chunk warp: walks the bands of each tile and keeps the ring full, also across tiles.
                     c: T.int32 = 0
@@ -498,14 +470,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                         if q0 < 0:
                             walking = 0
                         else:
-                            begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
-                            end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
-                            doc: T.int32 = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
-                            b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
-                            h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
-                            T.cuda.warp_sync()
-                            arrive(at("queue_empty", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            take_tile(at, place, place_phase, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
                             hk: T.int32 = T.truncdiv(h, group)
                             seg = 0
@@ -723,13 +688,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
             at = T.meta_var(partial(address, base, KV_AT))
 
             if tx == 0:
-                init_barriers(at("full"), KV_STAGES, 1)
-                init_barriers(at("empty"), KV_STAGES, LANES * 4 * KV_W)
-                init_barriers(at("tile_full"), KV_BUFFERS, 1)
-                init_barriers(at("tile_empty"), KV_BUFFERS, LANES * 4 * KV_W)
-                init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, LANES)
-                T.ptx.fence.mbarrier_init.release.cluster()
+                init_rings(at, KV_STAGES, KV_BUFFERS, KV_W)
             T.cuda.cta_sync()
 
             if warp < 4:
@@ -742,6 +701,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                 k0: T.int32 = 0
                 begin: T.int32 = 0
                 end: T.int32 = 0
+                doc: T.int32 = 0
                 b: T.int32 = 0
                 h: T.int32 = 0
                 band_at: T.uint64 = T.uint64(0)
@@ -772,37 +732,17 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                 if warp == 1:
                     # The tile warp: draws tiles, hands them to the chunk warp, and loads what stays for the whole tile.
                     fetched = T.alloc_local((1,), "int32")
-                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
+                    slot: T.int32 = 0
+                    draw_tile(next_tile[1], lane, fetched)
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
-                        # As above; the early keys have the most queries.
-                        pack: T.int32 = T.truncdiv(fetched[0], slots * KV_HEADS)
-                        packed: T.int32 = T.min(B * HK - pack * KV_HEADS, KV_HEADS)
-                        slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * KV_HEADS), packed)
-                        h = fetched[0] - pack * (slots * KV_HEADS) - slot * packed + pack * KV_HEADS
-                        b = h - T.truncdiv(h, B) * B
-                        h = T.truncdiv(h, B)
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
-                        doc: T.int32 = 0
-                        doc_hi: T.int32 = docs - 1
-                        while doc < doc_hi:
-                            mid: T.int32 = (doc + doc_hi + 1) // 2
-                            if cu[mid] // KV_ROWS + mid <= slot:
-                                doc = mid
-                            else:
-                                doc_hi = mid - 1
-                        begin = cu[doc]
-                        end = cu[doc + 1]
-                        k0 = begin + (slot - (begin // KV_ROWS + doc)) * KV_ROWS
+                        locate_head(fetched[0], slots, B, HK, KV_HEADS, slot, b, h)  # early keys have the most queries
+                        draw_tile(next_tile[1], lane, fetched)
+                        locate_rows(slot, KV_ROWS, cu, docs, doc, begin, end, k0)
                         if M == 1:
                             doc = 0
                         if k0 < end:
-                            T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                            if lane == 0:
-                                T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), k0, begin, end, doc)
-                                T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
-                                T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            offer_tile(at, place, place_phase, lane, k0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             total: T.int32 = 0
                             count: T.int32 = 0
@@ -828,14 +768,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                                 slab = 0
                                 tile_phase = tile_phase ^ 1
                         fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
-                    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
-                        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                    T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), -1, 0, 0, 0)
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full", slab, BARRIER_BYTES))
+                    offer_no_more(at, place, place_phase, slab, tile_phase, lane)
                 if warp == 0:
                     # The chunk warp: walks the bands of each tile and keeps the ring full, also across tiles.
                     c: T.int32 = 0
@@ -846,14 +779,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                         if k0 < 0:
                             walking = 0
                         else:
-                            begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
-                            end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
-                            doc: T.int32 = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
-                            b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
-                            h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
-                            T.cuda.warp_sync()
-                            arrive(at("queue_empty", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            take_tile(at, place, place_phase, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
                             while seg < 2 * group:

@@ -56,7 +56,6 @@ from spattn_tvm.kernels.hopper_backward import (
     BARRIER_BYTES,
     INFO_BYTES,
     ONE_PASS_QUERIES,
-    QUEUE,
     SWIZZLE_ROW_BYTES,
     TILE_INFO_BYTES,
     WARPGROUP_ROWS,
@@ -64,7 +63,6 @@ from spattn_tvm.kernels.hopper_backward import (
 )
 from spattn_tvm.kernels.hopper_backward_parts import (
     K_MAJOR,
-    LANES,
     LOAD,
     LOAD_STATS,
     address,
@@ -72,13 +70,19 @@ from spattn_tvm.kernels.hopper_backward_parts import (
     arrive,
     descriptor,
     dot2,
+    draw_tile,
     element,
     encode_rows,
     encode_stats,
     hold,
-    init_barriers,
+    init_rings,
     load_shared,
+    locate_head,
+    locate_rows,
+    offer_no_more,
+    offer_tile,
     store_rows,
+    take_tile,
 )
 
 SUM_BARRIER = 1  # all consumers; then one for each warpgroup
@@ -225,13 +229,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
             at = T.meta_var(partial(address, base, AT))
 
             if tx == 0:
-                init_barriers(at("full"), STAGES, 1)
-                init_barriers(at("empty"), STAGES, LANES * 4 * W)
-                init_barriers(at("tile_full"), 1, 1)
-                init_barriers(at("tile_empty"), 1, LANES * 4 * W)
-                init_barriers(at("queue_full"), QUEUE, 1)
-                init_barriers(at("queue_empty"), QUEUE, LANES)
-                T.ptx.fence.mbarrier_init.release.cluster()
+                init_rings(at, STAGES, 1, W)
             T.cuda.cta_sync()
 
             if warp < 4:
@@ -244,6 +242,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                 k0: T.int32 = 0
                 begin: T.int32 = 0
                 end: T.int32 = 0
+                doc: T.int32 = 0
                 b: T.int32 = 0
                 h: T.int32 = 0
                 band_at: T.uint64 = T.uint64(0)
@@ -263,37 +262,17 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                 if warp == 1:
                     # The tile warp: draws tiles, hands them to the chunk warp, and loads what stays for the whole tile.
                     fetched = T.alloc_local((1,), "int32")
-                    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
+                    slot: T.int32 = 0
+                    draw_tile(next_tile[1], lane, fetched)
                     fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
                     while fetched[0] < tiles:
-                        # As above; the early keys have the most queries.
-                        pack: T.int32 = T.truncdiv(fetched[0], slots * HEADS)
-                        packed: T.int32 = T.min(B * HK - pack * HEADS, HEADS)
-                        slot: T.int32 = T.truncdiv(fetched[0] - pack * (slots * HEADS), packed)
-                        h = fetched[0] - pack * (slots * HEADS) - slot * packed + pack * HEADS
-                        b = h - T.truncdiv(h, B) * B
-                        h = T.truncdiv(h, B)
-                        T.ptx["atom.global.add.s32"](fetched[0], T.address_of(next_tile[1]), T.if_then_else(lane == 0, 1, 0))
-                        doc: T.int32 = 0
-                        doc_hi: T.int32 = docs - 1
-                        while doc < doc_hi:
-                            mid: T.int32 = (doc + doc_hi + 1) // 2
-                            if cu[mid] // ROWS + mid <= slot:
-                                doc = mid
-                            else:
-                                doc_hi = mid - 1
-                        begin = cu[doc]
-                        end = cu[doc + 1]
-                        k0 = begin + (slot - (begin // ROWS + doc)) * ROWS
+                        locate_head(fetched[0], slots, B, HK, HEADS, slot, b, h)  # early keys have the most queries
+                        draw_tile(next_tile[1], lane, fetched)
+                        locate_rows(slot, ROWS, cu, docs, doc, begin, end, k0)
                         if M == 1:
                             doc = 0
                         if k0 < end:
-                            T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                            if lane == 0:
-                                T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), k0, begin, end, doc)
-                                T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
-                                T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            offer_tile(at, place, place_phase, lane, k0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             total: T.int32 = 0
                             seg = 0
@@ -310,14 +289,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                                 T.ptx[LOAD](at("v"), T.address_of(vc_map), 0, k0, 0, h, b, at("tile_full"))
                             tile_phase = tile_phase ^ 1
                         fetched[0] = T.tvm_warp_shuffle(0xFFFFFFFF, fetched[0], 0, 32, 32)
-                    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
-                        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
-                    T.cuda.mbarrier_wait(at("tile_empty"), tile_phase ^ 1)
-                    if lane == 0:
-                        T.ptx["st.shared.v4.s32"](at("tile"), -1, 0, 0, 0)
-                        T.ptx.mbarrier.arrive.shared.b64(at("tile_full"))
+                    offer_no_more(at, place, place_phase, 0, tile_phase, lane)
                 if warp == 0:
                     # The chunk warp: walks the bands of each tile and keeps the ring full, also across tiles.
                     c: T.int32 = 0
@@ -328,14 +300,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                         if k0 < 0:
                             walking = 0
                         else:
-                            begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
-                            end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
-                            doc: T.int32 = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
-                            b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
-                            h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
-                            T.cuda.warp_sync()
-                            arrive(at("queue_empty", place, BARRIER_BYTES))
-                            advance(place, place_phase, QUEUE)
+                            take_tile(at, place, place_phase, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)
                             seg = 0
                             while seg < 2 * group:

@@ -1,4 +1,4 @@
-"""Parts of the Hopper backward kernels: shared memory, addresses, descriptors, rings of chunks and stores.
+"""Parts of the Hopper backward kernels: addresses, descriptors, tiles, rings of chunks and stores.
 
 The inline functions change the variables that they are given, as if their text stood where they are called.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.kernels.hopper_backward import BARRIER_BYTES, INFO_BYTES
+from spattn_tvm.kernels.hopper_backward import BARRIER_BYTES, INFO_BYTES, QUEUE, TILE_INFO_BYTES
 
 # Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1 % less time
 # and left racecheck in doubt about the other lanes' reads.
@@ -146,6 +146,89 @@ def advance(place, phase, places):
     if place == places:
         place = 0
         phase = phase ^ 1
+
+
+@T.inline
+def init_rings(at, stages, buffers, warpgroups):
+    # A producer arrives once for what it hands over, each thread of the consumers for what it hands back.
+    init_barriers(at("full"), stages, 1)
+    init_barriers(at("empty"), stages, LANES * 4 * warpgroups)
+    init_barriers(at("tile_full"), buffers, 1)
+    init_barriers(at("tile_empty"), buffers, LANES * 4 * warpgroups)
+    init_barriers(at("queue_full"), QUEUE, 1)
+    init_barriers(at("queue_empty"), QUEUE, LANES)
+    T.ptx.fence.mbarrier_init.release.cluster()
+
+
+@T.inline
+def draw_tile(counter, lane, fetched):
+    # The number of the next tile, in lane 0. Asked for long before it is needed.
+    T.ptx["atom.global.add.s32"](fetched[0], T.address_of(counter), T.if_then_else(lane == 0, 1, 0))
+
+
+@T.inline
+def locate_head(number, slots, batch, heads, together, slot, b, h):
+    # Of tile `number`. A few heads at a time, so that what their tiles share stays in the L2; of those one slot after the
+    # other, so that the longest tiles can come first.
+    pack: T.int32 = T.truncdiv(number, slots * together)
+    packed: T.int32 = T.min(batch * heads - pack * together, together)
+    slot = T.truncdiv(number - pack * (slots * together), packed)
+    h = number - pack * (slots * together) - slot * packed + pack * together
+    b = h - T.truncdiv(h, batch) * batch
+    h = T.truncdiv(h, batch)
+
+
+@T.inline
+def locate_rows(slot, rows, cu, docs, doc, begin, end, first):
+    # The document of a slot and its first row there; the last slots of a document can be empty (first >= end).
+    doc = 0
+    doc_hi: T.int32 = docs - 1
+    while doc < doc_hi:
+        mid: T.int32 = (doc + doc_hi + 1) // 2
+        if cu[mid] // rows + mid <= slot:
+            doc = mid
+        else:
+            doc_hi = mid - 1
+    begin = cu[doc]
+    end = cu[doc + 1]
+    first = begin + (slot - (begin // rows + doc)) * rows
+
+
+@T.inline
+def offer_tile(at, place, place_phase, lane, first, begin, end, doc, b, h):
+    # From the tile warp to the chunk warp.
+    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+    if lane == 0:
+        T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), first, begin, end, doc)
+        T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
+        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+    advance(place, place_phase, QUEUE)
+
+
+@T.inline
+def offer_no_more(at, place, place_phase, slab, tile_phase, lane):
+    # To the chunk warp, and to the consumers.
+    T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), place_phase ^ 1)
+    if lane == 0:
+        T.ptx["st.shared.s32"](at("queue", place, TILE_INFO_BYTES), -1)
+        T.ptx.mbarrier.arrive.shared.b64(at("queue_full", place, BARRIER_BYTES))
+    T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), tile_phase ^ 1)
+    if lane == 0:
+        T.ptx["st.shared.v4.s32"](at("tile", slab, TILE_INFO_BYTES), -1, 0, 0, 0)
+        T.ptx.mbarrier.arrive.shared.b64(at("tile_full", slab, BARRIER_BYTES))
+
+
+@T.inline
+def take_tile(at, place, place_phase, begin, end, doc, b, h):
+    # The rest of what `offer_tile` wrote.
+    begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
+    end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
+    doc = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
+    b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
+    h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
+    T.cuda.warp_sync()
+    arrive(at("queue_empty", place, BARRIER_BYTES))
+    advance(place, place_phase, QUEUE)
 
 
 @T.inline
