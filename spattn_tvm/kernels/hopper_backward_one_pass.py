@@ -393,7 +393,9 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
 
                 @T.inline
                 def exchange():
-                    # Both warpgroups have written dS, and nothing of the sums before is left in shared memory.
+                    # Both warpgroups have written dS, and nothing of the sums before is left in shared memory. Only numbers
+                    # watch over this barrier and the one before the addition: without either, dQ was wrong and racecheck
+                    # silent, for it knows nothing of what wgmma and bulk copies read.
                     if tx % 128 == 0:
                         T.ptx["cp.async.bulk.wait_group.read"](0)
                     T.ptx.bar.sync(T.uint32(SUM_BARRIER), T.uint32(128 * W))
