@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from .bands import BandLayout
-from .launch import launch_forward
 from .torch_ops import (
     IMPLEMENTATIONS,
     attend_by_operator,
     attend_eagerly,
-    find_prepared,
-    is_differentiated,
+    differentiate_ready,
+    find_ready,
     is_plain,
-    prepare,
+    make_ready,
 )
 
 # 0.1 us less than asking for one kind of device.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_determinism_asked = torch.are_deterministic_algorithms_enabled
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -213,32 +214,34 @@ def banded_attention(
         device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
             q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
-    plain = is_plain(q, k, v)
-    prepared = None
-    if plain and cu_seqlens is None and isinstance(layout, BandLayout):
-        prepared = find_prepared(q, k, v, layout.spec, impl)
-    if prepared is None:
+    ready = None
+    if cu_seqlens is None and isinstance(layout, BandLayout):
+        ready = find_ready(q, k, v, layout.spec, impl)
+    if ready is None:
         _check_inputs(q, k, v, layout, impl)
         if cu_seqlens is None:
             layout.check_length(q.shape[2])
-            prepared = prepare(q, k, v, layout.spec, impl) if plain else None
         else:
             _check_cu_seqlens(cu_seqlens, q.device)
     if scale is None:
-        scale = q.shape[3] ** -0.5 if prepared is None else prepared[3]
+        scale = q.shape[3] ** -0.5 if ready is None else ready.scale
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif math.isfinite(scale):
+        scale = float(scale)
+    else:
         raise ValueError(f"scale must be finite, got {scale}")
 
-    if prepared is not None and not is_differentiated(q, k, v):
-        o, lse = launch_forward(prepared[0], q, k, v, prepared[1], prepared[2], scale)
+    if ready is not None and not (ready.requires_grad and _is_grad_enabled()):
+        o, lse = ready.launch(q, k, v, scale)
         return (o, lse) if return_lse else o
-
-    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
-    settings = (layout.spec, float(scale), deterministic, impl)
-    if plain:
-        o, lse = attend_eagerly(q, k, v, cu_seqlens, settings, prepared)
+    settings = (layout.spec, scale, bool(deterministic or _is_determinism_asked()), impl)
+    if ready is not None:
+        return differentiate_ready(ready, q, k, v, settings, return_lse)
+    if is_plain(q, k, v):
+        o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
+        if cu_seqlens is None:
+            make_ready(q, k, v, layout.spec, impl)
     else:
         o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
     return (o, lse) if return_lse else o

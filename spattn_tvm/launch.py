@@ -6,6 +6,7 @@ describe: an address or a stride that is no multiple of 16 bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
     from .dispatch import Kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+# (q, k, v, scale) -> (o, lse)
+Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 _TMA_BYTES = 16
-# A CPU build of PyTorch has no such function, and no CUDA tensor to ask it for.
+# A CPU build of PyTorch has no such functions, and no CUDA tensor to ask them for.
 _current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+# What code from torch.compile allocates with, past the dispatcher: half the time of torch.empty_like.
+_empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu
+_empty_on_cuda = torch._C._dynamo.guards._empty_strided_cuda
 
 
 @cache
@@ -27,10 +35,14 @@ def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def _is_describable(tensor: Tensor) -> bool:
+def _has_describable_strides(tensor: Tensor) -> bool:
     step = _TMA_BYTES // tensor.element_size()
     b, h, n, d = tensor.stride()
-    return d == 1 and not (tensor.data_ptr() % _TMA_BYTES or b % step or h % step or n % step)
+    return d == 1 and not (b % step or h % step or n % step)
+
+
+def _is_describable(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % _TMA_BYTES == 0 and _has_describable_strides(tensor)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -68,9 +80,9 @@ def _tile_counters(direction: str, index: int) -> Tensor:
     They are kept for each stream, whose calls follow one another. A captured graph may be replayed beside
     those, so it gets its own, cleared by each replay.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
-    return _kept_counters(direction, index, torch._C._cuda_getCurrentRawStream(index))
+    return _kept_counters(direction, index, _current_stream(index))
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -140,6 +152,61 @@ def launch_forward(
     else:
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, _multiprocessors(index))
     return o, lse
+
+
+def ready_forward(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bands: Tensor, cu_seqlens: Tensor
+) -> Forward:
+    """`launch_forward` for many calls on tensors like these: what they have in common is settled once.
+
+    Parameters
+    ----------
+    kernel, q, k, v, bands, cu_seqlens
+        As in :func:`launch_forward`.
+
+    Returns
+    -------
+    callable
+        Takes q, k and v of these shapes, strides, dtypes and device, on the stream that is current now, and
+        the factor of the scores; returns o and lse.
+    """
+    function, index = kernel.function, q.get_device()
+    is_readable = _has_describable_strides if index >= 0 else lambda tensor: tensor.stride(3) == 1
+
+    def launch_with_copies(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
+
+    if not (is_readable(q) and is_readable(k) and is_readable(v)):
+        return launch_with_copies
+    batch, heads, length, head_dim = q.shape
+    o_shape = (batch, heads, length, head_dim)
+    o_strides, dtype = torch.empty_like(q).stride(), q.dtype
+    lse_shape, lse_strides, lse_dtype = (batch, heads, length), (heads * length, length, 1), torch.float32
+
+    def launch_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        o = _empty_on_cpu(o_shape, o_strides, dtype)
+        lse = _empty_on_cpu(lse_shape, lse_strides, lse_dtype)
+        function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
+        return o, lse
+
+    if index < 0:
+        return launch_on_cpu
+    is_hopper, processors = kernel.family == "hopper", _multiprocessors(index)
+    counters = (_kept_counters("forward", index, _current_stream(index)),) if is_hopper else ()
+
+    def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if (
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES
+            or index != _current_device()
+            or (is_hopper and (scale <= 0 or _is_capturing()))
+        ):
+            return launch_with_copies(q, k, v, scale)
+        o = _empty_on_cuda(o_shape, o_strides, dtype)
+        lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
+        function(q, k, v, bands, cu_seqlens, o, lse, *counters, scale, processors)
+        return o, lse
+
+    return launch_on_cuda
 
 
 def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:

@@ -13,6 +13,8 @@ AD, tensor subclasses and the profiler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -24,8 +26,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .bands import EMPTY, BandLayout
-from .dispatch import Kernel, call_on_change, find_kernel
-from .launch import launch_backward, launch_forward
+from .dispatch import call_on_change, find_kernel
+from .launch import Forward, launch_backward, launch_forward, ready_forward
 from .reference import reference_attention, reference_gradients
 
 # Layout (BandLayout.spec), scale, deterministic, impl.
@@ -188,7 +190,7 @@ def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
 
 def clear_tables() -> None:
     """Forget the cached band tables. No captured CUDA graph may still need them."""
-    _prepared.clear()
+    _ready.clear()
     for cached in (_unpacked, _packed_on_host, _table_of_each_length):
         cached.cache_clear()
 
@@ -334,15 +336,6 @@ torch.library.register_autograd(
 
 # --- eager calls ---------------------------------------------------------------------------------------
 
-# What serves an unpacked call: kernel, band table, document boundaries; and the usual factor of the scores.
-Prepared = tuple[Kernel, Tensor, Tensor, float]
-
-_prepared: dict[Any, Prepared] = {}
-# Each new shape, length and layout is an entry.
-_MAX_PREPARED = 4096
-
-call_on_change(_prepared.clear)
-
 # Looked up once: attribute by attribute they would cost a call another 0.3 us.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_function_mode = torch._C._is_torch_function_mode_enabled
@@ -350,6 +343,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 _is_profiling = torch.autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 # A CPU build of PyTorch has no such function, and no CUDA tensor to ask it for.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
@@ -372,74 +366,87 @@ def is_plain(q: Any, k: Any, v: Any) -> bool:
     )
 
 
-def is_differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Does autograd need to know of a call on these tensors?"""
-    return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def find_prepared(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Prepared | None:
-    """What served an earlier call with the same shapes, dtypes, device, layout and `impl`, which was valid.
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What serves calls like an earlier one, which was plain, unpacked and valid.
 
     Parameters
     ----------
-    q, k, v : Tensor
-        For which `is_plain` holds.
-
-    Returns
-    -------
-    tuple or None
-        None also for an invalid call, as it never was prepared.
+    serves : callable
+        Are q, k and v like those of the earlier call, and the thread's dispatch keys too? Then no dispatch
+        mode, functional transform, tracer or autocast is active that was not then.
+    launch : callable
+        q, k, v and the factor of the scores to o and lse.
+    requires_grad : bool
+        Whether one of q, k and v does.
+    scale : float
+        The usual factor of the scores.
+    index : int
+        CUDA device, -1 for the CPU.
+    stream : int
+        What was prepared is ordered on this stream.
     """
-    return _prepared.get(_signature(q, k, v, layout, impl))
+
+    serves: Callable[[Any, Any, Any], bool]
+    launch: Forward
+    requires_grad: bool
+    scale: float
+    index: int
+    stream: int
 
 
-def _signature(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> tuple[Any, ...]:
-    index = q.get_device()
-    return (
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        index,
-        k.get_device(),
-        v.get_device(),
-        _current_stream(index) if index >= 0 else 0,
-        layout,
-        impl,
-    )
+# By layout and `impl`; the shapes that a model uses by turns are few, and the latest come first.
+_ready: dict[tuple[str, str], list[Ready]] = {}
+_MAX_SHAPES = 16
+_MAX_LAYOUTS = 512
+
+call_on_change(_ready.clear)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> Prepared | None:
-    """Find what serves a valid unpacked call, for `find_prepared`; None for the reference, an empty batch."""
-    if q.shape[0] == 0:
+def find_ready(q: Any, k: Any, v: Any, layout: str, impl: str) -> Ready | None:
+    """What `make_ready` made for such a call, if this one is plain as well; arguments may be invalid."""
+    if _is_dynamo_compiling() or _has_function_mode() or _is_profiling() or forward_ad._current_level >= 0:
         return None
+    for ready in _ready.get((layout, impl), ()):
+        if ready.serves(q, k, v) and (ready.index < 0 or ready.stream == _current_stream(ready.index)):
+            return ready
+    return None
+
+
+def make_ready(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
+    """Let `find_ready` find what serves calls like this one, which is plain, unpacked and valid."""
+    index = q.get_device()
+    # What is allocated while a graph is captured is the graph's. The guard takes no tensor twice.
+    if (index >= 0 and torch.cuda.is_current_stream_capturing()) or q is k or k is v or v is q:
+        return
+    if q.shape[0] == 0:
+        return
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
     if kernel.family == "reference":
-        return None
-    prepared = (kernel, *find_bands(layout, q, None), q.shape[3] ** -0.5)
-    if len(_prepared) >= _MAX_PREPARED:
-        _prepared.clear()
-    _prepared[_signature(q, k, v, layout, impl)] = prepared
-    return prepared
+        return
+    ready = Ready(
+        # The guard of torch.compile on its inputs: types, dispatch keys, dtypes, devices, shapes, strides,
+        # requires_grad. To compare them here took three times as long.
+        serves=torch._C._dynamo.guards.TensorGuards(
+            q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        ).check,
+        launch=ready_forward(kernel, q, k, v, *find_bands(layout, q, None)),
+        requires_grad=q.requires_grad or k.requires_grad or v.requires_grad,
+        scale=q.shape[3] ** -0.5,
+        index=index,
+        stream=_current_stream(index) if index >= 0 else 0,
+    )
+    if len(_ready) >= _MAX_LAYOUTS:
+        _ready.clear()
+    _ready[layout, impl] = [ready, *_ready.get((layout, impl), ())[: _MAX_SHAPES - 1]]
 
 
-class _BandedAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        settings: Settings,
-        prepared: Prepared | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        if prepared is None:
-            o, lse = _forward(q, k, v, cu_seqlens, *settings)
-        else:
-            o, lse = launch_forward(prepared[0], q, k, v, prepared[1], prepared[2], settings[1])
+        o, lse = _forward(q, k, v, cu_seqlens, *settings)
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
@@ -447,20 +454,61 @@ class _BandedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, do, dlse), None, None, None
+        return *_gradients(ctx, do, dlse), None, None
+
+
+class _ReadyAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, launch: Forward, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = launch(q, k, v, settings[1])
+        ctx.settings = settings
+        ctx.save_for_backward(q, k, v, o, lse, None)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    backward = _Attention.backward
+
+
+class _ReadyOutput(torch.autograd.Function):
+    """Without lse as an output, 0.5 us less."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, launch: Forward, settings: Settings) -> Tensor:
+        o, lse = launch(q, k, v, settings[1])
+        ctx.settings = settings
+        ctx.save_for_backward(q, k, v, o, lse, None)
+        ctx.set_materialize_grads(False)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, do, None), None, None
 
 
 # Function.apply without the part that serves functorch, which is_plain excludes: 2 us less a call.
-_apply = super(torch.autograd.Function, _BandedAttention).apply
+_apply = super(torch.autograd.Function, _Attention).apply
+_apply_ready = super(torch.autograd.Function, _ReadyAttention).apply
+_apply_ready_output = super(torch.autograd.Function, _ReadyOutput).apply
+
+
+def differentiate_ready(
+    ready: Ready, q: Tensor, k: Tensor, v: Tensor, settings: Settings, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A call that `find_ready` knows, recorded by autograd: o and lse, or o alone.
+
+    Parameters
+    ----------
+    settings
+        As in `attend_eagerly`.
+    """
+    apply = _apply_ready if return_lse else _apply_ready_output
+    return apply(q, k, v, ready.launch, settings)
 
 
 def attend_eagerly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    settings: Settings,
-    prepared: Prepared | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` past the dispatcher, for a plain call; differentiable, unchecked.
 
@@ -471,8 +519,6 @@ def attend_eagerly(
     settings : (str, float, bool, str)
         The operator's further arguments: ``BandLayout.spec``, factor of the scores, whether gradients must
         be bitwise equal from run to run, and one of `IMPLEMENTATIONS`.
-    prepared : tuple or None
-        From `find_prepared` or `prepare`; saves a differentiated call the search for its kernel.
 
     Returns
     -------
@@ -481,8 +527,8 @@ def attend_eagerly(
     lse : Tensor
         ``(B, Hq, N)`` float32, float64 for float64 inputs.
     """
-    if is_differentiated(q, k, v):
-        return _apply(q, k, v, cu_seqlens, settings, prepared)
+    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _apply(q, k, v, cu_seqlens, settings)
     return _forward(q, k, v, cu_seqlens, *settings)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -411,7 +412,7 @@ def test_what_serves_a_call_is_found_anew_when_kernels_change(monkeypatch: pytes
     assert not found
     dispatch.clear_cache()
     banded_attention(q, k, v, SPATTENTION)
-    assert [kernel.direction for kernel in found] == ["forward"]
+    assert {kernel.direction for kernel in found} == {"forward"}
 
 
 def test_layouts_of_equal_shapes_are_not_confused() -> None:
@@ -447,6 +448,241 @@ def test_empty_batch() -> None:
         assert (o.shape, lse.shape) == ((0, 4, 37, 32), (0, 4, 37))
         (o.sum() + lse.sum()).backward()
         assert [t.grad.shape for t in (q, k, v)] == [t.shape for t in (q, k, v)]
+
+
+# --- calls like an earlier one -------------------------------------------------------------------------
+
+ARRANGEMENTS = {
+    "bhnd": lambda t: t.contiguous(),
+    "bnhd": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dim not contiguous": lambda t: t.mT.contiguous().mT,
+    "expanded": lambda t: t[:1, :1].expand(t.shape),
+    "padded rows": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+    "odd rows": lambda t: torch.cat((t, t[..., :3]), -1)[..., : t.shape[-1]],
+}
+
+
+def has_been_prepared(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> bool:
+    return torch_ops.find_ready(q, k, v, SPATTENTION.spec, impl) is not None
+
+
+def outputs_and_gradients(leaves: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
+    """Of calls that differentiate o alone, o with lse, and nothing."""
+    alone = banded_attention(*leaves, SPATTENTION, deterministic=True, **options)
+    both = banded_attention(*leaves, SPATTENTION, deterministic=True, return_lse=True, **options)
+    with torch.no_grad():
+        neither = banded_attention(*leaves, SPATTENTION, return_lse=True, **options)
+    assert alone.requires_grad
+    assert all(output.requires_grad for output in both)
+    assert not any(output.requires_grad for output in neither)
+    generator = torch.Generator(alone.device).manual_seed(1)
+    do, dlse = (torch.empty_like(output.detach()).normal_(generator=generator) for output in (alone, both[1]))
+    return [
+        alone.detach(),
+        *(output.detach() for output in both),
+        *neither,
+        *torch.autograd.grad(alone, leaves, do),
+        *torch.autograd.grad(both, leaves, (do, dlse)),
+    ]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, -0.3, 0])
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_repeated_calls_give_what_the_first_gave(name: str, scale: float | None, device: str) -> None:
+    inputs = draw() if device == "cpu" else draw_cuda()
+    leaves = requiring_grad(*(ARRANGEMENTS[name](t) for t in inputs))
+    torch_ops.clear_tables()
+    first = outputs_and_gradients(leaves, scale=scale)
+    assert has_been_prepared(*leaves)
+    for _ in range(2):
+        for result, expected in zip(outputs_and_gradients(leaves, scale=scale), first, strict=True):
+            assert result.stride() == expected.stride()
+            assert torch.equal(result, expected)
+    expected_o, expected_lse = reference_attention(
+        *(t.detach().double() for t in leaves), SPATTENTION, scale=scale
+    )
+    tolerance = 3e-5 if device == "cpu" else 2e-2
+    torch.testing.assert_close(first[3].double(), expected_o, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(first[4].double(), expected_lse, rtol=tolerance, atol=tolerance)
+
+
+def test_one_tensor_given_twice() -> None:
+    q, k, _ = draw()
+    expected = banded_attention(q, k, k.clone(), SPATTENTION)
+    for _ in range(3):
+        assert torch.equal(banded_attention(q, k, k, SPATTENTION), expected)
+
+
+def test_invalid_calls_are_refused_after_valid_ones_of_the_same_shapes() -> None:
+    q, k, v = draw()
+    for _ in range(2):
+        banded_attention(q, k, v, SPATTENTION)
+    assert has_been_prepared(q, k, v)
+    with pytest.raises(TypeError, match="one dtype"):
+        banded_attention(q, k.double(), v, SPATTENTION)
+    with pytest.raises(ValueError, match="on one device"):
+        banded_attention(q, k, v.to("meta"), SPATTENTION)
+    with pytest.raises(ValueError, match="agree in batch"):
+        banded_attention(q, k[..., :-1], v[..., :-1], SPATTENTION)
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        banded_attention(q, None, v, SPATTENTION)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        banded_attention(q, k, v, SPATTENTION, impl="fastest")
+    with pytest.raises(TypeError, match="scale must be a float"):
+        banded_attention(q, k, v, SPATTENTION, scale=True)
+    with pytest.raises(ValueError, match="scale must be finite"):
+        banded_attention(q, k, v, SPATTENTION, scale=float("inf"))
+
+
+class FunctionRecorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_operators_sees_repeated_calls() -> None:
+    q, k, v = draw()
+    for _ in range(2):
+        banded_attention(q, k, v, SPATTENTION)
+    assert has_been_prepared(q, k, v)
+    with Recorder() as recorder:
+        banded_attention(q, k, v, SPATTENTION)
+    assert recorder.names == ["spattn_tvm.banded_attention_forward.default"]
+    with FunctionRecorder() as functions:
+        banded_attention(q, k, v, SPATTENTION)
+    assert FORWARD in functions.functions
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        banded_attention(q, k, v, SPATTENTION)
+    assert "spattn_tvm::banded_attention_forward" in {event.name for event in profile.events()}
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda q: banded_attention(q, k, v, SPATTENTION).sum())(q)
+    # q itself, inside a transform of something else.
+    torch.func.vmap(lambda x: (x, banded_attention(q, k, v, SPATTENTION))[0])(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            banded_attention(dual, k, v, SPATTENTION)
+
+
+def test_repeated_calls_follow_autocast() -> None:
+    q, k, v = draw()
+    inputs = {dtype: tuple(t.to(dtype) for t in (q, k, v)) for dtype in (torch.float32, torch.bfloat16)}
+    for _ in range(3):
+        for given in inputs.values():
+            assert banded_attention(*given, SPATTENTION).dtype is given[0].dtype
+            for dtype in (torch.bfloat16, torch.float16):
+                with torch.autocast("cpu", dtype):
+                    assert banded_attention(*given, SPATTENTION).dtype is dtype
+
+
+def test_repeated_calls_follow_the_gradient_modes() -> None:
+    leaves = requiring_grad(*draw())
+    constants = tuple(t.detach() for t in leaves)
+    for _ in range(3):
+        assert banded_attention(*leaves, SPATTENTION).requires_grad
+        assert not banded_attention(*constants, SPATTENTION).requires_grad
+        assert banded_attention(constants[0], constants[1], leaves[2], SPATTENTION).requires_grad
+        with torch.no_grad():
+            assert not banded_attention(*leaves, SPATTENTION).requires_grad
+        with torch.inference_mode():
+            assert banded_attention(*constants, SPATTENTION).is_inference()
+        assert not banded_attention(*constants, SPATTENTION).is_inference()
+
+
+def test_second_derivative_of_repeated_calls_is_refused() -> None:
+    q, k, v = requiring_grad(*draw())
+    for _ in range(3):
+        o = banded_attention(q, k, v, SPATTENTION)
+        (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="banded_attention has no second derivative"):
+            dq.sum().backward()
+
+
+def test_repeated_calls_guard_what_they_saved() -> None:
+    leaves = requiring_grad(*draw())
+    for changed in (0, 1, 2, 0):
+        q, k, v = (t * 1 for t in leaves)
+        o = banded_attention(q, k, v, SPATTENTION)
+        (q, k, v)[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            o.sum().backward()
+        o, lse = banded_attention(*leaves, SPATTENTION, return_lse=True)
+        with torch.no_grad():
+            lse.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            o.sum().backward()
+
+
+class Discarding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_no_gradient_in_gives_none_out(return_lse: bool) -> None:
+    leaves = requiring_grad(*draw())
+    for _ in range(3):
+        outputs = banded_attention(*leaves, SPATTENTION, return_lse=return_lse)
+        Discarding.apply(outputs[0] if return_lse else outputs).sum().backward()
+        assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_many_shapes_by_turns() -> None:
+    """More than are kept for one layout."""
+    inputs = [draw(length=length) for length in range(1, 40)]
+    expected = [reference_attention(*each, SPATTENTION)[0] for each in inputs]
+    for _ in range(2):
+        for each, wanted in zip(inputs, expected, strict=True):
+            for _ in range(2):
+                torch.testing.assert_close(banded_attention(*each, SPATTENTION), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_repeated_calls_copy_what_is_not_aligned() -> None:
+    """Shape and strides are those of the earlier call, the address is not."""
+
+    def placed(tensor: Tensor, offset: int) -> Tensor:
+        flat = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype, device="cuda")
+        return flat[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    inputs = tuple(t.contiguous() for t in draw_cuda())
+    expected = banded_attention(*inputs, SPATTENTION)
+    for moved in range(3):
+        for offset in (0, 1, 8, 4):
+            given = [placed(t, offset if index == moved else 0) for index, t in enumerate(inputs)]
+            assert has_been_prepared(*given)
+            assert torch.equal(banded_attention(*given, SPATTENTION), expected)
+
+
+@pytest.mark.gpu
+def test_a_graph_captured_after_repeated_calls_runs_beside_them() -> None:
+    """The graph must not share the tile counters of the calls on its stream."""
+    q, k, v = draw_cuda(heads=4, kv_heads=4, length=3000)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = banded_attention(q, k, v, SPATTENTION)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = banded_attention(q, k, v, SPATTENTION)
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(stream):
+            eager = [banded_attention(q, k, v, SPATTENTION) for _ in range(3)]
+        torch.cuda.synchronize()
+        assert torch.equal(captured, expected)
+        assert all(torch.equal(o, expected) for o in eager)
 
 
 # --- packed sequences ----------------------------------------------------------------------------------
