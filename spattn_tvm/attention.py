@@ -22,7 +22,6 @@ from .torch_ops import (
 # 0.1 us less than asking for one kind of device.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_is_determinism_asked = torch.are_deterministic_algorithms_enabled
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,6 +89,14 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
         raise ValueError(
             f"head_dim must be a multiple of 8 from 32 to 256, got {head_dim}; impl='reference' takes any"
         )
+
+
+def _check_scale(scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
 
 
 def _autocast(tensor: Any, device_type: str) -> Any:
@@ -217,27 +224,21 @@ def banded_attention(
     ready = None
     if cu_seqlens is None and isinstance(layout, BandLayout):
         ready = find_ready(q, k, v, layout.spec, impl)
-    if ready is None:
-        _check_inputs(q, k, v, layout, impl)
-        if cu_seqlens is None:
-            layout.check_length(q.shape[2])
-        else:
-            _check_cu_seqlens(cu_seqlens, q.device)
-    if scale is None:
-        scale = q.shape[3] ** -0.5 if ready is None else ready.scale
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
-    elif math.isfinite(scale):
-        scale = float(scale)
-    else:
-        raise ValueError(f"scale must be finite, got {scale}")
-
-    if ready is not None and not (ready.requires_grad and _is_grad_enabled()):
-        o, lse = ready.launch(q, k, v, scale)
-        return (o, lse) if return_lse else o
-    settings = (layout.spec, scale, bool(deterministic or _is_determinism_asked()), impl)
     if ready is not None:
-        return differentiate_ready(ready, q, k, v, settings, return_lse)
+        factor = ready.scale if scale is None else _check_scale(scale)
+        if ready.requires_grad and _is_grad_enabled():
+            return differentiate_ready(ready, q, k, v, factor, deterministic, return_lse)
+        o, lse = ready.launch(q, k, v, factor)
+        return (o, lse) if return_lse else o
+
+    _check_inputs(q, k, v, layout, impl)
+    if cu_seqlens is None:
+        layout.check_length(q.shape[2])
+    else:
+        _check_cu_seqlens(cu_seqlens, q.device)
+    factor = q.shape[3] ** -0.5 if scale is None else _check_scale(scale)
+    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+    settings = (layout.spec, factor, deterministic, impl)
     if is_plain(q, k, v):
         o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
         if cu_seqlens is None:

@@ -159,6 +159,8 @@ def ready_forward(
 ) -> Forward:
     """`launch_forward` for many calls on tensors like these: what they have in common is settled once.
 
+    Not while a CUDA graph is captured, whose memory is its own; what it returns may be called then.
+
     Parameters
     ----------
     kernel, q, k, v, bands, cu_seqlens
@@ -191,19 +193,20 @@ def ready_forward(
 
     if index < 0:
         return launch_on_cpu
-    is_hopper, processors = kernel.family == "hopper", _multiprocessors(index)
-    counters = (_kept_counters("forward", index, _current_stream(index)),) if is_hopper else ()
+    processors = _multiprocessors(index)
+    counters = _kept_counters("forward", index, _current_stream(index)) if kernel.family == "hopper" else None
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if (
-            (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES
-            or index != _current_device()
-            or (is_hopper and (scale <= 0 or _is_capturing()))
-        ):
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES or index != _current_device():
+            return launch_with_copies(q, k, v, scale)
+        if counters is not None and (scale <= 0 or _is_capturing()):
             return launch_with_copies(q, k, v, scale)
         o = _empty_on_cuda(o_shape, o_strides, dtype)
         lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, *counters, scale, processors)
+        if counters is None:
+            function(q, k, v, bands, cu_seqlens, o, lse, scale, processors)
+        else:
+            function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
         return o, lse
 
     return launch_on_cuda

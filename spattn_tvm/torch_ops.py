@@ -9,6 +9,8 @@ through the dispatcher, a Python operator with a registered autograd formula cos
 route costs 8 (PyTorch 2.13, medians over an empty implementation). Whatever needs to see an operator takes
 the dispatcher: ``torch.compile``, ``torch.export``, dispatch and function modes, functorch, forward-mode
 AD, tensor subclasses and the profiler.
+
+An eager call that resembles an earlier one is recognised as a whole and launched with what was found then.
 """
 
 from __future__ import annotations
@@ -345,6 +347,7 @@ _is_profiling = torch.autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_determinism_asked = torch._C._get_deterministic_algorithms
 # A CPU build of PyTorch has no such function, and no CUDA tensor to ask it for.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
@@ -372,6 +375,8 @@ class Ready:
 
     Parameters
     ----------
+    layout, impl : str
+        Of that call.
     serves : callable
         Are q, k and v like those of the earlier call, and the thread's dispatch keys too? Then no dispatch
         mode, functional transform, tracer or autocast is active that was not then.
@@ -387,6 +392,8 @@ class Ready:
         What was prepared is ordered on this stream.
     """
 
+    layout: str
+    impl: str
     serves: Callable[[Any, Any, Any], bool]
     launch: Forward
     requires_grad: bool
@@ -425,6 +432,8 @@ def make_ready(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
     if kernel.family == "reference":
         return
     ready = Ready(
+        layout,
+        impl,
         # The guard of torch.compile on its inputs: types, dispatch keys, dtypes, devices, shapes, strides,
         # requires_grad. To compare them here took three times as long.
         serves=torch._C._dynamo.guards.TensorGuards(
@@ -494,17 +503,11 @@ _apply_ready_output = super(torch.autograd.Function, _ReadyOutput).apply
 
 
 def differentiate_ready(
-    ready: Ready, q: Tensor, k: Tensor, v: Tensor, settings: Settings, return_lse: bool
+    ready: Ready, q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A call that `find_ready` knows, recorded by autograd: o and lse, or o alone.
-
-    Parameters
-    ----------
-    settings
-        As in `attend_eagerly`.
-    """
-    apply = _apply_ready if return_lse else _apply_ready_output
-    return apply(q, k, v, ready.launch, settings)
+    """A call that `find_ready` knows, recorded by autograd: o and lse, or o alone."""
+    settings = (ready.layout, scale, bool(deterministic or _is_determinism_asked()), ready.impl)
+    return (_apply_ready if return_lse else _apply_ready_output)(q, k, v, ready.launch, settings)
 
 
 def attend_eagerly(
