@@ -16,8 +16,14 @@ is added into a float32 ``dq_sum`` by atomics, and a last kernel scales and cast
 by one warp in one order, so it is bitwise equal from run to run.
 
 **Wide outputs.** dK and dV of 16 keys at head dim 256 are 256 registers a thread. ``dkv_split`` warps share rows:
-each makes the scores of its part of the columns, P and dS are exchanged through shared memory, and each accumulates
-its part of the head dimension. With 32 rows a warp, that also halves what ``ldmatrix`` reads for a product.
+each makes the scores of its part of the columns, takes its own P and dS from registers and the others' through
+shared memory, and accumulates its part of the head dimension. With 32 rows a warp, that also halves what
+``ldmatrix`` reads for a product.
+
+**Warps drift.** With two stages or more no barrier holds the block together. Every thread *arrives* when its copies
+of the next chunk and its part of dS are there, which is waited for before dQ and the next chunk, and has *left* when
+it is through with a chunk's rows, which is waited for before they are overwritten. Buffers of P and dS alternate.
+Warps that share rows meet once a chunk.
 
 **Shared memory** rows are padded by 16 bytes: with a row of an even number of 16-byte units, the pitch is an odd
 number of them, so 8 consecutive rows lie in different banks, for ``ldmatrix`` as for the 4-byte loads that float32
@@ -27,26 +33,27 @@ needs where 2-byte types have ``ldmatrix.trans``. Offsets inside a tile are imme
 (2t, 2t + 1) that a thread holds of an accumulator serve as columns (t, t + 4) of the left operand when the right
 operand's rows are taken in the same order.
 
-Measured on an H200 (bfloat16, spattention, L2 cleared, medians of 11 or 15 calls; ms and useful TFLOP/s):
+Measured on an H200 (bfloat16, spattention, L2 cleared, medians of 11 calls; ms and useful TFLOP/s):
 
 =====================================================  =================  ==================  ================
 structure (tile rows x warps that share rows)          4, 16, 4096, 128   1, 16, 16384, 128   4, 16, 4096, 64
 =====================================================  =================  ==================  ================
-one pass, 128 keys x 2, chunks of 64                   0.737 (164)        1.97 (246)          -
-one pass, 64 keys x 2, two blocks, late dO             0.745 (163)        2.09 (232)          -
-one pass, 128 keys x 1, 32 rows a warp                 -                  -                   0.371 (164)
-one pass, 64 keys x 1, 16 rows a warp                  0.826 (147)        2.42 (200)          0.430 (141)
-two passes, 64 keys x 2, two blocks, late dO           0.752 (161)        2.12 (229)          -
-two passes, 16 rows a warp, K and V in registers       0.765 (159)        2.21 (219)          -
-two passes, 128 keys x 1, 32 rows a warp               -                  -                   0.405 (150)
+one pass, 128 keys x 2, chunks of 64                   0.667 (181)        1.71 (283)          -
+the same with a barrier of the block instead           0.716 (169)        1.91 (254)          -
+one pass, 64 keys x 2, one stage, two blocks           0.733 (165)        2.10 (231)          -
+one pass, 128 keys x 1, 32 rows a warp                 -                  -                   0.359 (169)
+two passes, 128 keys x 2, chunks of 64                 0.791 (153)        2.16 (224)          -
+two passes, 64 keys x 2, one stage, two blocks         0.773 (157)        2.25 (215)          -
+two passes, 64 keys x 1, 16 rows a warp                0.815 (148)        2.45 (198)          -
+two passes, 128 keys x 1, 32 rows a warp               -                  -                   0.414 (147)
 =====================================================  =================  ==================  ================
 
-In the first row the key pass takes 0.618 ms, delta and clearing dq_sum 0.067, casting it 0.048: the last two run at
-the memory's speed. Tensor cores are active for 36% of the key pass's cycles (ncu; ``mma.sync`` reaches about 62%).
-With two warps a scheduler, latency is what is left: waits for ``ldmatrix`` are 18% and for barriers 14% of the stalls.
-Atomic adds of two floats instead of four cost 0.03 ms in the first row and 0.08 in the second, single ones 0.4.
-What did not help: one exchange buffer for P and dS with barriers among the sharing warps only (0.765), dQ of a chunk
-beside the next chunk's scores (0.752), upper keys a chunk ahead of lower ones (0.766), delta inside the dQ pass.
+In the first row the key pass takes 0.538 ms, of which the atomic adds are 0.053; delta and clearing dq_sum take 0.068,
+casting it 0.051: the last two run at the memory's speed. Own P and dS out of registers were worth 0.027 ms, warps that
+drift 0.05. Adds of two floats instead of four cost 0.11 ms in the first row and 0.33 in the second.
+What did not help: a barrier of the block before dQ beside one of the sharing warps (0.745), two or four rows at once
+in the kernels that move data, dQ of a chunk beside the next chunk's scores, upper keys a chunk ahead of lower ones,
+delta inside the dQ pass.
 """
 
 from __future__ import annotations
@@ -62,6 +69,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
 SINGLE_ATOMICS = ("sm_80", "sm_86", "sm_89")  # chips whose atomic adds take one float at a time
+NO_TRY_WAIT = ("sm_80", "sm_86", "sm_89")  # chips that can only ask for a barrier's phase
 SMALL_THREADS = 256  # of the kernels that only move data
 
 
@@ -83,7 +91,6 @@ class Pass:
     strip: int  # columns that a warp computes at once
     chunk: int  # columns of a stage
     stages: int
-    late: bool  # one buffer of the second column operand, filled between its last use and the next chunk
     hold: bool  # row operands in registers
     heads: int  # whose tiles are interleaved
     blocks: int  # a multiprocessor should hold
@@ -130,8 +137,14 @@ class Pass:
         return self.rows * self.strip // 32
 
     @property
-    def late_stages(self) -> int:
-        return 1 if self.late else self.stages
+    def drifts(self) -> bool:
+        """Whether warps wait only for what they need of each other; else the whole block meets."""
+        return self.stages > 1
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Of one of the two buffers of P or dS (one without drifting warps)."""
+        return self.tile * self.exchange_pitch
 
     @property
     def exchange_pitch(self) -> int:
@@ -174,18 +187,20 @@ class Pass:
         """Byte offsets in shared memory, and under ``"end"`` the size."""
         at = {"first": 0, "second": self.tile * self.pitch}
         end = 2 * self.tile * self.pitch
-        for name, stages in (("third", self.stages), ("fourth", self.late_stages)):
+        for name in ("third", "fourth"):
             at[name] = end
-            end += stages * self.chunk * self.pitch
+            end += self.stages * self.chunk * self.pitch
         for name, is_used in (("p", self.exchange), ("ds", self.exchange or self.one_pass)):
             at[name] = end
-            end += self.tile * self.exchange_pitch if is_used else 0
+            end += (2 if self.drifts else 1) * self.exchange_bytes if is_used else 0
         at["lse"] = end
         end += self.stages * self.chunk * 4 if self.keys else 0
         at["delta"] = end
         end += self.stages * self.chunk * 4 if self.keys else 0
         at["info"] = _align(end, 16)
-        at["end"] = at["info"] + self.stages * INFO_BYTES
+        at["arrived"] = at["info"] + self.stages * INFO_BYTES
+        at["left"] = at["arrived"] + 8
+        at["end"] = at["left"] + 8
         return at
 
     @property
@@ -221,7 +236,6 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
         strip=decisions["dq_strip"],
         chunk=decisions["dq_strip"] * decisions["dq_strips"],
         stages=decisions["dq_stages"],
-        late=False,
         hold=bool(decisions["dq_hold"]),
         heads=decisions["dq_heads"],
         blocks=decisions["dq_blocks"],
@@ -240,7 +254,6 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
         strip=decisions["dkv_strip"],
         chunk=decisions["dkv_strip"] * (decisions["dkv_split"] if exchange else decisions["dkv_strips"]),
         stages=decisions["dkv_stages"],
-        late=bool(decisions["dkv_late"]) and exchange and decisions["dkv_stages"] == 2,
         hold=bool(decisions["dkv_hold"]),
         heads=decisions["dkv_heads"],
         blocks=decisions["dkv_blocks"],
@@ -344,7 +357,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         = 0: one for each of the warps that share rows, which exchange P and dS), ``stages`` (of the ring, 1: loads wait
         for the products), ``hold`` (the tile's rows as operands in registers), ``heads`` (whose tiles are interleaved),
         ``blocks`` (that a multiprocessor should hold, which limits registers); ``dkv_split`` (warps that share rows);
-        ``dkv_late`` (with two stages and an exchange: one buffer for dO, filled again after its last use);
         ``atomic_floats`` (of one atomic add, with ``one_pass``; more than 1 from sm_90 on).
     head_dim : int
         D: a multiple of 16 up to 256.
@@ -386,7 +398,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
     LDMATRIX_TRANS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
     PACK = f"cvt.rn.{SHORT}x2.f32"
+    ADD = {1: "red.global.add.f32", 2: "red.global.add.v2.f32", 4: "red.global.add.v4.f32"}[DKV.vector]
     TF32_MASK = 0xFFFFE000
+    TRY_WAIT = arch not in NO_TRY_WAIT
     LOG2E = math.log2(math.e)
     INF = float("inf")
     ALL = 0xFFFFFFFF
@@ -395,6 +409,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     UNITS = D * E // 16
     LANES = min(32, 1 << (UNITS - 1).bit_length())
     SMALL_ROWS = SMALL_THREADS // LANES
+    CAST_LANES = min(32, 1 << (D // 4 - 1).bit_length())
+    CAST_ROWS = SMALL_THREADS // CAST_LANES
 
     def element(start: Any, strides: tuple[Any, Any, Any], b: Any, h: Any, row: Any, size: int) -> Any:
         """Global address of a row of a strided (B, H, N, D) tensor, in 64-bit arithmetic."""
@@ -582,9 +598,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                 hi[0] = 0
                 made: T.int32 = 0
                 put: T.int32 = 0  # the stage to fill
-                col_begin: T.int32 = begin
-                if c.keys:
-                    col_begin = begin
                 info = T.alloc_local((4,), "int32")
 
                 @T.inline
@@ -600,12 +613,11 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                             place_last = last - lo[0]
                     if place <= place_last:
                         third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(put * (c.chunk * c.pitch))
-                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(put * (c.chunk * c.pitch) if not c.late else 0)
+                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(put * (c.chunk * c.pitch))
                         if c.keys:
                             head: T.int32 = h * group + segment // 2
                             load_rows(third, element(q.data, (q0s, q1s, q2s), b, head, 0, E), q2s, place, c.chunk)
-                            if not c.late:
-                                load_rows(fourth, element(do.data, (g0s, g1s, g2s), b, head, 0, E), g2s, place, c.chunk)
+                            load_rows(fourth, element(do.data, (g0s, g1s, g2s), b, head, 0, E), g2s, place, c.chunk)
                             stat_row: T.int64 = T.Cast("int64", b * HQ + head) * N64 + T.Cast("int64", place + tx)
                             for part in T.unroll((c.chunk + c.threads - 1) // c.threads):
                                 if tx + part * c.threads < c.chunk:
@@ -625,12 +637,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                         put = put + 1
                         if put == c.stages:
                             put = 0
-
-                @T.inline
-                def produce_late(chunk):
-                    # dO of a chunk, if it was the last one produced.
-                    if made > chunk:
-                        load_rows(base + T.uint32(c.offsets["fourth"]), element(do.data, (g0s, g1s, g2s), b, h * group + segment // 2, 0, E), g2s, place - c.chunk, c.chunk)
 
                 # Lane offsets of the fragments, see the module's docstring.
                 a_lane: T.uint32 = u32(lane % 16 * c.pitch + lane // 16 * 16)
@@ -743,17 +749,29 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                     split_words(af, al, 4 * c.row_blocks)
 
                 @T.inline
-                def output_product(out, words, shared_at, cols_at, count):
-                    for kk in T.unroll(count // c.out_step):
-                        if c.exchange:
-                            take_shared(shared_at, kk)
-                        else:
-                            take_words(words, kk)
-                        for n in T.unroll(c.out_columns // 16):
-                            load_right(cols_at + T.uint32(c.out_step * c.pitch) * u32(kk) + T.uint32(16 * E) * u32(n))
-                            for m in T.unroll(c.row_blocks):
-                                for side in T.unroll(2):
-                                    multiply(out, (m * (c.out_columns // 8) + 2 * n + side) * 4, af, al, 4 * m, bf, bl, 2 * side, False)
+                def output_step(out, cols_at, kk):
+                    # out += the left operand in af times rows of step kk at cols_at
+                    for n in T.unroll(c.out_columns // 16):
+                        load_right(cols_at + T.uint32(c.out_step * c.pitch) * u32(kk) + T.uint32(16 * E) * u32(n))
+                        for m in T.unroll(c.row_blocks):
+                            for side in T.unroll(2):
+                                multiply(out, (m * (c.out_columns // 8) + 2 * n + side) * 4, af, al, 4 * m, bf, bl, 2 * side, False)
+
+                @T.inline
+                def own_product(out, words, cols_at):
+                    for kk in T.unroll(c.strip // c.out_step):
+                        take_words(words, kk)
+                        output_step(out, cols_at, kk)
+
+                @T.inline
+                def others_product(out, name, cols_at):
+                    # The same of the strips that the other warps of these rows made.
+                    for other in T.unroll(c.split - 1):
+                        theirs: T.int32 = (across + (other + 1)) % c.split
+                        if reaches(c, info, first_row, last_row, end, info[0] + theirs * c.strip, c.strip):
+                            for kk in T.unroll(c.strip // c.out_step):
+                                take_shared(base + T.uint32(c.offsets[name]) + buffer + e_lane + u32(theirs * (c.strip * E)), kk)
+                                output_step(out, cols_at + u32(theirs * (c.strip * c.pitch)), kk)
 
                 @T.inline
                 def pack(words, values):
@@ -815,7 +833,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                 @T.inline
                 def publish(words, name, col):
                     # This warp's P^T or dS^T into an exchange buffer, rows as in the tile.
-                    at: T.uint32 = base + T.uint32(c.offsets[name]) + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
+                    at: T.uint32 = base + T.uint32(c.offsets[name]) + buffer + u32((strip_row + quad) * c.exchange_pitch + (col + lane % 4 * 2) * E)
                     for m in T.unroll(c.row_blocks):
                         for half in T.unroll(2):
                             for n in T.unroll(c.strip // 8):
@@ -835,7 +853,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                             dqs[i] = T.float32(0)
                         left = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
                         left_low = T.alloc_local((4 * (c.dq_rows // 16),), "uint32")
-                        ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
+                        ds_at: T.uint32 = base + T.uint32(c.offsets["ds"]) + buffer + u32(along * (c.dq_rows * E) + ((lane // 16 * 8 + lane % 8) * c.exchange_pitch + lane // 8 % 2 * 16 if HALF else lane % 4 * 2 * c.exchange_pitch + quad * 4))
                         keys_at: T.uint32 = base + T.uint32(c.offsets["first"]) + t_lane + u32(beside * (c.dq_columns * E))
                         for part in T.unroll(c.tile // c.dq_keys):
                             # At a band's edges half of a tile has no key of these queries.
@@ -854,53 +872,82 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                                         for m in T.unroll(c.dq_rows // 16):
                                             for side in T.unroll(2):
                                                 multiply(dqs, (m * (c.dq_columns // 8) + 2 * n + side) * 4, left, left_low, 4 * m, bf, bl, 2 * side, False)
+                        # The four floats that a lane has of a row and 16 columns are neighbours in dq_sum.
                         query: T.int32 = info[0] + along * c.dq_rows + quad
-                        dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + info[3] // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", (beside * c.dq_columns + lane % 4 * 2) * 4))
-                        if c.vector == 4:
-                            # Neighbouring lanes swap halves of two 8-column blocks, as in `store`.
-                            other = T.alloc_local((2,), "float32")
-                            for m in T.unroll(c.dq_rows // 16):
-                                for half in T.unroll(2):
-                                    for n in T.unroll(c.dq_columns // 16):
-                                        y: T.let = (m * (c.dq_columns // 8) + 2 * n) * 4 + 2 * half
-                                        for j in T.unroll(2):
-                                            other[j] = T.tvm_warp_shuffle_xor(ALL, T.if_then_else(lane % 2 == 0, dqs[y + 4 + j], dqs[y + j]), 1, 32, 32)
-                                        if T.And(query + 16 * m + 8 * half < end, beside * c.dq_columns + 16 * n + lane % 2 * 8 < D):
-                                            T.ptx["red.global.add.v4.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 64 * n) + T.if_then_else(lane % 2 == 0, T.uint64(0), T.uint64(24)),
-                                                                           T.if_then_else(lane % 2 == 0, dqs[y], other[0]), T.if_then_else(lane % 2 == 0, dqs[y + 1], other[1]),
-                                                                           T.if_then_else(lane % 2 == 0, other[0], dqs[y + 4]), T.if_then_else(lane % 2 == 0, other[1], dqs[y + 5]))
-                        for m in T.unroll(c.dq_rows // 16 if c.vector < 4 else 0):
+                        dq_at: T.uint64 = address(dq_sum.data) + T.Cast("uint64", (T.Cast("int64", b * HQ + h * group + info[3] // 2) * N64 + T.Cast("int64", query)) * (4 * D) + T.Cast("int64", beside * (c.dq_columns * 4) + lane % 4 * 16))
+                        for m in T.unroll(c.dq_rows // 16):
                             for half in T.unroll(2):
-                                if query + 16 * m + 8 * half < end:
-                                    for n in T.unroll(c.dq_columns // 8):
-                                        if beside * c.dq_columns + 8 * n < D:
-                                            if c.vector == 1:
-                                                for j in T.unroll(2):
-                                                    T.ptx["red.global.add.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n + 4 * j), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + j])
-                                            elif c.vector == 2:
-                                                T.ptx["red.global.add.v2.f32"](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 32 * n), dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half], dqs[(m * (c.dq_columns // 8) + n) * 4 + 2 * half + 1])
+                                if query + (16 * m + 8 * half) < end:
+                                    for n in T.unroll(c.dq_columns // 16):
+                                        if beside * c.dq_columns + 16 * n < D:
+                                            for j in T.unroll(4 // c.vector):
+                                                T.ptx[ADD](dq_at + T.uint64((16 * m + 8 * half) * 4 * D + 64 * n + 4 * c.vector * j),
+                                                           *[dqs[(m * (c.dq_columns // 8) + 2 * n) * 4 + 2 * half + (c.vector * j + e) // 2 * 4 + (c.vector * j + e) % 2] for e in range(c.vector)])
 
                 @T.inline
                 def strip(third, fourth, stats, first_col):
-                    # P into s and dS into p for this warp's rows and `strip` columns that start at first_col.
-                    score_product(s, first_at, 0, third + b_lane)
-                    score_product(p, second_at, 4 * c.row_blocks * c.steps, fourth + b_lane)
-                    weigh(stats + T.uint32(c.offsets["lse"]))
+                    # What follows from the strip of columns that starts at first_col, as far as this warp needs no other.
                     inside: T.bool = T.And(first_row - (first_col + (c.strip - 1)) >= info[1], first_row + (c.rows - 1) - first_col <= info[2])
                     if c.keys:
                         inside = T.And(T.And(first_col - (first_row + (c.rows - 1)) >= info[1], first_col + (c.strip - 1) - first_row <= info[2]), first_col + c.strip <= end)
+                    # Alone, both products at once: what follows then spills less. With others, P as early as possible.
+                    if not c.exchange:
+                        score_product(p, second_at, 4 * c.row_blocks * c.steps, fourth + b_lane)
+                    weigh(stats + T.uint32(c.offsets["lse"]))
                     if T.Not(inside):
                         mask(first_col)
                     exponentiate()
+                    if c.exchange:
+                        pack(pw, s)
+                        publish(pw, "p", first_col - info[0])
+                        own_product(out2, pw, fourth + slab)
+                        score_product(p, second_at, 4 * c.row_blocks * c.steps, fourth + b_lane)
                     differentiate(stats + T.uint32(c.offsets["delta"]))
+                    if c.keys and not c.exchange:
+                        pack(pw, s)
+                        own_product(out2, pw, fourth + slab)
+                    pack(dw, p)
+                    if c.exchange or c.one_pass:
+                        publish(dw, "ds", first_col - info[0])
+                    own_product(out1, dw, third + slab)
+
+                @T.inline
+                def no_strip(first_col):
+                    # What dQ takes of a strip beyond the band.
+                    if c.one_pass:
+                        for x in T.unroll(c.scores * E // 4):
+                            dw[x] = T.uint32(0)
+                        publish(dw, "ds", first_col - info[0])
 
                 take: T.int32 = 0
                 done: T.int32 = 0
-                for i in T.unroll(c.stages - 1):
+                buffer: T.uint32 = T.uint32(0)
+                for i in T.unroll(max(c.stages - 1, 1)):
                     produce()
-                    if c.late:
-                        produce_late(0)
                     T.ptx.cp.async_.commit_group()
+
+                @T.inline
+                def arrive(name):
+                    T.ptx.mbarrier.arrive.shared.b64(base + T.uint32(c.offsets[name]))
+
+                @T.inline
+                def wait(name, chunk):
+                    if TRY_WAIT:
+                        T.cuda.mbarrier_wait(base + T.uint32(c.offsets[name]), chunk % 2)
+                    else:
+                        passed = T.alloc_local((1,), "uint32")
+                        passed[0] = T.uint32(0)
+                        while passed[0] == T.uint32(0):
+                            T.ptx["mbarrier.test_wait.parity.shared.b64"](passed[0], base + T.uint32(c.offsets[name]), u32(chunk % 2))
+
+                @T.inline
+                def load_ahead():
+                    # A later chunk in the place of the one before, once all warps have left that. Of a new barrier the
+                    # phase before the first counts as passed.
+                    if c.drifts:
+                        wait("left", done + 1)
+                        produce()
+                        T.ptx.cp.async_.commit_group()
 
                 # Statistics of the tile's rows.
                 if not c.keys:
@@ -914,80 +961,73 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                 slab: T.uint32 = t_lane + u32(across * (c.out_columns * E))
                 e_lane: T.uint32 = u32((strip_row + lane % 16) * c.exchange_pitch + lane // 16 * 16 if HALF else (strip_row + quad) * c.exchange_pitch + lane % 4 * 8)
 
-                going: T.int32 = 1
-                while going == 1:
-                    if c.stages == 1:
-                        produce()
-                        T.ptx.cp.async_.commit_group()
-                        T.ptx.cp.async_.wait_group(0)
-                        T.cuda.cta_sync()
-                    else:
-                        T.ptx.cp.async_.wait_group(c.stages - 2)
-                        T.cuda.cta_sync()
-                        produce()
-                        T.ptx.cp.async_.commit_group()
+                if c.drifts:
+                    if tx == 0:
+                        T.ptx.mbarrier.init.shared.b64(base + T.uint32(c.offsets["arrived"]), T.uint32(c.threads))
+                        T.ptx.mbarrier.init.shared.b64(base + T.uint32(c.offsets["left"]), T.uint32(c.threads))
+                T.ptx.cp.async_.wait_group(max(c.stages - 2, 0))
+                T.cuda.cta_sync()
+                while done < made:
                     if c.hold:
                         if done == 0:
                             for m in T.unroll(c.row_blocks):
                                 for kk in T.unroll(c.steps):
                                     T.ptx[LDMATRIX](*[held[(m * c.steps + kk) * 4 + e] for e in range(4)], first_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
                                     T.ptx[LDMATRIX](*[held[4 * c.row_blocks * c.steps + (m * c.steps + kk) * 4 + e] for e in range(4)], second_at + T.uint32(16 * c.pitch) * u32(m) + T.uint32(32) * u32(kk))
-                    if done >= made:
-                        going = 0
-                    else:
-                        T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], base + T.uint32(c.offsets["info"]) + u32(take * INFO_BYTES))
-                        third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(take * (c.chunk * c.pitch))
-                        fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(take * (c.chunk * c.pitch) if not c.late else 0)
-                        stats: T.uint32 = base + u32(take * (c.chunk * 4) + lane % 4 * 8)
-                        if c.exchange:
-                            if reaches(c, info, first_row, last_row, end, info[0] + across * c.strip, c.strip):
-                                strip(third + u32(across * (c.strip * c.pitch)), fourth + u32(across * (c.strip * c.pitch)), stats + u32(across * (c.strip * 4)), info[0] + across * c.strip)
-                                pack(pw, s)
-                                pack(dw, p)
-                            else:
-                                for x in T.unroll(c.scores * E // 4):
-                                    pw[x] = T.uint32(0)
-                                    dw[x] = T.uint32(0)
-                            publish(pw, "p", across * c.strip)
-                            publish(dw, "ds", across * c.strip)
-                            T.cuda.cta_sync()
-                            some: T.bool = reaches(c, info, first_row, last_row, end, info[0], c.chunk)
-                            if some:
-                                output_product(out2, pw, base + T.uint32(c.offsets["p"]) + e_lane, fourth + slab, c.chunk)
-                            if c.late:
-                                T.cuda.cta_sync()
-                                produce_late(done + 1)
-                                T.ptx.cp.async_.commit_group()
-                            if some:
-                                output_product(out1, dw, base + T.uint32(c.offsets["ds"]) + e_lane, third + slab, c.chunk)
+                    T.ptx["ld.shared.v4.s32"](info[0], info[1], info[2], info[3], base + T.uint32(c.offsets["info"]) + u32(take * INFO_BYTES))
+                    third: T.uint32 = base + T.uint32(c.offsets["third"]) + u32(take * (c.chunk * c.pitch))
+                    fourth: T.uint32 = base + T.uint32(c.offsets["fourth"]) + u32(take * (c.chunk * c.pitch))
+                    stats: T.uint32 = base + u32(take * (c.chunk * 4) + lane % 4 * 8)
+                    if c.exchange:
+                        mine: T.int32 = across * c.strip
+                        own: T.bool = reaches(c, info, first_row, last_row, end, info[0] + mine, c.strip)
+                        if own:
+                            score_product(s, first_at, 0, third + u32(mine * c.pitch) + b_lane)
+                        load_ahead()
+                        if own:
+                            strip(third + u32(mine * c.pitch), fourth + u32(mine * c.pitch), stats + u32(mine * 4), info[0] + mine)
                         else:
-                            at: T.int32 = 0
-                            while at < c.chunk:
-                                if reaches(c, info, first_row, last_row, end, info[0] + at, c.strip):
-                                    strip(third + u32(at * c.pitch), fourth + u32(at * c.pitch), stats + u32(at * 4), info[0] + at)
-                                    if c.keys:
-                                        pack(pw, s)
-                                        output_product(out2, pw, base, fourth + u32(at * c.pitch) + slab, c.strip)
-                                    pack(dw, p)
-                                    if c.one_pass:
-                                        publish(dw, "ds", at)
-                                    output_product(out1, dw, base, third + u32(at * c.pitch) + slab, c.strip)
-                                else:
-                                    if c.one_pass:
-                                        for x in T.unroll(c.scores * E // 4):
-                                            dw[x] = T.uint32(0)
-                                        publish(dw, "ds", at)
-                                at = at + c.strip
-                            if c.one_pass:
-                                T.cuda.cta_sync()
-                        if c.one_pass:
-                            add_dq()
-                        take = take + 1
-                        if take == c.stages:
-                            take = 0
-                        done = done + 1
-                        if c.stages == 1:
-                            T.cuda.cta_sync()
+                            no_strip(info[0] + mine)
+                    else:
+                        load_ahead()
+                        at: T.int32 = 0
+                        while at < c.chunk:
+                            if reaches(c, info, first_row, last_row, end, info[0] + at, c.strip):
+                                score_product(s, first_at, 0, third + u32(at * c.pitch) + b_lane)
+                                strip(third + u32(at * c.pitch), fourth + u32(at * c.pitch), stats + u32(at * 4), info[0] + at)
+                            else:
+                                no_strip(info[0] + at)
+                            at = at + c.strip
+                    if c.drifts:
+                        # This thread's copies of the next chunk are there, and its part of dS.
+                        T.ptx.cp.async_.wait_group(c.stages - 2)
+                        arrive("arrived")
+                        if c.exchange:
+                            T.ptx.bar.sync(u32(1 + warp // c.split), T.uint32(32 * c.split))
+                    elif c.exchange or c.one_pass:
+                        T.cuda.cta_sync()
+                    if c.exchange:
+                        others_product(out2, "p", fourth + slab)
+                        others_product(out1, "ds", third + slab)
+                    if c.drifts:
+                        arrive("left")
+                        wait("arrived", done)
+                    if c.one_pass:
+                        add_dq()
+                    take = take + 1
+                    if take == c.stages:
+                        take = 0
+                    done = done + 1
+                    if c.drifts:
+                        buffer = T.uint32(c.exchange_bytes) - buffer
+                    else:
+                        T.cuda.cta_sync()
+                        produce()
+                        T.ptx.cp.async_.commit_group()
+                        T.ptx.cp.async_.wait_group(0)
+                        T.cuda.cta_sync()
+                # Without any chunk the tile's rows may still be on their way.
+                T.ptx.cp.async_.wait_group(0)
 
                 @T.inline
                 def store(out, start, factor):
@@ -1031,31 +1071,42 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": DKV.blocks}):
             run_pass(DKV)
 
+        # dQ out of dq_sum.
         if ONE_PASS:
             with T.attr({"tirx.device_entry": True}):
-                bx = T.cta_id([(B * HQ * N + (SMALL_ROWS - 1)) // SMALL_ROWS])
+                bx = T.cta_id([(B * HQ * N + (CAST_ROWS - 1)) // CAST_ROWS])
                 tx = T.thread_id([SMALL_THREADS])
-                row: T.int32 = bx * SMALL_ROWS + tx // LANES
-                lane: T.int32 = tx % LANES
-                if row < B * HQ * N:
-                    bh: T.int32 = T.truncdiv(row, N)
-                    i: T.int32 = row - bh * N
-                    b: T.int32 = T.truncdiv(bh, HQ)
-                    h: T.int32 = bh - b * HQ
-                    to: T.uint64 = element(dq.data, (dq0s, dq1s, dq2s), b, h, i, E)
-                    x = T.alloc_local((8,), "float32")
-                    y = T.alloc_local((4,), "uint32")
-                    for step in T.unroll((UNITS + LANES - 1) // LANES):
-                        if lane + step * LANES < UNITS:
-                            source: T.uint64 = address(dq_sum.data) + T.Cast("uint64", row) * T.uint64(4 * D) + T.Cast("uint64", (lane + step * LANES) * (64 // E))
-                            for w in T.unroll(4 // E):
-                                T.ptx["ld.global.v4.f32"](x[4 * w], x[4 * w + 1], x[4 * w + 2], x[4 * w + 3], source + T.uint64(16 * w))
-                            for w in T.unroll(4):
-                                if HALF:
-                                    T.ptx[PACK](y[w], x[2 * w + 1] * scale, x[2 * w] * scale)
-                                else:
-                                    y[w] = T.reinterpret("uint32", x[w] * scale)
-                            T.ptx["st.global.v4.u32"](to + T.Cast("uint64", (lane + step * LANES) * 16), y[0], y[1], y[2], y[3])
+                # What is beyond the last row does that row again: shuffles need all lanes.
+                row: T.int32 = T.min(bx * CAST_ROWS + tx // CAST_LANES, B * HQ * N - 1)
+                lane: T.int32 = tx % CAST_LANES
+                bh: T.int32 = T.truncdiv(row, N)
+                i: T.int32 = row - bh * N
+                b: T.int32 = T.truncdiv(bh, HQ)
+                h: T.int32 = bh - b * HQ
+                source: T.uint64 = address(dq_sum.data) + T.Cast("uint64", row) * T.uint64(4 * D) + T.Cast("uint64", lane * 16)
+                to: T.uint64 = element(dq.data, (dq0s, dq1s, dq2s), b, h, i, E) + T.Cast("uint64", (lane // 4 * 16 + lane % 2 * 8 + lane % 4 // 2 * 4) * E)
+                x = T.alloc_local((4,), "float32")
+                swapped = T.alloc_local((2,), "float32")
+                y = T.alloc_local((2,), "uint32")
+                for step in T.unroll((D // 4 + CAST_LANES - 1) // CAST_LANES):
+                    inside: T.bool = lane + step * CAST_LANES < D // 4
+                    for e in T.unroll(4):
+                        x[e] = T.float32(0)
+                    if inside:
+                        T.ptx["ld.global.v4.f32"](x[0], x[1], x[2], x[3], source + T.uint64(16 * CAST_LANES * step))
+                    # A lane has two columns of each half of 16; with its neighbour's it has four of one.
+                    for e in T.unroll(2):
+                        swapped[e] = T.tvm_warp_shuffle_xor(ALL, T.if_then_else(lane % 2 == 0, x[2 + e], x[e]), 1, 32, 32)
+                    for e in T.unroll(2):
+                        x[2 + e] = T.if_then_else(lane % 2 == 0, swapped[e], x[2 + e])
+                        x[e] = T.if_then_else(lane % 2 == 0, x[e], swapped[e])
+                    if inside:
+                        if HALF:
+                            for w in T.unroll(2):
+                                T.ptx[PACK](y[w], x[2 * w + 1] * scale, x[2 * w] * scale)
+                            T.ptx["st.global.v2.u32"](to + T.uint64(4 * CAST_LANES * E * step), y[0], y[1])
+                        else:
+                            T.ptx["st.global.v4.f32"](to + T.uint64(4 * CAST_LANES * E * step), x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale)
     # fmt: on
     if not ONE_PASS:
         kept = [param for param in backward.params if param.name != "dq_sum"]

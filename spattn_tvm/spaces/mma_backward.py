@@ -44,7 +44,6 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
         "dkv_strip": strips,
         "dkv_strips": (0, 1, 2, 4),
         "dkv_stages": stages,
-        "dkv_late": (0, 1),
         "dkv_hold": holds,
         "dkv_heads": heads,
         "dkv_blocks": blocks,
@@ -89,34 +88,28 @@ _DQ_PREFERRED = (
     (2, 16, 16, 1, 1, 0, 1),
     (1, 16, 16, 1, 1, 0, 1),
 )
-_DKV = ("warps", "rows", "split", "strip", "strips", "stages", "late", "blocks")
-_DKV_UNSPLIT = ((4, 32, 1, 32, 2, 2, 0, 2),)  # head dim 64: 0.37 ms at (4, 16, 4096, 64), 16 rows 0.43
-# Head dim 128, ms at (4, 16, 4096, 128) and (1, 16, 16384, 128): in one pass 0.737 and 1.97, with the choice
-# for two passes 0.745 and 2.09, with 16 rows 0.83 and 2.42.
-_DKV_ONE_PASS = ((4, 32, 2, 32, 0, 2, 0, 1),)
-# Head dim 128, in two passes: 0.752 and 2.12; with 16 rows and K and V in registers 0.765 and 2.21, with the
-# choice above 0.93 and 2.56.
-_DKV_TWO_PASSES = ((2, 32, 2, 32, 0, 2, 1, 2),)
-_DKV_SMALL = (
-    (4, 32, 2, 32, 0, 2, 1, 1),
-    (4, 32, 2, 16, 0, 2, 0, 1),
-    (2, 32, 2, 32, 0, 1, 0, 1),
-    (2, 32, 4, 16, 0, 2, 0, 1),
-    (2, 32, 4, 16, 0, 2, 1, 1),
-    (4, 16, 2, 16, 0, 2, 0, 1),
-    (2, 32, 4, 16, 0, 1, 0, 1),
-    (4, 16, 2, 16, 0, 1, 0, 1),
-    (2, 16, 2, 16, 0, 2, 0, 1),
-    (2, 16, 2, 16, 0, 1, 0, 1),
-    (2, 16, 2, 16, 1, 1, 0, 1),
-    (1, 16, 2, 16, 0, 1, 0, 1),
-    (1, 16, 4, 16, 1, 1, 0, 1),
+_DKV = ("warps", "rows", "split", "strip", "strips", "stages", "blocks")
+_DKV_PREFERRED = (
+    (4, 32, 1, 32, 2, 2, 2),  # head dim 64: 0.36 ms at (4, 16, 4096, 64), 16 rows 0.43
+    (4, 32, 2, 32, 0, 2, 1),  # head dim 128: 0.67 and 1.71 ms at (4, 16, 4096, 128) and (1, 16, 16384, 128)
+    (4, 32, 2, 16, 0, 2, 1),  # what an sm_80 has room for: 0.88 and 2.42 in two passes
+    (2, 32, 2, 32, 0, 1, 1),  # what an sm_120a has room for: 0.73 and 2.10
+    (2, 32, 4, 16, 0, 2, 1),
+    (4, 16, 2, 16, 0, 2, 1),  # head dim 256: 1.57 ms at (4, 16, 4096, 256), the next one 1.72
+    (2, 32, 4, 16, 0, 1, 1),
+    (4, 16, 2, 16, 0, 1, 1),
+    (2, 16, 2, 16, 0, 2, 1),
+    (2, 16, 2, 16, 0, 1, 1),
+    (2, 16, 2, 16, 1, 1, 1),
+    (1, 16, 2, 16, 0, 1, 1),
+    (1, 16, 4, 16, 1, 1, 1),
 )
 
 
 def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
-    """One pass where atomic adds of four floats exist: at (4, 16, 4096, 128) on an H200 adds of two floats
-    took 0.03 to 0.08 ms more than of four, and single ones 0.43 ms, which is more than a dQ pass.
+    """One pass where atomic adds of four floats exist: at (4, 16, 4096, 128) on an H200 the key pass took
+    0.54 ms with those, 0.65 with adds of two floats, and about 0.4 more with single ones, which is more than
+    a dQ pass.
     """
     vectors = target.arch not in kernel.SINGLE_ATOMICS
     one_pass = int(vectors and not deterministic)
@@ -127,8 +120,7 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
         "dkv_heads": 8,
         "dkv_hold": 0,
     }
-    structure = _DKV_ONE_PASS if one_pass else _DKV_TWO_PASSES
-    for dq, dkv in product(_DQ_PREFERRED, _DKV_UNSPLIT + structure + _DKV_SMALL):
+    for dq, dkv in product(_DQ_PREFERRED, _DKV_PREFERRED):
         # The sums of float32 products in flight spill with 32 rows or columns.
         if dtype == "float32" and (max(dq[1], dq[2], dkv[1]) > 16 or dq[_DQ.index("hold")]):
             continue
