@@ -11,17 +11,15 @@ from torch import Tensor
 from .bands import BandLayout
 from .torch_ops import (
     IMPLEMENTATIONS,
+    attend_again,
     attend_by_operator,
     attend_eagerly,
-    differentiate_ready,
-    find_ready,
     is_plain,
-    make_ready,
+    remember,
 )
 
 # 0.1 us less than asking for one kind of device.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_is_grad_enabled = torch.is_grad_enabled
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -221,28 +219,26 @@ def banded_attention(
         device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
             q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
-    ready = None
+    if scale is not None:
+        scale = _check_scale(scale)
     if cu_seqlens is None and isinstance(layout, BandLayout):
-        ready = find_ready(q, k, v, layout.spec, impl)
-    if ready is not None:
-        factor = ready.scale if scale is None else _check_scale(scale)
-        if ready.requires_grad and _is_grad_enabled():
-            return differentiate_ready(ready, q, k, v, factor, deterministic, return_lse)
-        o, lse = ready.launch(q, k, v, factor)
-        return (o, lse) if return_lse else o
+        outputs = attend_again(q, k, v, layout.spec, impl, scale, deterministic, return_lse)
+        if outputs is not None:
+            return outputs
 
     _check_inputs(q, k, v, layout, impl)
     if cu_seqlens is None:
         layout.check_length(q.shape[2])
     else:
         _check_cu_seqlens(cu_seqlens, q.device)
-    factor = q.shape[3] ** -0.5 if scale is None else _check_scale(scale)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
-    settings = (layout.spec, factor, deterministic, impl)
+    settings = (layout.spec, scale, deterministic, impl)
     if is_plain(q, k, v):
         o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
         if cu_seqlens is None:
-            make_ready(q, k, v, layout.spec, impl)
+            remember(q, k, v, layout.spec, impl)
     else:
         o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
     return (o, lse) if return_lse else o

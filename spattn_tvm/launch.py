@@ -193,13 +193,15 @@ def ready_forward(
 
     if index < 0:
         return launch_on_cpu
-    processors = _multiprocessors(index)
-    counters = _kept_counters("forward", index, _current_stream(index)) if kernel.family == "hopper" else None
+    processors, stream = _multiprocessors(index), _current_stream(index)
+    counters = _kept_counters("forward", index, stream) if kernel.family == "hopper" else None
+    # CUDA captures no graph on its default stream.
+    may_capture = stream != 0
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES or index != _current_device():
             return launch_with_copies(q, k, v, scale)
-        if counters is not None and (scale <= 0 or _is_capturing()):
+        if counters is not None and (scale <= 0 or (may_capture and _is_capturing())):
             return launch_with_copies(q, k, v, scale)
         o = _empty_on_cuda(o_shape, o_strides, dtype)
         lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)

@@ -463,7 +463,7 @@ ARRANGEMENTS = {
 
 
 def has_been_prepared(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> bool:
-    return torch_ops.find_ready(q, k, v, SPATTENTION.spec, impl) is not None
+    return any(prepared.serves(q, k, v) for prepared in torch_ops._prepared.get((SPATTENTION.spec, impl), ()))
 
 
 def outputs_and_gradients(leaves: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
