@@ -508,10 +508,13 @@ def test_repeated_calls_give_what_the_first_gave(name: str, scale: float | None,
 
 
 def test_one_tensor_given_twice() -> None:
+    """The guard takes no tensor twice, so nothing must pile up."""
     q, k, _ = draw()
     expected = banded_attention(q, k, k.clone(), SPATTENTION)
+    torch_ops.clear_tables()
     for _ in range(3):
         assert torch.equal(banded_attention(q, k, k, SPATTENTION), expected)
+    assert not torch_ops._prepared
 
 
 def test_invalid_calls_are_refused_after_valid_ones_of_the_same_shapes() -> None:
