@@ -890,20 +890,23 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                     inside: T.bool = T.And(first_row - (first_col + (c.strip - 1)) >= info[1], first_row + (c.rows - 1) - first_col <= info[2])
                     if c.keys:
                         inside = T.And(T.And(first_col - (first_row + (c.rows - 1)) >= info[1], first_col + (c.strip - 1) - first_row <= info[2]), first_col + c.strip <= end)
-                    # Alone, both products at once: what follows then spills less. With others, P as early as possible.
-                    if not c.exchange:
+                    # Where P is neither exchanged nor waited for, later: that spills less.
+                    late = T.meta_var(c.keys and not c.exchange and not c.one_pass)
+                    if late:
                         score_product(p, second_at, 4 * c.row_blocks * c.steps, fourth + b_lane)
                     weigh(stats + T.uint32(c.offsets["lse"]))
                     if T.Not(inside):
                         mask(first_col)
                     exponentiate()
-                    if c.exchange:
+                    if c.keys and not late:
                         pack(pw, s)
-                        publish(pw, "p", first_col - info[0])
+                        if c.exchange:
+                            publish(pw, "p", first_col - info[0])
                         own_product(out2, pw, fourth + slab)
+                    if not late:
                         score_product(p, second_at, 4 * c.row_blocks * c.steps, fourth + b_lane)
                     differentiate(stats + T.uint32(c.offsets["delta"]))
-                    if c.keys and not c.exchange:
+                    if late:
                         pack(pw, s)
                         own_product(out2, pw, fourth + slab)
                     pack(dw, p)

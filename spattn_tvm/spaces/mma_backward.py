@@ -77,8 +77,9 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
 # on an H200 in bfloat16 at (B, H, N, D), the rest chosen by what they have in common with those.
 _DQ = ("warps", "rows", "strip", "strips", "stages", "hold", "blocks")
 _DQ_PREFERRED = (
-    (4, 32, 32, 2, 2, 1, 2),  # head dim 64: 0.17 ms of the 0.40 at (4, 16, 4096, 64)
-    (4, 32, 32, 1, 2, 0, 2),  # head dim 128: 0.30 ms at (4, 16, 4096, 128), 16 rows in registers 0.33
+    (4, 32, 32, 4, 2, 1, 2),  # head dim 64: 0.16 ms of the 0.41 at (4, 16, 4096, 64), the next one 0.17
+    (4, 32, 32, 2, 2, 1, 2),
+    (4, 32, 32, 1, 2, 0, 2),  # head dim 128: 0.31 ms at (4, 16, 4096, 128), 16 rows in registers 0.34
     (4, 16, 32, 2, 2, 1, 2),
     (4, 16, 32, 1, 2, 1, 2),
     (4, 16, 32, 1, 2, 1, 1),
@@ -93,7 +94,8 @@ _DKV_PREFERRED = (
     (4, 32, 1, 32, 2, 2, 2),  # head dim 64: 0.36 ms at (4, 16, 4096, 64), 16 rows 0.43
     (4, 32, 2, 32, 0, 2, 1),  # head dim 128: 0.67 and 1.71 ms at (4, 16, 4096, 128) and (1, 16, 16384, 128)
     (4, 32, 2, 16, 0, 2, 1),  # what an sm_80 has room for: 0.88 and 2.42 in two passes
-    (2, 32, 2, 32, 0, 1, 1),  # what an sm_120a has room for: 0.73 and 2.10
+    (2, 32, 2, 16, 0, 2, 1),  # what an sm_120a has room for: 0.72 and 2.10, the next one 0.73 and 2.10
+    (2, 32, 2, 32, 0, 1, 1),
     (2, 32, 4, 16, 0, 2, 1),
     (4, 16, 2, 16, 0, 2, 1),  # head dim 256: 1.57 ms at (4, 16, 4096, 256), the next one 1.72
     (2, 32, 4, 16, 0, 1, 1),
