@@ -2,34 +2,40 @@
 
 A thread block owns one tile of query rows of one head, a warp 16 or 32 of its rows. All threads copy the keys
 and values of the tile's near and far band, chunk by chunk, into a ring in shared memory; each warp computes
-with the chunks that its own rows attend to and lets the others pass. Warps meet at two barriers a stage, full
-and empty, so that one may be as many chunks before another as the ring has stages that are not being filled.
+with the chunks that its own rows attend to and lets the others pass. Threads meet at two barriers a stage,
+full and empty, so that a warp may be as many chunks before another as the ring has stages that are not being
+filled.
 
 Key ranges start at the band's edge, not at a multiple of the chunk. A chunk whose every pair is attended is
 one step without a mask; a chunk that an edge crosses is taken in steps of ``edge_keys``, masked, of which
 those that the warp's rows don't attend to are left out.
 
-Measured on an H200, bfloat16, spattention, L2 cleared, medians of 15, in ms at (B, H, N, D); 32 rows a warp,
-edge steps of 32 keys, one head after another:
+Measured on an H200, bfloat16, spattention, L2 cleared, medians of 21 and 15, in ms at (B, H, N, D); steps of
+32 keys at an edge, groups of 8 heads:
 
-=========================================================  ================  =================
-warps, key rows, stages (ahead), asks for a chunk, blocks  4, 16, 4096, 128  1, 16, 16384, 128
-=========================================================  ================  =================
-4, 32, 4 (2), before the scores, 2                         0.207             0.558
-4, 64, 2 (1), after the weights, 2                         0.221             0.564
-4, 64, 2 (1), after the scores, 2                          0.233             0.573
-4, 64, 2 (1), before the scores, 2                         0.240             0.608
-4, 32, 4 (3), after the scores, 2                          0.224             0.591
-2, 32, 2 (1), after the scores, 4                          0.222             0.630
-8, 64, 4 (2), before the scores, 1                         0.236             0.592
-=========================================================  ================  =================
+================================================================  ================  =================
+warps x rows, key rows, stages (ahead), asks for a chunk, blocks  4, 16, 4096, 128  1, 16, 16384, 128
+================================================================  ================  =================
+4 x 32, 32, 4 (2), before the scores, 2                           0.208             0.574
+4 x 32, 32, 4 (3), after the scores, 2                            0.223             0.603
+4 x 32, 32, 2 (1), after the scores, 2                            0.225             0.605
+4 x 32, 64, 2 (1), after the weights, 2                           0.220             0.580
+4 x 32, 64, 2 (1), after the scores, 2                            0.230             0.584
+2 x 32, 32, 2 (1), after the scores, 4                            0.222             0.638
+8 x 32, 64, 4 (2), before the scores, 1                           0.237             0.605
+4 x 16, 32, 2 (1), after the scores, 3                            0.244             0.733
+8 x 16, 32, 3 (1), before the scores, 1                           0.299             0.783
+================================================================  ================  =================
 
 Dense causal FlashAttention-2 (PyTorch's) made 306 and 325 TFLOP/s on the same chip, the first line 234 and
-347. With one barrier of the whole block for each chunk, 64 key rows and 2 stages took 0.230 and 0.605;
-without that barrier (and wrong) 0.193 and 0.529, without loads as well 0.175 and 0.481, without ``exp2``
-0.223 and 0.583: it is waiting, not arithmetic, that there is to save. Groups of 8 heads saved 1 to 2 % in
-each of six pairs. 16 rows a warp load each operand for half as many products: 0.255 and 0.786 (three blocks).
-At (4, 16, 4096, 64) they are faster, 0.126 with 64 key rows and four blocks against 0.130.
+347 beside it. With one barrier of the whole block for each chunk, 64 key rows and 2 stages took 0.230 and
+0.605; without that barrier (and wrong) 0.193 and 0.529, without loads as well 0.175 and 0.481, without
+``exp2`` 0.223 and 0.583: it is waiting, not arithmetic, that there is to save. One barrier a stage, at which
+a thread arrives when it is through with a chunk and its own copies of a later one are there, took 0.202 and
+0.548 beside the first line's 0.203 and 0.554, but with two stages 0.232 and 0.609 beside 0.225 and 0.586:
+then no warp gets ahead of another. Groups of 8 heads saved 1 to 2 % in each of six pairs. At
+(4, 16, 4096, 64), three blocks of 4 x 32 rows and six stages (three ahead) took 0.120, four blocks of 4 x 16
+rows and two stages of 64 keys 0.127.
 """
 
 from __future__ import annotations
@@ -287,7 +293,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
         if thread == 0:
             for s in T.unroll(STAGES):
                 T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([FULL + s]), T.uint32(THREADS))
-                T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([EMPTY + s]), T.uint32(THREADS // 32))
+                T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([EMPTY + s]), T.uint32(THREADS))
             locate(
                 tile, block, bands, cu, T.cast(B64, "int32"), T.cast(Hq64, "int32"), T.cast(N64, "int32"),
                 T.cast(BOUNDS64, "int32") - 1, T.cast(M64, "int32"),
@@ -469,6 +475,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 for i in T.serial(WARP_ROWS * PITCH * element_bytes(dtype) // 128):
                     at: T.int32 = warp * (WARP_ROWS * PITCH * element_bytes(dtype) // 4) + 32 * i + lane
                     arena_words[at] = arena_words[at] ^ T.uint32(SIGNS)
+                T.cuda.warp_sync()
             my_end: T.int32 = T.min(my_row0 + WARP_ROWS, tile[DOC_END])
             # From which chunk of a band on some, or all, of this warp's rows are not before its keys.
             some_first: T.int32 = T.Select(my_row0 < my_end, (rows_end - my_end) // KEYS, chunks)
@@ -510,9 +517,9 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                             while offset < last:
                                 attend(offset, EDGE, True, key0 + offset, low, high)
                                 offset = offset + EDGE
-                    T.cuda.warp_sync()
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(barriers.ptr_to([EMPTY + stage]))
+                    # Each lane for itself: one that arrives for its warp, behind a warp barrier, is no
+                    # faster, and racecheck doesn't know that it speaks for the other lanes' reads.
+                    T.ptx.mbarrier.arrive.shared.b64(barriers.ptr_to([EMPTY + stage]))
                     chunk = chunk + 1
                     index = index + 1
                     phase = T.Select(stage == STAGES - 1, phase ^ 1, phase)
