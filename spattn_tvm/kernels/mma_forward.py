@@ -34,8 +34,8 @@ Dense causal FlashAttention-2 (PyTorch's) made 306 and 325 TFLOP/s on the same c
 a thread arrives when it is through with a chunk and its own copies of a later one are there, took 0.202 and
 0.548 beside the first line's 0.203 and 0.554, but with two stages 0.232 and 0.609 beside 0.225 and 0.586:
 then no warp gets ahead of another. Groups of 8 heads saved 1 to 2 % in each of six pairs. At
-(4, 16, 4096, 64), three blocks of 4 x 32 rows and six stages (three ahead) took 0.120, four blocks of 4 x 16
-rows and two stages of 64 keys 0.127.
+(4, 16, 4096, 64), three blocks of 4 x 32 rows and six stages (three ahead) took 0.119, four blocks of 4 x 16
+rows and two stages of 64 keys 0.126.
 """
 
 from __future__ import annotations
