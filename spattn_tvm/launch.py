@@ -45,6 +45,10 @@ def _is_describable(tensor: Tensor) -> bool:
     return tensor.data_ptr() % _TMA_BYTES == 0 and _has_describable_strides(tensor)
 
 
+def _are_aligned(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES == 0
+
+
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy if kernels can't read it in place."""
     if tensor.is_cpu:
@@ -139,10 +143,7 @@ def launch_forward(
         kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
         return o, lse
     # The usual case at once: rows of a CUDA kernel's head dims are multiples of 16 bytes.
-    if (
-        not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous())
-        or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES
-    ):
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or not _are_aligned(q, k, v):
         q, k, v = _readable(q), _readable(k), _readable(v)
     if kernel.family == "hopper":
         if scale <= 0:
@@ -194,24 +195,45 @@ def ready_forward(
     if index < 0:
         return launch_on_cpu
     processors, stream = _multiprocessors(index), _current_stream(index)
-    counters = _kept_counters("forward", index, stream) if kernel.family == "hopper" else None
-    # CUDA captures no graph on its default stream.
-    may_capture = stream != 0
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES or index != _current_device():
-            return launch_with_copies(q, k, v, scale)
-        if counters is not None and (scale <= 0 or (may_capture and _is_capturing())):
+        if index != _current_device() or not _are_aligned(q, k, v):
             return launch_with_copies(q, k, v, scale)
         o = _empty_on_cuda(o_shape, o_strides, dtype)
         lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        if counters is None:
-            function(q, k, v, bands, cu_seqlens, o, lse, scale, processors)
-        else:
-            function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
+        function(q, k, v, bands, cu_seqlens, o, lse, scale, processors)
         return o, lse
 
-    return launch_on_cuda
+    if kernel.family != "hopper":
+        return launch_on_cuda
+    counters = _kept_counters("forward", index, stream)
+    # CUDA captures no graph on its default stream.
+    may_capture = stream != 0
+    may_be_unaligned = False
+
+    def launch_on_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        nonlocal may_be_unaligned
+        if (
+            index != _current_device()
+            or scale <= 0
+            or (may_capture and _is_capturing())
+            or (may_be_unaligned and not _are_aligned(q, k, v))
+        ):
+            return launch_with_copies(q, k, v, scale)
+        o = _empty_on_cuda(o_shape, o_strides, dtype)
+        lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
+        try:
+            function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
+        except RuntimeError:
+            # TVM's runtime makes no TMA descriptor of such an address, and has launched nothing then. To
+            # look at three addresses takes 0.4 us, so calls do from the first such address on.
+            if _are_aligned(q, k, v):
+                raise
+            may_be_unaligned = True
+            return launch_with_copies(q, k, v, scale)
+        return o, lse
+
+    return launch_on_hopper
 
 
 def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:

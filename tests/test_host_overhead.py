@@ -95,18 +95,19 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        added = float("inf")
+        fastest = [float("inf")] * 4
         for _ in range(ATTEMPTS):
-            call_us, bare_us, recorded_us, allocated_us = fastest_us(call, bare, record, allocate)
+            fastest = list(map(min, fastest, fastest_us(call, bare, record, allocate)))
+            call_us, bare_us, recorded_us, allocated_us = fastest
             node_us = recorded_us - allocated_us if mode == "grad" else 0.0
-            added = min(added, call_us - bare_us - node_us)
+            added = call_us - bare_us - node_us
             if added <= LIMITS_US[device]:
                 break
     finally:
         torch.set_num_threads(threads)
     record_property("added_us", added)
     print(
-        f"{device} {mode}: {added:.1f} us and {node_us:.1f} us of autograd's node "
-        f"added to {bare_us:.1f} us of the compiled function"
+        f"{device} {mode}: {added:.1f} us added to {bare_us:.1f} us of the compiled function, "
+        f"beside {node_us:.1f} us of autograd's node"
     )
     assert added <= LIMITS_US[device]
