@@ -63,13 +63,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spattn_tvm.kernels.mma_tile import registers_most, shared_bytes_most
+from spattn_tvm.kernels.key_range import first_slot
+from spattn_tvm.kernels.mma_tile import registers_most, shared_bytes_most, tile_slots, wait_macro
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
 SINGLE_ATOMICS = ("sm_80", "sm_86", "sm_89")  # chips whose atomic adds take one float at a time
-NO_TRY_WAIT = ("sm_80", "sm_86", "sm_89")  # chips that can only ask for a barrier's phase
 SMALL_THREADS = 256  # of the kernels that only move data
 
 
@@ -400,7 +400,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     PACK = f"cvt.rn.{SHORT}x2.f32"
     ADD = {1: "red.global.add.f32", 2: "red.global.add.v2.f32", 4: "red.global.add.v4.f32"}[DKV.vector]
     TF32_MASK = 0xFFFFE000
-    TRY_WAIT = arch not in NO_TRY_WAIT
+    wait = wait_macro(arch)
     LOG2E = math.log2(math.e)
     INF = float("inf")
     ALL = 0xFFFFFFFF
@@ -507,14 +507,14 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
 
         @T.inline
         def run_pass(c):
-            bx = T.cta_id([T.if_then_else(docs == 1, (N + (c.tile - 1)) // c.tile, N // c.tile + docs) * B * (HK if c.keys else HQ)])
+            bx = T.cta_id([tile_slots(N, docs, c.tile) * B * (HK if c.keys else HQ)])
             warp = T.warp_id([c.threads // 32])
             tx = T.thread_id([c.threads])
             arena = T.alloc_buffer((c.shared_bytes,), "uint8", scope="shared.dyn", align=1024)
             base: T.uint32 = T.cuda.cvta_generic_to_shared(arena.data)
             lane: T.int32 = tx % 32
             quad: T.int32 = lane // 4
-            slots: T.int32 = T.if_then_else(docs == 1, (N + (c.tile - 1)) // c.tile, N // c.tile + docs)
+            slots: T.int32 = tile_slots(N, docs, c.tile)
 
             # A few heads at a time, so that what their tiles share stays in the L2; of those the tiles with most work first:
             # late queries, early keys.
@@ -531,7 +531,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
             doc_hi: T.int32 = docs - 1
             while doc < doc_hi:
                 mid: T.int32 = (doc + doc_hi + 1) // 2
-                if cu[mid] // c.tile + mid <= slot:
+                if first_slot(cu[mid], mid, c.tile) <= slot:
                     doc = mid
                 else:
                     doc_hi = mid - 1
@@ -539,7 +539,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
             end: T.int32 = cu[doc + 1]
             row0: T.int32 = begin + slot * c.tile
             if docs > 1:
-                row0 = begin + (slot - (begin // c.tile + doc)) * c.tile
+                row0 = begin + (slot - first_slot(begin, doc, c.tile)) * c.tile
             if M == 1:
                 doc = 0
 
@@ -930,25 +930,11 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                     T.ptx.cp.async_.commit_group()
 
                 @T.inline
-                def arrive(name):
-                    T.ptx.mbarrier.arrive.shared.b64(base + T.uint32(c.offsets[name]))
-
-                @T.inline
-                def wait(name, chunk):
-                    if TRY_WAIT:
-                        T.cuda.mbarrier_wait(base + T.uint32(c.offsets[name]), chunk % 2)
-                    else:
-                        passed = T.alloc_local((1,), "uint32")
-                        passed[0] = T.uint32(0)
-                        while passed[0] == T.uint32(0):
-                            T.ptx["mbarrier.test_wait.parity.shared.b64"](passed[0], base + T.uint32(c.offsets[name]), u32(chunk % 2))
-
-                @T.inline
                 def load_ahead():
                     # A later chunk in the place of the one before, once all warps have left that. Of a new barrier the
                     # phase before the first counts as passed.
                     if c.drifts:
-                        wait("left", done + 1)
+                        wait(base + T.uint32(c.offsets["left"]), (done + 1) % 2)
                         produce()
                         T.ptx.cp.async_.commit_group()
 
@@ -1004,7 +990,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                     if c.drifts:
                         # This thread's copies of the next chunk are there, and its part of dS.
                         T.ptx.cp.async_.wait_group(c.stages - 2)
-                        arrive("arrived")
+                        T.ptx.mbarrier.arrive.shared.b64(base + T.uint32(c.offsets["arrived"]))
                         if c.exchange:
                             T.ptx.bar.sync(u32(1 + warp // c.split), T.uint32(32 * c.split))
                     elif c.exchange or c.one_pass:
@@ -1013,8 +999,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                         others_product(out2, "p", fourth + slab)
                         others_product(out1, "ds", third + slab)
                     if c.drifts:
-                        arrive("left")
-                        wait("arrived", done)
+                        T.ptx.mbarrier.arrive.shared.b64(base + T.uint32(c.offsets["left"]))
+                        wait(base + T.uint32(c.offsets["arrived"]), done % 2)
                     if c.one_pass:
                         add_dq()
                     take = take + 1

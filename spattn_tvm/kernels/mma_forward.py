@@ -64,6 +64,7 @@ from .mma_tile import (
     row_pitch,
     shared_bytes_most,
     tile_slots,
+    wait_macro,
 )
 
 if TYPE_CHECKING:
@@ -180,10 +181,9 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
     BARRIER_BYTES = 16 * STAGES
     ARENA = ROWS * PITCH + 2 * STAGES * CHUNK + (TILE_BYTES + BARRIER_BYTES) // element_bytes(dtype)
     FULL, EMPTY = 0, STAGES
-    # Waits without spinning, where there is such an instruction.
-    TRY_WAIT = arch not in ("sm_80", "sm_86", "sm_89")
     blocks = Blocks(dtype, PITCH)
     WORDS = blocks.words
+    wait = wait_macro(arch)
     locate = locate_macro(ROWS, decisions["head_group"])
     load_queries = row_loader_macro(ROWS, D, dtype, THREADS)
     load_chunk = row_loader_macro(KEYS, D, dtype, THREADS)
@@ -278,18 +278,6 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
             scope="shared.dyn",
         )
 
-        @T.inline
-        def wait(barrier, phase):
-            if TRY_WAIT:
-                T.cuda.mbarrier_wait(barriers.ptr_to([barrier]), phase)
-            else:
-                done = T.alloc_local((1,), "uint32")
-                done[0] = T.uint32(0)
-                while done[0] == T.uint32(0):
-                    T.ptx["mbarrier.test_wait.parity.shared.b64"](
-                        done[0], barriers.ptr_to([barrier]), T.cast(phase, "uint32")
-                    )
-
         if thread == 0:
             for s in T.unroll(STAGES):
                 T.ptx.mbarrier.init.shared.b64(barriers.ptr_to([FULL + s]), T.uint32(THREADS))
@@ -377,7 +365,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 if chunk + AHEAD < chunks:
                     wraps: T.bool = stage + AHEAD >= STAGES
                     place: T.int32 = T.Select(wraps, stage + AHEAD - STAGES, stage + AHEAD)
-                    wait(EMPTY + place, T.Select(wraps, phase, phase ^ 1))
+                    wait(barriers.ptr_to([EMPTY + place]), T.Select(wraps, phase, phase ^ 1))
                     load_keys_and_values(chunk + AHEAD, place)
 
             # One step of the online softmax: `keys` keys from row `offset` of the chunk in `stage` on.
@@ -493,7 +481,7 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
                 full_last: T.int32 = (top - T.max(tile[DOC_BEGIN], my_end - 1 - high)) // KEYS
                 index: T.int32 = 0
                 while index < count:
-                    wait(FULL + stage, phase)
+                    wait(barriers.ptr_to([FULL + stage]), phase)
                     if Q_IN_REGISTERS:
                         if chunk == 0:
                             for step in T.unroll(STEPS):

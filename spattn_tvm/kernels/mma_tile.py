@@ -6,6 +6,7 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
   ``row_pitch`` elements, an odd number of 16-byte units, so that eight rows of one column, or of one pair of
   columns, are in different banks, wherever a tile's first row is.
 - `locate_macro`: from a block's number to its document, head and first row.
+- `wait_macro`: waits at an mbarrier.
 - `row_loader_macro`: rows of a (B, H, N, D) tensor to shared memory by ``cp.async``.
 - `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, and the product.
 
@@ -47,6 +48,7 @@ _SHARED_BYTES_OF_MULTIPROCESSOR = {
 _SHARED_BYTES_RESERVED = 1024
 REGISTERS_OF_MULTIPROCESSOR = 65536
 REGISTERS_OF_THREAD = 255
+_WITHOUT_TRY_WAIT = ("sm_80", "sm_86", "sm_89")
 
 # What `locate_macro` tells about a tile, as int32 words.
 LOCATION_WORDS = 9
@@ -121,6 +123,26 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
         words[FAR_HI] = bands[table, head, 3]
 
     return locate
+
+
+def wait_macro(arch: str) -> Callable[..., None]:
+    """The macro ``wait(barrier, phase)``: until the phase of that parity of an mbarrier in shared memory is
+    over. From sm_90 on the thread sleeps meanwhile; before, it can only ask again.
+    """
+    from tvm.script import tirx as T
+
+    @T.inline
+    def sleep(barrier, phase):
+        T.cuda.mbarrier_wait(barrier, phase)
+
+    @T.inline
+    def spin(barrier, phase):
+        done = T.alloc_local((1,), "uint32")
+        done[0] = T.uint32(0)
+        while done[0] == T.uint32(0):
+            T.ptx["mbarrier.test_wait.parity.shared.b64"](done[0], barrier, T.cast(phase, "uint32"))
+
+    return spin if arch in _WITHOUT_TRY_WAIT else sleep
 
 
 def tile_slots(length: Any, documents: Any, rows: int) -> Any:
