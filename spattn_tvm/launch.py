@@ -209,28 +209,14 @@ def ready_forward(
     counters = _kept_counters("forward", index, stream)
     # CUDA captures no graph on its default stream.
     may_capture = stream != 0
-    may_be_unaligned = False
 
     def launch_on_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        nonlocal may_be_unaligned
-        if (
-            index != _current_device()
-            or scale <= 0
-            or (may_capture and _is_capturing())
-            or (may_be_unaligned and not _are_aligned(q, k, v))
-        ):
+        is_special = index != _current_device() or scale <= 0 or (may_capture and _is_capturing())
+        if is_special or not _are_aligned(q, k, v):
             return launch_with_copies(q, k, v, scale)
         o = _empty_on_cuda(o_shape, o_strides, dtype)
         lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        try:
-            function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
-        except RuntimeError:
-            # TVM's runtime makes no TMA descriptor of such an address, and has launched nothing then. To
-            # look at three addresses takes 0.4 us, so calls do from the first such address on.
-            if _are_aligned(q, k, v):
-                raise
-            may_be_unaligned = True
-            return launch_with_copies(q, k, v, scale)
+        function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
         return o, lse
 
     return launch_on_hopper
