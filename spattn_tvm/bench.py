@@ -245,7 +245,7 @@ def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.dev
         if backend == "cute":
             from flash_sparse_attn.ops.cute import flash_attn_func as function
         else:
-            from flash_sparse_attn.ops.triton import flash_dense_attn_func as function
+            from flash_sparse_attn import flash_dense_attn_func as function
         sizes = torch.tensor(window_sizes(problem), dtype=torch.int32, device=device)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
