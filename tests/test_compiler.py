@@ -88,6 +88,23 @@ def test_finding_a_kernel_imports_no_tvm(in_cache: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_space_needs_tvm_before_a_kernel_is_built() -> None:
+    # Where only a bundle runs, there is none.
+    code = (
+        "import sys; sys.modules['tvm'] = None\n"
+        "from spattn_tvm.spaces import FAMILIES, find_space\n"
+        "from spattn_tvm.target import parse_target\n"
+        "for family in FAMILIES:\n"
+        "    target = parse_target('x86-64-v3' if family == 'cpu' else 'nvidia/h200')\n"
+        "    dtype = 'float32' if family == 'cpu' else 'bfloat16'\n"
+        "    for direction in ('forward', 'backward'):\n"
+        "        space = find_space(family, direction)\n"
+        "        decisions = space.untuned(64, dtype, target)\n"
+        "        assert space.rejection(decisions, 64, dtype, target) is None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     "change",
     ["decisions", "arch", "version", "sources", "dtype", "head_dim"],

@@ -1,6 +1,6 @@
 """The Hopper backward: its space against the kernels' own sizes, its machine code, and one pass on a GPU.
 
-Two passes, the default, are run by test_hopper.py.
+Two passes, the default, are run by test_cuda_kernels.py.
 """
 
 from __future__ import annotations

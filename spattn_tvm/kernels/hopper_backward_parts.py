@@ -13,6 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from spattn_tvm.kernels.hopper_backward import BARRIER_BYTES, INFO_BYTES, QUEUE, TILE_INFO_BYTES
+from spattn_tvm.kernels.key_range import first_slot
 
 # Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1 % less time
 # and left racecheck in doubt about the other lanes' reads.
@@ -185,13 +186,13 @@ def locate_rows(slot, rows, cu, docs, doc, begin, end, first):
     doc_hi: T.int32 = docs - 1
     while doc < doc_hi:
         mid: T.int32 = (doc + doc_hi + 1) // 2
-        if cu[mid] // rows + mid <= slot:
+        if first_slot(cu[mid], mid, rows) <= slot:
             doc = mid
         else:
             doc_hi = mid - 1
     begin = cu[doc]
     end = cu[doc + 1]
-    first = begin + (slot - (begin // rows + doc)) * rows
+    first = begin + (slot - first_slot(begin, doc, rows)) * rows
 
 
 @T.inline

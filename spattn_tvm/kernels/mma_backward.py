@@ -63,13 +63,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spattn_tvm.kernels.key_range import first_slot
-from spattn_tvm.kernels.mma_tile import registers_most, shared_bytes_most, tile_slots, wait_macro
+from spattn_tvm.kernels.mma_tile import (
+    BEFORE_HOPPER,
+    registers_most,
+    shared_bytes_most,
+    tile_slots,
+    wait_macro,
+)
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
-SINGLE_ATOMICS = ("sm_80", "sm_86", "sm_89")  # chips whose atomic adds take one float at a time
+SINGLE_ATOMICS = BEFORE_HOPPER  # chips whose atomic adds take one float at a time
 SMALL_THREADS = 256  # of the kernels that only move data
 
 
@@ -387,6 +392,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
 
     import tvm
     from tvm.script import tirx as T
+
+    from spattn_tvm.kernels.key_range import first_slot
 
     D = head_dim
     E = ELEMENT_BYTES[dtype]

@@ -48,7 +48,7 @@ _SHARED_BYTES_OF_MULTIPROCESSOR = {
 _SHARED_BYTES_RESERVED = 1024
 REGISTERS_OF_MULTIPROCESSOR = 65536
 REGISTERS_OF_THREAD = 255
-_WITHOUT_TRY_WAIT = ("sm_80", "sm_86", "sm_89")
+BEFORE_HOPPER = ("sm_80", "sm_86", "sm_89")
 
 # What `locate_macro` tells about a tile, as int32 words.
 LOCATION_WORDS = 9
@@ -142,7 +142,7 @@ def wait_macro(arch: str) -> Callable[..., None]:
         while done[0] == T.uint32(0):
             T.ptx["mbarrier.test_wait.parity.shared.b64"](done[0], barrier, T.cast(phase, "uint32"))
 
-    return spin if arch in _WITHOUT_TRY_WAIT else sleep
+    return spin if arch in BEFORE_HOPPER else sleep
 
 
 def tile_slots(length: Any, documents: Any, rows: int) -> Any:
