@@ -23,7 +23,7 @@ Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _TMA_BYTES = 16
 # A CPU build of PyTorch has no such functions, and no CUDA tensor to ask them for.
 _current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 # What code from torch.compile allocates with, past the dispatcher: half the time of torch.empty_like.
 _empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu
@@ -86,7 +86,7 @@ def _tile_counters(direction: str, index: int) -> Tensor:
     """
     if _is_capturing():
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
-    return _kept_counters(direction, index, _current_stream(index))
+    return _kept_counters(direction, index, current_stream(index))
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -194,7 +194,7 @@ def ready_forward(
 
     if index < 0:
         return launch_on_cpu
-    processors, stream = _multiprocessors(index), _current_stream(index)
+    processors, stream = _multiprocessors(index), current_stream(index)
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if index != _current_device() or not _are_aligned(q, k, v):

@@ -29,7 +29,7 @@ from torch.nn import Parameter
 
 from .bands import EMPTY, BandLayout
 from .dispatch import call_on_change, find_kernel
-from .launch import Forward, launch_backward, launch_forward, ready_forward
+from .launch import Forward, current_stream, launch_backward, launch_forward, ready_forward
 from .reference import reference_attention, reference_gradients
 
 # Layout (BandLayout.spec), scale, deterministic, impl.
@@ -181,7 +181,7 @@ def _packed_on_device(spec: str, length: int, cu_seqlens: Tensor, stream: int) -
 def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The band table and the document boundaries, as kernels take them."""
     device, length = q.device, q.shape[2]
-    stream = _current_stream(device.index) if q.is_cuda else 0
+    stream = current_stream(device.index) if q.is_cuda else 0
     if cu_seqlens is None:
         return _unpacked(spec, length, device, stream)
     cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
@@ -348,8 +348,6 @@ _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_determinism_asked = torch._C._get_deterministic_algorithms
-# A CPU build of PyTorch has no such function, and no CUDA tensor to ask it for.
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
 def is_plain(q: Any, k: Any, v: Any) -> bool:
@@ -385,11 +383,11 @@ class _Prepared:
     stream: int
 
 
-# By layout and `impl`, the latest first.
-_prepared: dict[tuple[str, str], list[_Prepared]] = {}
-# Shapes and strides that one layout is used with by turns.
+# By layout, `impl` and the shape of q, the latest first. Guards are tried one after the other, 0.3 us each.
+_prepared: dict[tuple[str, str, torch.Size], list[_Prepared]] = {}
+# What else such calls differ in by turns: keys' shapes, strides, dtypes, streams.
 _MAX_PREPARED = 16
-_MAX_LAYOUTS = 512
+_MAX_SHAPES = 4096
 
 call_on_change(_prepared.clear)
 
@@ -414,19 +412,29 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         requires_grad=q.requires_grad or k.requires_grad or v.requires_grad,
         scale=q.shape[3] ** -0.5,
         index=index,
-        stream=_current_stream(index) if index >= 0 else 0,
+        stream=current_stream(index) if index >= 0 else 0,
     )
-    if len(_prepared) >= _MAX_LAYOUTS:
+    if len(_prepared) >= _MAX_SHAPES:
         _prepared.clear()
-    _prepared[layout, impl] = [prepared, *_prepared.get((layout, impl), ())[: _MAX_PREPARED - 1]]
+    key = (layout, impl, q.shape)
+    _prepared[key] = [prepared, *_prepared.get(key, ())[: _MAX_PREPARED - 1]]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        settings: Settings,
+        launch: Forward | None,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(q, k, v, cu_seqlens, *settings)
+        if launch is None:
+            o, lse = _forward(q, k, v, cu_seqlens, *settings)
+        else:
+            o, lse = launch(q, k, v, settings[1])
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
@@ -434,21 +442,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, do, dlse), None, None
-
-
-class _AttentionAgain(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, launch: Forward, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
-        o, lse = launch(q, k, v, settings[1])
-        ctx.settings = settings
-        ctx.save_for_backward(q, k, v, o, lse, None)
-        ctx.set_materialize_grads(False)
-        return o, lse
-
-    backward = _Attention.backward
+        return *_gradients(ctx, do, dlse), None, None, None
 
 
 class _OutputAgain(torch.autograd.Function):
@@ -470,7 +464,6 @@ class _OutputAgain(torch.autograd.Function):
 
 # Function.apply without the part that serves functorch, which is_plain excludes: 2 us less a call.
 _apply = super(torch.autograd.Function, _Attention).apply
-_apply_again = super(torch.autograd.Function, _AttentionAgain).apply
 _apply_for_output = super(torch.autograd.Function, _OutputAgain).apply
 
 
@@ -495,9 +488,11 @@ def attend_again(
     """
     if _is_dynamo_compiling() or _has_function_mode() or _is_profiling() or forward_ad._current_level >= 0:
         return None
-    for prepared in _prepared.get((layout, impl), ()):
+    if type(q) is not Tensor and type(q) is not Parameter:
+        return None
+    for prepared in _prepared.get((layout, impl, q.shape), ()):
         if prepared.serves(q, k, v) and (
-            prepared.index < 0 or prepared.stream == _current_stream(prepared.index)
+            prepared.index < 0 or prepared.stream == current_stream(prepared.index)
         ):
             break
     else:
@@ -508,7 +503,9 @@ def attend_again(
         o, lse = prepared.launch(q, k, v, scale)
         return (o, lse) if return_lse else o
     settings = (layout, scale, bool(deterministic or _is_determinism_asked()), impl)
-    return (_apply_again if return_lse else _apply_for_output)(q, k, v, prepared.launch, settings)
+    if return_lse:
+        return _apply(q, k, v, None, settings, prepared.launch)
+    return _apply_for_output(q, k, v, prepared.launch, settings)
 
 
 def attend_eagerly(
@@ -532,7 +529,7 @@ def attend_eagerly(
         ``(B, Hq, N)`` float32, float64 for float64 inputs.
     """
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _apply(q, k, v, cu_seqlens, settings)
+        return _apply(q, k, v, cu_seqlens, settings, None)
     return _forward(q, k, v, cu_seqlens, *settings)
 
 

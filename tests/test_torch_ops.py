@@ -463,7 +463,10 @@ ARRANGEMENTS = {
 
 
 def has_been_prepared(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> bool:
-    return any(prepared.serves(q, k, v) for prepared in torch_ops._prepared.get((SPATTENTION.spec, impl), ()))
+    return any(
+        prepared.serves(q, k, v)
+        for prepared in torch_ops._prepared.get((SPATTENTION.spec, impl, q.shape), ())
+    )
 
 
 def outputs_and_gradients(leaves: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
@@ -641,13 +644,23 @@ def test_no_gradient_in_gives_none_out(return_lse: bool) -> None:
 
 
 def test_many_shapes_by_turns() -> None:
-    """More than are kept for one layout."""
     inputs = [draw(length=length) for length in range(1, 40)]
     expected = [reference_attention(*each, SPATTENTION)[0] for each in inputs]
     for _ in range(2):
         for each, wanted in zip(inputs, expected, strict=True):
             for _ in range(2):
                 torch.testing.assert_close(banded_attention(*each, SPATTENTION), wanted, rtol=1e-5, atol=1e-5)
+    assert all(has_been_prepared(*each) for each in inputs), "calls by turns are prepared over and over"
+
+
+def test_many_strides_by_turns() -> None:
+    """More than are kept for one shape."""
+    padded = [[torch.zeros(*t.shape[:3], t.shape[3] + pad)[..., : t.shape[3]].copy_(t) for t in draw()]
+              for pad in range(20)]  # fmt: skip
+    expected = [reference_attention(*each, SPATTENTION)[0] for each in padded]
+    for _ in range(2):
+        for each, wanted in zip(padded, expected, strict=True):
+            torch.testing.assert_close(banded_attention(*each, SPATTENTION), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
