@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bench import OURS
+from spattn_tvm.bench.peers import OURS
+from spattn_tvm.families import find_space
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import parse_target
 from spattn_tvm.tuning.log import curve, read_measurements, read_run
 

@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import banded_attention
     from .bands import BandLayout
     from .bundle import load_bundle
     from .dispatch import FallbackWarning
     from .nn import BandedAttention
+    from .ops.attention import banded_attention
     from .reference import reference_attention
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _MODULE_OF = {
     "BandLayout": "bands",
     "BandedAttention": "nn",
     "FallbackWarning": "dispatch",
-    "banded_attention": "attention",
+    "banded_attention": "ops.attention",
     "load_bundle": "bundle",
     "reference_attention": "reference",
 }

@@ -11,9 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Interval = tuple[int, int]
 Bands = tuple[Interval, ...]
@@ -516,3 +520,53 @@ def _parse_spec(spec: str) -> BandLayout:
         )
     except ValueError as error:
         raise ValueError(f"layout {spec!r}: {error}") from error
+
+
+def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor | None:
+    """``layout.packed_table`` in tensor operations on the device of `lengths`, without reading them on the
+    host.
+
+    Parameters
+    ----------
+    layout : BandLayout
+        One whose bands follow the sequence's own length.
+    lengths : Tensor
+        ``(M,)`` int32 lengths of documents.
+
+    Returns
+    -------
+    Tensor or None
+        int32 ``(M, H, 4)``; None for ``equal_area``, whose edges take a search.
+    """
+    import torch
+
+    if layout.name == "equal_area":
+        return None
+    context = lengths[:, None]
+    head = torch.arange(layout.num_heads, dtype=torch.int32, device=lengths.device)
+    base = context // layout.num_heads
+    extra = context - base * layout.num_heads
+    width = base + (head < extra)
+    start = head * base + torch.minimum(head, extra)
+    last = start + width - 1
+    if layout.name == "causal":
+        near, far = (torch.zeros_like(start), (context - 1).expand_as(start)), None
+    elif layout.name == "local_only":
+        near, far = (torch.zeros_like(start), width), None
+    elif layout.name == "exclusive":
+        near, far = (start, last), None
+    elif layout.name == "gapped":
+        near, far = (start, start + width // 2 - 1), None
+    else:
+        assert layout.name == "spattention", layout.name
+        touches = start <= width + 1
+        near = (torch.zeros_like(start), torch.where(touches, torch.maximum(width, last), width))
+        far = (start.masked_fill(touches, EMPTY[0]), last.masked_fill(touches, EMPTY[1]))
+    empty_near = near[0] > near[1]
+    columns = [near[0].masked_fill(empty_near, EMPTY[0]), near[1].masked_fill(empty_near, EMPTY[1])]
+    if far is None:
+        columns += [torch.full_like(start, EMPTY[0]), torch.full_like(start, EMPTY[1])]
+    else:
+        empty_far = far[0] > far[1]
+        columns += [far[0].masked_fill(empty_far, EMPTY[0]), far[1].masked_fill(empty_far, EMPTY[1])]
+    return torch.stack(columns, -1)

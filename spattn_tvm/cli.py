@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .store import ScheduleRecord
     from .target import MachineTarget
     from .tuning.fleet import Fleet
-    from .tuning.measure import Workers
     from .tuning.search import TuningResult
+    from .tuning.workers import Workers
 
 app = typer.Typer(
     name="spattn",
@@ -245,9 +245,9 @@ def tune(
     compared side by side, the winners go to schedules/ and are checked on random problems.
     """
     from .tuning.log import log_folder
-    from .tuning.measure import Workers
     from .tuning.search import DefaultFailedError
     from .tuning.search import tune as search
+    from .tuning.workers import Workers
 
     machine, fleet = _target_and_fleet(target, rpc, key)
     shapes = _replace_head_dims(shape or _DEFAULT_SHAPES[machine.kind], head_dims)
@@ -453,7 +453,8 @@ def export(
     ] = "cpu",
 ) -> None:
     """Compile the kernels of problems into a folder that runs without any compiler."""
-    from .bundle import MANIFEST, export_bundle
+    from .bundle import MANIFEST
+    from .export import export_bundle
     from .problem import AttentionProblem
     from .target import parse_targets
 
@@ -503,13 +504,14 @@ def bench(
     """Check and time ours and its peers in one run; the report goes to autotune_logs/TARGET/benchmarks/."""
     from rich.console import Console
 
-    from . import bench as benchmarks
+    from .bench.report import tables, write_report
+    from .bench.run import benchmark
 
     problems = parse_problems(shape, dtype.value, layout, context, "forward")
     # Not a terminal: a file or a log, where a table may be as wide as it is.
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Console(stderr=True).status("starting") as status:
-        report = benchmarks.benchmark(
+        report = benchmark(
             problems,
             passes=_names(passes),
             peers=None if peers is None else _names(peers),
@@ -521,14 +523,14 @@ def bench(
             seed=seed,
             report=status.update,
         )
-    for table in benchmarks.tables(report):
+    for table in tables(report):
         console.print(table)
     for result in report["results"]:
         for direction, chosen in result["schedule"].items():
             text = f"{result['shape']} {direction}: {chosen['status']}, {chosen['reason']}"
             console.print(text, markup=False, highlight=False)
     if save:
-        console.print(f"written: {benchmarks.write_report(report, log_root)}", markup=False, highlight=False)
+        console.print(f"written: {write_report(report, log_root)}", markup=False, highlight=False)
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
     if any(entry["status"] != "ok" for entry in ours):
         raise typer.Exit(1)

@@ -14,21 +14,28 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bands import BandLayout
-from .compiler import CompilerMissingError, compile_kernel, compile_obstacle
-from .problem import AttentionProblem
+from .build.library_cache import compile_kernel
+from .build.toolchain import CompilerMissingError, compile_obstacle
+from .bundle import (
+    Bundle,
+    BundledKernel,
+    call_on_registration,
+    load_bundle,
+    register_bundle,
+    registered_bundles,
+)
+from .choice import Choice, NoKernelError, find_schedule
+from .families import families_for
+from .families.space import FAMILIES
+from .problem import AttentionProblem, is_same_problem
 from .runtime import load_library
-from .spaces import FAMILIES, families_for
-from .store import Choice, NoKernelError, find_schedule, is_same_problem
 from .target import MachineTarget, detect_cpu, detect_cuda
-
-if TYPE_CHECKING:
-    from .bundle import Bundle, BundledKernel
 
 IMPLEMENTATIONS = ("auto", "reference", *FAMILIES)
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -73,7 +80,6 @@ _lock = threading.RLock()
 _found: dict[Any, Kernel] = {}
 _functions: dict[tuple[Path, str], Callable[..., Any]] = {}
 _compiled_paths: dict[Any, Path] = {}
-_bundles: list[Bundle] = []
 _environment_bundle: list[str] = []
 _warned: set[str] = set()
 _listeners: list[Callable[[], None]] = []
@@ -105,22 +111,7 @@ def _forget() -> None:
         function()
 
 
-def register_bundle(bundle: Bundle) -> None:
-    """Let dispatch use a bundle's kernels before anything it would compile; the latest registered comes
-    first.
-    """
-    with _lock:
-        if bundle not in _bundles:
-            _bundles.insert(0, bundle)
-        _forget()
-
-
-def unregister_bundle(bundle: Bundle) -> None:
-    """Undo :func:`register_bundle`."""
-    with _lock:
-        if bundle in _bundles:
-            _bundles.remove(bundle)
-        _forget()
+call_on_registration(_forget)
 
 
 def clear_cache() -> None:
@@ -138,12 +129,10 @@ def _bundles_in_use() -> list[Bundle]:
     """Registered bundles, with the one that ``$SPATTN_BUNDLE`` names, which is loaded on first use."""
     path = os.environ.get("SPATTN_BUNDLE", "")
     if path and path not in _environment_bundle:
-        from .bundle import load_bundle
-
-        bundle = load_bundle(path)
+        bundle = load_bundle(path, register=False)
         _environment_bundle.append(path)
-        _bundles.append(bundle)
-    return _bundles
+        register_bundle(bundle, first=False)
+    return registered_bundles()
 
 
 def _function(path: Path, direction: str, **options: Any) -> Callable[..., Any]:

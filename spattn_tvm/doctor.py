@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .environment import available_cpus, versions
+from .provenance import available_cpus, versions
 from .target import MachineTarget, detect_cpu, detect_cuda
 
 # From 0.1.15.post1 on, tvm.ir.save_json of an integer constant crashes the process.
@@ -75,7 +75,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _compilers(has_gpu: bool) -> Iterator[Finding]:
-    from .compiler import find_compiler, find_nvcc
+    from .build.toolchain import find_compiler, find_nvcc
 
     try:
         compiler = find_compiler()
@@ -150,7 +150,7 @@ def _targets() -> list[MachineTarget]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from .compiler import cache_dir
+    from .build.toolchain import cache_dir
     from .store import load_records, schedules_root
 
     folder = cache_dir()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import banded_attention
 from .bands import BandLayout
+from .ops.attention import banded_attention
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .bands import BandLayout
-from .bench import OURS
+from .bench.peers import OURS
 
 Points = Sequence[tuple[float, float]]
 Series = Iterable[tuple[str, Points]]

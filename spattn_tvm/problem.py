@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +139,32 @@ class AttentionProblem:
                 f"missing {sorted(names - set(data))}, unknown {sorted(set(data) - names)}"
             )
         return cls(**{**data, "layout": BandLayout.from_spec(data["layout"])})
+
+
+def problem_distance(wanted: AttentionProblem, known: AttentionProblem) -> float:
+    """How far a problem is from one that was measured.
+
+    The sum of ``|log2|`` of the ratios of length, of batch times query heads and of queries per key head,
+    plus 1 for a layout of another name and 4 for another dtype: a doubled length weighs as much as another
+    layout, and a record of the same dtype is preferred unless its shape is 16 times further off.
+    """
+    ratios = (
+        wanted.length / known.length,
+        wanted.batch * wanted.query_heads / (known.batch * known.query_heads),
+        (wanted.query_heads / wanted.kv_heads) / (known.query_heads / known.kv_heads),
+    )
+    distance = sum(abs(math.log2(ratio)) for ratio in ratios)
+    distance += wanted.layout.name != known.layout.name
+    return distance + 4 * (wanted.dtype != known.dtype)
+
+
+def is_same_problem(wanted: AttentionProblem, known: AttentionProblem) -> bool:
+    """Do the two do the same work? Layouts by the intervals they give at this length, not by their
+    spelling.
+    """
+    if wanted == known:
+        return True
+    shapes = ("direction", "dtype", "batch", "query_heads", "kv_heads", "length", "head_dim")
+    if any(getattr(wanted, name) != getattr(known, name) for name in shapes):
+        return False
+    return bool((wanted.layout.table(wanted.length) == known.layout.table(known.length)).all())

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .environment import available_cpus
+from .provenance import available_cpus
 
 RUNTIME_LIBRARY = "libtvm_runtime.so"
 CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"

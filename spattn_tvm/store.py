@@ -12,22 +12,16 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .families import is_deterministic
+from .families.space import FAMILIES
 from .problem import AttentionProblem
-from .spaces import FAMILIES, families_for, find_space, has_space
-from .target import MachineTarget, parse_target
-
-if TYPE_CHECKING:
-    from .bundle import BundledKernel
-
-
-class NoKernelError(ValueError):
-    """No kernel family can serve a problem on a target; the message says why not, for each family."""
+from .target import parse_target
 
 
 @dataclass(frozen=True)
@@ -119,21 +113,6 @@ class ScheduleRecord:
             raise ValueError(str(error)) from error
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a lookup decided: the family and its decisions, how good the evidence is, and why.
-
-    ``status`` is ``"tuned"`` (measured for this very problem on this chip), ``"nearest"`` (measured for
-    another) or ``"untuned"`` (the space's default).
-    """
-
-    family: str
-    decisions: dict[str, int]
-    status: str
-    reason: str
-    record: ScheduleRecord | None = None
-
-
 def schedules_root() -> Path:
     """The folder that schedules are read from and written to.
 
@@ -206,11 +185,6 @@ def _order(record: ScheduleRecord) -> tuple[Any, ...]:
     )
 
 
-def is_deterministic(record: ScheduleRecord | BundledKernel) -> bool:
-    """Whether a recorded or bundled kernel's results are bitwise equal from run to run."""
-    return find_space(record.family, record.problem.direction).is_deterministic(record.decisions)
-
-
 def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) -> list[Path]:
     """Write records; each replaces the one of the same problem, target and family.
 
@@ -249,215 +223,16 @@ def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) ->
         except BaseException:
             os.unlink(name)
             raise
-    _read_cached.cache_clear()
+    read_cached.cache_clear()
     return list(new)
 
 
 @lru_cache(maxsize=64)
-def _read_cached(root: Path, folder: str) -> tuple[ScheduleRecord, ...]:
+def read_cached(root: Path, folder: str) -> tuple[ScheduleRecord, ...]:
+    """`load_records`, read once until `clear_cache`."""
     return tuple(load_records(folder, root))
 
 
 def clear_cache() -> None:
     """Forget what was read, so that the next lookup sees files written since by another process."""
-    _read_cached.cache_clear()
-
-
-def problem_distance(wanted: AttentionProblem, known: AttentionProblem) -> float:
-    """How far a problem is from one that was measured.
-
-    The sum of ``|log2|`` of the ratios of length, of batch times query heads and of queries per key head,
-    plus 1 for a layout of another name and 4 for another dtype: a doubled length weighs as much as another
-    layout, and a record of the same dtype is preferred unless its shape is 16 times further off.
-    """
-    ratios = (
-        wanted.length / known.length,
-        wanted.batch * wanted.query_heads / (known.batch * known.query_heads),
-        (wanted.query_heads / wanted.kv_heads) / (known.query_heads / known.kv_heads),
-    )
-    distance = sum(abs(math.log2(ratio)) for ratio in ratios)
-    distance += wanted.layout.name != known.layout.name
-    return distance + 4 * (wanted.dtype != known.dtype)
-
-
-def is_same_problem(wanted: AttentionProblem, known: AttentionProblem) -> bool:
-    """Do the two do the same work? Layouts by the intervals they give at this length, not by their
-    spelling.
-    """
-    if wanted == known:
-        return True
-    shapes = ("direction", "dtype", "batch", "query_heads", "kv_heads", "length", "head_dim")
-    if any(getattr(wanted, name) != getattr(known, name) for name in shapes):
-        return False
-    return bool((wanted.layout.table(wanted.length) == known.layout.table(known.length)).all())
-
-
-def _difference(wanted: AttentionProblem, record: ScheduleRecord, target: MachineTarget) -> str:
-    known = record.problem
-    parts = []
-    if record.target != target.folder:
-        parts.append(f"on {record.target}")
-    if known.dtype != wanted.dtype:
-        parts.append(f"for {known.dtype}")
-    if (known.batch, known.query_heads, known.kv_heads, known.length) != (
-        wanted.batch,
-        wanted.query_heads,
-        wanted.kv_heads,
-        wanted.length,
-    ):
-        parts.append(
-            f"at batch {known.batch}, {known.query_heads} query and {known.kv_heads} key heads, "
-            f"length {known.length}"
-        )
-    if known.layout != wanted.layout:
-        parts.append(f"with layout {known.layout.name}, C = {known.layout.context_length or known.length}")
-    return " ".join(parts)
-
-
-def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], able: Sequence[str]) -> str:
-    """What the families that were not chosen took for the chosen record's problem."""
-    parts = []
-    for family in able:
-        if family == chosen.family:
-            continue
-        latencies = [record.latency_us for record in rivals if record.family == family]
-        parts.append(f"{family} {min(latencies):.1f} us" if latencies else f"{family} has no record of it")
-    return f"; {chosen.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
-
-
-def _other_models(target: MachineTarget, root: Path) -> list[str]:
-    prefix = f"{target.kind}-{target.arch}-"
-    folders = sorted(path.name for path in root.glob(f"{prefix}*") if path.is_dir())
-    names = []
-    for folder in folders:
-        # "x86-64-" is a prefix of "x86-64-v3-" too.
-        with_model = parse_target(folder)
-        if with_model.arch == target.arch and folder != target.folder:
-            names.append(folder)
-    return names
-
-
-def _families(
-    problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """Families that can serve the problem, and why the others can't."""
-    able, reasons = [], []
-    for family in families_for(target) if families is None else families:
-        if not has_space(family, problem.direction):
-            reasons.append(f"{family} has no {problem.direction}")
-            continue
-        space = find_space(family, problem.direction)
-        reason = space.unsupported(problem.head_dim, problem.dtype, target)
-        if reason is None:
-            able.append(family)
-        else:
-            reasons.append(f"{family}: {reason}")
-    return able, reasons
-
-
-def find_schedule(
-    problem: AttentionProblem,
-    target: MachineTarget,
-    *,
-    families: Sequence[str] | None = None,
-    root: Path | None = None,
-    deterministic: bool = False,
-) -> Choice:
-    """Decisions for a problem on a target, from the records or the space's default.
-
-    In this order: a record of the very problem on this chip (``tuned``); the record of this chip nearest by
-    :func:`problem_distance`; the nearest of another chip with the same instruction set (both ``nearest``);
-    the space's default (``untuned``). Only records of the same direction and head dim count, and of equally
-    near ones the faster.
-
-    Parameters
-    ----------
-    problem : AttentionProblem
-    target : MachineTarget
-    families : sequence of str, optional
-        Only these kernel families; by default all that run on the target.
-    root : Path, optional
-        Instead of :func:`schedules_root`.
-    deterministic : bool
-        Only kernels whose results are bitwise equal from run to run.
-
-    Returns
-    -------
-    Choice
-        Its ``reason`` also says how the other families did, and names records that were passed over because
-        the space no longer offers their decisions.
-
-    Raises
-    ------
-    NoKernelError
-        When no family can serve the problem, with each family's reason.
-    ValueError
-        For a damaged schedule file; names it.
-    """
-    root = root or schedules_root()
-    able, refusals = _families(problem, target, families)
-    if not able:
-        detail = "; ".join(refusals) or "no kernel family runs there"
-        raise NoKernelError(
-            f"no kernel for {problem.direction} {problem.dtype} d{problem.head_dim} on {target.folder}: "
-            f"{detail}"
-        )
-
-    passed_over: list[str] = []
-
-    def usable(folder: str) -> list[ScheduleRecord]:
-        records = []
-        for record in _read_cached(root, folder):
-            known = record.problem
-            if (
-                known.direction != problem.direction
-                or known.head_dim != problem.head_dim
-                or record.family not in able
-            ):
-                continue
-            space = find_space(record.family, problem.direction)
-            reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
-            if reason is not None:
-                passed_over.append(f"{known.key} of {folder} ignored: {reason}")
-            elif not deterministic or space.is_deterministic(record.decisions):
-                records.append(record)
-        return records
-
-    def remark(text: str) -> str:
-        return text if not passed_over else f"{text} ({'; '.join(passed_over)})"
-
-    here = usable(target.folder)
-    same = [record for record in here if is_same_problem(problem, record.problem)]
-    if same:
-        record = min(same, key=lambda item: item.latency_us)
-        reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
-        reason = remark(reason + _other_families(record, same, able))
-        return Choice(record.family, record.decisions, "tuned", reason, record)
-
-    def nearest(records: Iterable[ScheduleRecord]) -> ScheduleRecord | None:
-        return min(
-            records,
-            key=lambda item: (problem_distance(problem, item.problem), item.latency_us, item.problem.key),
-            default=None,
-        )
-
-    candidates = here or [record for folder in _other_models(target, root) for record in usable(folder)]
-    found = nearest(candidates)
-    if found is not None:
-        reason = f"nearest record, measured {_difference(problem, found, target)}"
-        rivals = [
-            record
-            for record in candidates
-            if (record.problem, record.target) == (found.problem, found.target)
-        ]
-        reason = remark(reason + _other_families(found, rivals, able))
-        return Choice(found.family, found.decisions, "nearest", reason, found)
-
-    family = able[0]
-    decisions = find_space(family, problem.direction).untuned(
-        problem.head_dim, problem.dtype, target, deterministic=deterministic
-    )
-    reason = remark(
-        f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
-    )
-    return Choice(family, decisions, "untuned", reason)
+    read_cached.cache_clear()

@@ -17,8 +17,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.reference import reference_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.ops.attention import banded_attention
 
 LAYOUT = BandLayout.spattention(4, 64)
 

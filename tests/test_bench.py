@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from spattn_tvm import bench
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.bench import clocks, peers
+from spattn_tvm.bench import report as reports
+from spattn_tvm.bench import run as bench
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 
 
 @pytest.fixture(autouse=True)
 def small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench._CpuClock, "matmul_size", 128)
+    monkeypatch.setattr(clocks._CpuClock, "matmul_size", 128)
 
 
 def problem(length: int = 70, heads: int = 4, kv_heads: int = 2) -> AttentionProblem:
@@ -24,7 +26,7 @@ def problem(length: int = 70, heads: int = 4, kv_heads: int = 2) -> AttentionPro
 
 
 def add_peer(monkeypatch: pytest.MonkeyPatch, name: str, prepare, same_mask: bool = True) -> None:
-    monkeypatch.setitem(bench.PEERS, name, bench.Peer(name, name, ("cpu",), same_mask, prepare))
+    monkeypatch.setitem(peers.PEERS, name, peers.Peer(name, name, ("cpu",), same_mask, prepare))
 
 
 def right(problem: AttentionProblem, device: torch.device):
@@ -126,7 +128,7 @@ def test_a_wrong_peer_is_never_timed(
 
 def test_an_absent_peer_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(problem: AttentionProblem, device: torch.device):
-        raise bench.PeerUnavailable("the package is not installed")
+        raise peers.PeerUnavailable("the package is not installed")
 
     def broken(problem: AttentionProblem, device: torch.device):
         def attend(q, k, v):
@@ -164,13 +166,15 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in "abc":
         add_peer(monkeypatch, name, named(name))
-    monkeypatch.setattr(bench._CpuClock, "calls", lambda self, step: 1)
+    monkeypatch.setattr(clocks._CpuClock, "calls", lambda self, step: 1)
     quick([problem()], peers=tuple("abc"), passes=("forward",))
     assert calls[-9:] == list("abc" * 3)
 
 
 def test_times_are_medians() -> None:
-    timing = bench.Timing("p", "p", True, "forward", samples_ms=[3.0, 1.0, 100.0], useful_flops=6_000_000_000)
+    timing = reports.Timing(
+        "p", "p", True, "forward", samples_ms=[3.0, 1.0, 100.0], useful_flops=6_000_000_000
+    )
     assert timing.median_ms == 3.0
     assert timing.useful_tflops == pytest.approx(2.0)
     assert timing.to_json()["min_ms"] == 1.0
@@ -180,7 +184,7 @@ def test_report_survives_json_and_prints(monkeypatch: pytest.MonkeyPatch, tmp_pa
     add_peer(monkeypatch, "right", right)
     add_peer(monkeypatch, "bad", wrong_band)
     report = quick([problem(), problem(33)], peers=("right", "bad"), passes=("forward",), threads=1)
-    path = bench.write_report(report, tmp_path)
+    path = reports.write_report(report, tmp_path)
     assert path.parent == tmp_path / report["target"] / "benchmarks"
     again = json.loads(path.read_text())
     assert again == report
@@ -191,7 +195,7 @@ def test_report_survives_json_and_prints(monkeypatch: pytest.MonkeyPatch, tmp_pa
     from rich.console import Console
 
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in bench.tables(again):
+    for table in reports.tables(again):
         console.print(table)
     text = console.export_text()
     assert "(2,4/2,70,32) float32 spattention, 1 threads" in text
@@ -246,7 +250,7 @@ def test_window_sizes_name_the_same_mask(layout: BandLayout) -> None:
     problem = AttentionProblem("forward", "bfloat16", 1, 4, 4, 70, 64, layout)
     distance = torch.arange(70)[:, None] - torch.arange(70)
     for (sink, far, gap, near), expected in zip(
-        bench.window_sizes(problem), attention_mask(layout, 70), strict=True
+        peers.window_sizes(problem), attention_mask(layout, 70), strict=True
     ):
         assert sink == 0
         mask = (distance < near) | ((distance >= near + gap) & (distance < near + gap + far))
@@ -262,5 +266,5 @@ def test_window_sizes_name_the_same_mask(layout: BandLayout) -> None:
 )
 def test_masks_that_window_sizes_cannot_name(layout: BandLayout, kv_heads: int, message: str) -> None:
     problem = AttentionProblem("forward", "bfloat16", 1, 4, kv_heads, 70, 64, layout)
-    with pytest.raises(bench.PeerUnavailable, match=message):
-        bench.window_sizes(problem)
+    with pytest.raises(peers.PeerUnavailable, match=message):
+        peers.window_sizes(problem)

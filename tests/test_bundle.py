@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from spattn_tvm import bundle as bundle_module
 from spattn_tvm import bundle as bundles
 from spattn_tvm import dispatch
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bundle import MANIFEST, Bundle, BundledKernel, export_bundle, load_bundle
+from spattn_tvm.bundle import MANIFEST, Bundle, BundledKernel, load_bundle
 from spattn_tvm.dispatch import explain, find_kernel
+from spattn_tvm.export import export_bundle
+from spattn_tvm.families import find_space
+from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import RUNTIME_LIBRARY
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
 LAYOUT = BandLayout.spattention(4)
@@ -44,7 +46,7 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_bundle_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SPATTN_BUNDLE", raising=False)
-    monkeypatch.setattr(dispatch, "_bundles", [])
+    monkeypatch.setattr(bundle_module, "_registered", [])
     monkeypatch.setattr(dispatch, "_environment_bundle", [])
     dispatch.clear_cache()
     yield
@@ -150,7 +152,7 @@ def test_a_registered_bundle_serves_calls_and_says_so(copy: Path) -> None:
     assert loaded.path.name in kernel.reason
     torch.testing.assert_close(banded_attention(q, k, v, LAYOUT), reference_attention(q, k, v, LAYOUT)[0])
     assert str(loaded.path) in explain(PROBLEMS[0], detect_cpu())
-    dispatch.unregister_bundle(loaded)
+    bundle_module.unregister_bundle(loaded)
     again = find_kernel("forward", q, LAYOUT.spec)
     assert again.path is not None
     assert again.path.parent != loaded.path
@@ -271,7 +273,7 @@ def test_anything_but_an_untouched_bundle_is_refused(
     damage(copy)
     with pytest.raises(ValueError, match=f"copy is refused as a bundle: .*{message}"):
         load_bundle(copy)
-    assert dispatch._bundles == []
+    assert bundle_module._registered == []
 
 
 @pytest.mark.parametrize("arch", ["other cpu", "cuda"])
@@ -398,7 +400,7 @@ def test_an_export_adds_the_deterministic_kernel_where_the_fastest_is_another(
         path.write_bytes(repr(identity).encode())
         return path
 
-    monkeypatch.setattr("spattn_tvm.compiler.compile_kernel", write_instead)
+    monkeypatch.setattr("spattn_tvm.build.library_cache.compile_kernel", write_instead)
     problems = [
         AttentionProblem("backward", dtype, 1, 4, 4, 64, 128, LAYOUT) for dtype in ("float32", "bfloat16")
     ]

@@ -201,7 +201,7 @@ def test_export_runs_at_other_lengths_and_after_saving(tmp_path: Path) -> None:
     )
     run(
         f"""
-        import spattn_tvm.torch_ops  # registers the operators
+        import spattn_tvm.ops.operators  # registers the operators
 
         loaded = torch.export.load({str(program)!r}).module()
         for x, expected in torch.load({str(program)!r} + ".data"):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from spattn_tvm import compiler
-from spattn_tvm.compiler import CompilerMissingError, compile_kernel, compile_obstacle
-from spattn_tvm.spaces import find_space
+from spattn_tvm.build import library_cache, toolchain
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.toolchain import CompilerMissingError, compile_obstacle
+from spattn_tvm.families import find_space
 from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
 HEAD_DIM, DTYPE = 32, "float32"
@@ -32,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that holds one kernel, filled by three processes that asked for it at once."""
     folder = tmp_path_factory.mktemp("cache")
     code = (
-        "import sys, spattn_tvm.compiler as c; from spattn_tvm.spaces import find_space;"
+        "import sys, spattn_tvm.build.library_cache as c; from spattn_tvm.families import find_space;"
         "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
         f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
         "built = []; build = c._build; c._build = lambda r: (built.append(r), build(r));"
@@ -68,7 +69,7 @@ def test_three_processes_compile_a_kernel_once_and_leave_nothing_else(cache: Pat
 def test_a_compiled_kernel_is_found_again_with_its_metadata(
     in_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "_build", forbid_building)
+    monkeypatch.setattr(library_cache, "_build", forbid_building)
     path = compile_backward()
     metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert metadata["decisions"] == decisions()
@@ -79,8 +80,8 @@ def test_a_compiled_kernel_is_found_again_with_its_metadata(
 
 def test_finding_a_kernel_imports_no_tvm(in_cache: Path) -> None:
     code = (
-        "import sys; from spattn_tvm.compiler import compile_kernel;"
-        "from spattn_tvm.spaces import find_space;"
+        "import sys; from spattn_tvm.build.library_cache import compile_kernel;"
+        "from spattn_tvm.families import find_space;"
         "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
         f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
         f"compile_kernel('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d, t); assert 'tvm' not in sys.modules"
@@ -92,7 +93,8 @@ def test_no_space_needs_tvm_before_a_kernel_is_built() -> None:
     # Where only a bundle runs, there is none.
     code = (
         "import sys; sys.modules['tvm'] = None\n"
-        "from spattn_tvm.spaces import FAMILIES, find_space\n"
+        "from spattn_tvm.families import find_space\n"
+        "from spattn_tvm.families.space import FAMILIES\n"
         "from spattn_tvm.target import parse_target\n"
         "for family in FAMILIES:\n"
         "    target = parse_target('x86-64-v3' if family == 'cpu' else 'nvidia/h200')\n"
@@ -121,7 +123,7 @@ def test_everything_that_shapes_a_kernel_is_in_its_name(
         assert Path(request["output"]).name != known.name
         raise ReachedTheBuild
 
-    monkeypatch.setattr(compiler, "_build", build)
+    monkeypatch.setattr(library_cache, "_build", build)
     target, dtype, head_dim, values = detect_cpu(), DTYPE, HEAD_DIM, decisions()
     if change == "decisions":
         choices = find_space("cpu", "backward").choices(HEAD_DIM, DTYPE)
@@ -137,9 +139,9 @@ def test_everything_that_shapes_a_kernel_is_in_its_name(
         target = MachineTarget("cpu", "x86-64-v2")
         values = decisions(target)
     elif change == "version":
-        monkeypatch.setattr(compiler, "tvm_version", lambda: "0.0")
+        monkeypatch.setattr(library_cache, "tvm_version", lambda: "0.0")
     elif change == "sources":
-        monkeypatch.setattr(compiler, "source_hash", lambda family: "other")
+        monkeypatch.setattr(library_cache, "source_hash", lambda family: "other")
     elif change == "dtype":
         dtype = "bfloat16"
         values = find_space("cpu", "backward").untuned(head_dim, dtype, target)
@@ -152,7 +154,7 @@ def test_everything_that_shapes_a_kernel_is_in_its_name(
 
 
 def test_the_chip_model_is_not_in_its_name(in_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_build", forbid_building)
+    monkeypatch.setattr(library_cache, "_build", forbid_building)
     here = detect_cpu()
     other = MachineTarget(here.kind, here.arch, "some-other-chip")
     assert compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, decisions(), other) == compile_backward()
@@ -173,10 +175,10 @@ def test_a_damaged_entry_is_compiled_again(
         target.write_bytes(content[: len(content) // 2])
     else:
         target.write_bytes(content.replace(content[100:104], b"~~~~"))
-    monkeypatch.setattr(compiler, "_build", lambda request: Path(request["output"]).write_bytes(good))
+    monkeypatch.setattr(library_cache, "_build", lambda request: Path(request["output"]).write_bytes(good))
     assert compile_backward() == path
     assert path.read_bytes() == good
-    assert compiler._is_intact(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    assert library_cache._is_intact(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 def test_a_failed_build_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +188,7 @@ def test_a_failed_build_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.Monk
         Path(request["output"]).write_bytes(b"half a library")
         raise RuntimeError("no space left on device")
 
-    monkeypatch.setattr(compiler, "_build", build)
+    monkeypatch.setattr(library_cache, "_build", build)
     with pytest.raises(RuntimeError, match="no space left"):
         compile_backward()
     assert not [path for path in (tmp_path / "kernels").iterdir() if path.suffix != ".lock"]
@@ -231,13 +233,13 @@ def test_nothing_obstructs_compiling_for_this_cpu() -> None:
     assert compile_obstacle(detect_cpu()) is None
 
 
-@pytest.mark.skipif(compiler.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
 def test_a_process_started_for_cuda_compiles_there_and_a_cpu_process_is_left_as_it_is() -> None:
-    environment = compiler.compile_environment(parse_target("nvidia/h200"))
+    environment = toolchain.compile_environment(parse_target("nvidia/h200"))
     code = "import tvm; assert tvm.runtime.enabled('cuda')"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert environment["SPATTN_COMPILES_CUDA"] == "1"
-    assert compiler.compile_environment(detect_cpu()) == dict(os.environ)
+    assert toolchain.compile_environment(detect_cpu()) == dict(os.environ)
 
 
 def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(

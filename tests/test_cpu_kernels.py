@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.compiler import compile_kernel
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.families import find_space
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import detect_cpu
 
 FORWARD_CASES = [

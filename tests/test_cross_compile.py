@@ -21,19 +21,19 @@ pytest.importorskip("tvm")
 
 from spattn_tvm import bundle, cli
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bundle import MANIFEST, Bundle, load_bundle
-from spattn_tvm.compiler import (
+from spattn_tvm.build.cubin import read_cubins
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.resources import (
     SPILL_TOLERANCE_BYTES,
-    compile_kernel,
     describe_resources,
-    find_nvcc,
     library_metadata,
     read_ptxas,
     spilled_bytes,
 )
-from spattn_tvm.cubin import read_cubins
+from spattn_tvm.build.toolchain import find_nvcc
+from spattn_tvm.bundle import MANIFEST, Bundle, load_bundle
+from spattn_tvm.families import find_space, has_space
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import find_space, has_space
 from spattn_tvm.target import MachineTarget, parse_target, parse_targets
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from spattn_tvm import bundle as bundle_module
 from spattn_tvm import dispatch, store
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.compiler import CompilerMissingError
+from spattn_tvm.build.toolchain import CompilerMissingError
 from spattn_tvm.dispatch import FallbackWarning, explain, find_kernel
+from spattn_tvm.families import find_space
+from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
-from spattn_tvm.spaces import find_space
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
@@ -36,7 +37,7 @@ def query(dtype: torch.dtype = torch.float32, head_dim: int = 32) -> torch.Tenso
 def _own_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SPATTN_SCHEDULES", str(tmp_path / "schedules"))
     monkeypatch.delenv("SPATTN_BUNDLE", raising=False)
-    monkeypatch.setattr(dispatch, "_bundles", [])
+    monkeypatch.setattr(bundle_module, "_registered", [])
     dispatch.clear_cache()
     yield
     dispatch.clear_cache()

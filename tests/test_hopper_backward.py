@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from spattn_tvm import BandLayout
-from spattn_tvm.compiler import SPILL_TOLERANCE_BYTES, compile_kernel, compile_obstacle, library_metadata
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, library_metadata
+from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.dispatch import Kernel
-from spattn_tvm.kernels.hopper_backward import (
+from spattn_tvm.families import find_space
+from spattn_tvm.families.hopper.backward import build_hopper_backward
+from spattn_tvm.families.hopper.backward_sizes import (
     SHARED_LIMIT,
-    build_hopper_backward,
     dkv_shared_bytes,
     dq_shared_bytes,
     one_pass_shared_bytes,
@@ -23,7 +26,6 @@ from spattn_tvm.kernels.hopper_backward import (
 from spattn_tvm.launch import launch_backward
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.runtime import load_library
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("hopper", "backward")

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from spattn_tvm import BandLayout
-from spattn_tvm.kernels.hopper_forward import (
+from spattn_tvm.families import find_space
+from spattn_tvm.families.hopper.forward import (
     SHARED_BYTES_MOST,
     build_hopper_forward,
     entry_registers,
@@ -15,7 +16,6 @@ from spattn_tvm.kernels.hopper_forward import (
     shared_bytes,
 )
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("hopper", "forward")

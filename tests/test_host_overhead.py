@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spattn_tvm import torch_ops
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.launch import launch_forward
+from spattn_tvm.ops import operators as torch_ops
+from spattn_tvm.ops.attention import banded_attention
 
 LIMITS_US = {"cpu": 15.0, "cuda": 10.0}
 ATTEMPTS = 8

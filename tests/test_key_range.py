@@ -7,7 +7,7 @@ import pytest
 
 from spattn_tvm.bands import BandLayout
 
-key_range = pytest.importorskip("spattn_tvm.kernels.key_range")
+key_range = pytest.importorskip("spattn_tvm.domains.key_range")
 
 
 def layouts():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from spattn_tvm import launch
-from spattn_tvm.attention import banded_attention
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.launch import launch_backward, launch_forward
+from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.reference import reference_attention
 
 

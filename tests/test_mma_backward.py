@@ -16,10 +16,11 @@ from sweep import DTYPES, check_problem
 from test_mma_forward import complete_problem, machine_code
 
 from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.compiler import compile_kernel, compile_obstacle
-from spattn_tvm.kernels.mma_backward import Pass, build_mma_backward, passes
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.families import find_space
+from spattn_tvm.families.mma.backward import Pass, build_mma_backward, passes
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("mma", "backward")

@@ -16,13 +16,14 @@ import torch
 from sweep import DTYPES, SweepProblem, check_problem
 
 from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.compiler import compile_kernel, compile_obstacle
-from spattn_tvm.cubin import cubin_offsets
-from spattn_tvm.kernels.mma_forward import build_mma_forward, registers_needed, shared_bytes
-from spattn_tvm.kernels.mma_tile import registers_most, row_pitch, shared_bytes_most
+from spattn_tvm.build.cubin import cubin_offsets
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.families import find_space
+from spattn_tvm.families.mma.blocks import registers_most, row_pitch, shared_bytes_most
+from spattn_tvm.families.mma.forward import build_mma_forward, registers_needed, shared_bytes
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_gradients
-from spattn_tvm.spaces import find_space
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("mma", "forward")

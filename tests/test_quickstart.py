@@ -162,11 +162,13 @@ def test_scripts_are_valid_shell() -> None:
 def test_readme_is_filled_from_reports(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spattn_tvm import bench
     from spattn_tvm.bands import BandLayout
+    from spattn_tvm.bench import clocks
+    from spattn_tvm.bench import report as reports
+    from spattn_tvm.bench import run as bench
     from spattn_tvm.problem import AttentionProblem
 
-    monkeypatch.setattr(bench._CpuClock, "matmul_size", 64)
+    monkeypatch.setattr(clocks._CpuClock, "matmul_size", 64)
     update = load_script("update_readme")
     for name, path in (
         ("ROOT", "."),
@@ -180,7 +182,7 @@ def test_readme_is_filled_from_reports(
     (tmp_path / "README.md").write_text(emptied)
     problem = AttentionProblem("forward", "float32", 1, 2, 2, 60, 32, BandLayout.spattention(2))
     report = bench.benchmark([problem], rounds=2, idle_ms=0, peers=("ours", "sdpa", "cudnn"))
-    path = bench.write_report(report, tmp_path / "logs")
+    path = reports.write_report(report, tmp_path / "logs")
     sizes = training.Sizes(context=64, batch=1, layers=1, heads=2, head_dim=32)
     runs = training.train(sizes, 1e-3, 0, steps=10)
     summary = training.summarize(runs, sizes, 0)

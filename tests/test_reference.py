@@ -14,15 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spattn_tvm import reference
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.bench.peer_masks import bigbird_mask, longformer_mask, reformer_mask
 from spattn_tvm.reference import (
     attention_mask,
-    bigbird_mask,
     document_lengths,
     flex_mask_mod,
-    longformer_mask,
     reference_attention,
     reference_gradients,
-    reformer_mask,
 )
 
 FROM_CONTEXT = ("spattention", "exclusive", "local_only", "gapped", "causal", "equal_area")

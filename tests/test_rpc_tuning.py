@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from spattn_tvm import cli
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.compiler import compile_kernel
+from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.launch import launch_backward, launch_forward
 from spattn_tvm.problem import AttentionProblem
@@ -32,10 +32,11 @@ from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
 from spattn_tvm.store import load_records
 from spattn_tvm.target import detect_cpu
-from spattn_tvm.tuning import measure as measure_module
+from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.tuning.fleet import Fleet
 from spattn_tvm.tuning.log import read_measurements, read_run
-from spattn_tvm.tuning.measure import ProcessMeter, Workers
+from spattn_tvm.tuning.measure import ProcessMeter
+from spattn_tvm.tuning.workers import Workers
 
 KEY = "spattn-test"
 # Grouped queries: the server's kernel leaves the sums over heads that share a key head to its caller.
@@ -112,7 +113,7 @@ def services() -> Iterator[_Services]:
 @pytest.fixture(autouse=True)
 def _one_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process costs seconds of imports, more than these kernels take to build."""
-    monkeypatch.setattr(measure_module, "available_cpus", lambda: 1)
+    monkeypatch.setattr(workers_module, "available_cpus", lambda: 1)
 
 
 def _tune(*arguments: str) -> tuple[int, str]:

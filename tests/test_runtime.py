@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from spattn_tvm import runtime
-from spattn_tvm.compiler import compile_module
+from spattn_tvm.build.compile import compile_module
 from spattn_tvm.runtime import load_library, load_runtime, runtime_folder
 from spattn_tvm.target import detect_cpu
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from spattn_tvm.compiler import compile_kernel
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import Kernel
+from spattn_tvm.families import find_space, is_deterministic
 from spattn_tvm.runtime import load_library
-from spattn_tvm.spaces import find_space
-from spattn_tvm.store import ScheduleRecord, find_schedule, is_deterministic, load_records
+from spattn_tvm.store import ScheduleRecord, load_records
 from spattn_tvm.target import detect_cpu, detect_cuda, parse_target
 from spattn_tvm.verify import RandomProblem, check_kernel
 

@@ -10,9 +10,10 @@ import pytest
 
 from spattn_tvm import store
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.choice import NoKernelError, find_schedule
+from spattn_tvm.families import find_space
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import find_space
-from spattn_tvm.store import NoKernelError, ScheduleRecord, find_schedule, load_records, save_records
+from spattn_tvm.store import ScheduleRecord, load_records, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
 HERE = MachineTarget("cpu", "x86-64-v4", "amd-25-17")

@@ -27,10 +27,11 @@ from sweep import (
 )
 from torch import Tensor
 
-from spattn_tvm import launch, torch_ops
-from spattn_tvm.attention import banded_attention
+from spattn_tvm import launch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel
+from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.repeated_calls import clear_tables
 from spattn_tvm.reference import attention_mask, reference_attention
 
 PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "1000"))
@@ -223,8 +224,8 @@ def test_a_row_that_a_kernel_does_not_write_fails(output: int, monkeypatch: pyte
 
         return real(replace(kernel, function=function), *arguments)
 
-    monkeypatch.setattr("spattn_tvm.torch_ops.launch_forward", forgetful)
-    torch_ops.clear_tables()  # else a call like an earlier one goes past launch_forward
+    monkeypatch.setattr("spattn_tvm.ops.operators.launch_forward", forgetful)
+    clear_tables()  # else a call like an earlier one goes past launch_forward
     with pytest.raises(AssertionError, match="holds NaN"):
         check_problem(typical("float32", BandLayout.causal(4)), impl="cpu")
 

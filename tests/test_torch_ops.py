@@ -17,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from spattn_tvm import dispatch, torch_ops
-from spattn_tvm.attention import banded_attention
-from spattn_tvm.bands import BandLayout
+from spattn_tvm import dispatch
+from spattn_tvm.bands import BandLayout, length_tables
+from spattn_tvm.ops import operators as torch_ops
+from spattn_tvm.ops import repeated_calls
+from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.repeated_calls import clear_tables
 from spattn_tvm.reference import reference_attention
 
 FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
@@ -257,7 +260,7 @@ def test_no_memory_is_kept_without_gradients() -> None:
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
     q, k, v = draw(length=23)
-    torch_ops.clear_tables()
+    clear_tables()
     with torch.inference_mode():
         banded_attention(q, k, v, SPATTENTION)
     close_to_reference(lambda *t: banded_attention(*t, SPATTENTION, return_lse=True), q, k, v)
@@ -427,7 +430,7 @@ def test_layouts_of_equal_shapes_are_not_confused() -> None:
 
 def test_threads_share_no_state() -> None:
     """Calls of several shapes from several threads at once, the caches cold."""
-    torch_ops.clear_tables()
+    clear_tables()
     inputs = [requiring_grad(*draw(length=length)) for length in (5, 37, 64, 90) * 4]
     expected = [reference_attention(*each, SPATTENTION)[0] for each in inputs]
 
@@ -465,7 +468,7 @@ ARRANGEMENTS = {
 def has_been_prepared(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> bool:
     return any(
         prepared.serves(q, k, v)
-        for prepared in torch_ops._prepared.get((SPATTENTION.spec, impl, q.shape), ())
+        for prepared in repeated_calls._prepared.get((SPATTENTION.spec, impl, q.shape), ())
     )
 
 
@@ -495,7 +498,7 @@ def outputs_and_gradients(leaves: tuple[Tensor, ...], **options: Any) -> list[Te
 def test_repeated_calls_give_what_the_first_gave(name: str, scale: float | None, device: str) -> None:
     inputs = draw() if device == "cpu" else draw_cuda()
     leaves = requiring_grad(*(ARRANGEMENTS[name](t) for t in inputs))
-    torch_ops.clear_tables()
+    clear_tables()
     first = outputs_and_gradients(leaves, scale=scale)
     assert has_been_prepared(*leaves)
     for _ in range(2):
@@ -514,10 +517,10 @@ def test_one_tensor_given_twice() -> None:
     """The guard takes no tensor twice, so nothing must pile up."""
     q, k, _ = draw()
     expected = banded_attention(q, k, k.clone(), SPATTENTION)
-    torch_ops.clear_tables()
+    clear_tables()
     for _ in range(3):
         assert torch.equal(banded_attention(q, k, k, SPATTENTION), expected)
-    assert not torch_ops._prepared
+    assert not repeated_calls._prepared
 
 
 def test_invalid_calls_are_refused_after_valid_ones_of_the_same_shapes() -> None:
@@ -743,14 +746,14 @@ def test_changed_boundaries_are_seen() -> None:
 def test_tables_from_lengths_on_a_device_are_the_layouts_own(name: str, heads: int) -> None:
     layout = BandLayout(name, heads)
     lengths = [*range(130), 4096, 4097, 99991]
-    tables = torch_ops.length_tables(layout, torch.tensor(lengths, dtype=torch.int32))
+    tables = length_tables(layout, torch.tensor(lengths, dtype=torch.int32))
     assert tables is not None
     assert tables.dtype == torch.int32
     np.testing.assert_array_equal(tables.numpy(), layout.packed_table(lengths))
 
 
 def test_equal_area_has_no_table_from_lengths() -> None:
-    assert torch_ops.length_tables(BandLayout.equal_area(4), torch.tensor([5], dtype=torch.int32)) is None
+    assert length_tables(BandLayout.equal_area(4), torch.tensor([5], dtype=torch.int32)) is None
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------
@@ -771,7 +774,7 @@ def test_no_call_waits_for_the_gpu(layout: BandLayout, packed: bool) -> None:
     q, k, v = requiring_grad(*draw_cuda(length=length))
     cu_seqlens = torch.tensor([0, 5, length], device="cuda") if packed else None
     banded_attention(q, k, v, layout, cu_seqlens=cu_seqlens).sum().backward()  # compiles, loads
-    torch_ops.clear_tables()
+    clear_tables()
     torch.cuda.set_sync_debug_mode("error")
     try:
         banded_attention(q, k, v, layout, cu_seqlens=cu_seqlens).sum().backward()
@@ -825,7 +828,7 @@ def test_cuda_graph_replays_with_new_data_and_new_boundaries(packed: bool) -> No
 def test_capture_of_a_new_length_is_refused_clearly() -> None:
     q, k, v = draw_cuda(length=201)
     banded_attention(q, k, v, SPATTENTION)
-    torch_ops.clear_tables()
+    clear_tables()
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match="call banded_attention with them once before"),
@@ -839,7 +842,7 @@ def test_streams_do_not_share_unordered_tables() -> None:
     q, k, v = draw_cuda(length=257)
     expected = banded_attention(q, k, v, SPATTENTION)
     torch.cuda.synchronize()
-    torch_ops.clear_tables()
+    clear_tables()
     streams = [torch.cuda.Stream() for _ in range(4)]
     results = []
     for stream in streams:

@@ -27,14 +27,16 @@ pytest.importorskip("xgboost")
 
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.compiler import describe_resources
+from spattn_tvm.build.resources import describe_resources
+from spattn_tvm.choice import find_schedule
+from spattn_tvm.families import find_space
+from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
-from spattn_tvm.spaces import Space, find_space
-from spattn_tvm.store import find_schedule
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 from spattn_tvm.tuning import compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
+from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.tuning.log import (
     MEASUREMENTS,
     RUN,
@@ -44,10 +46,11 @@ from spattn_tvm.tuning.log import (
     read_measurements,
     read_run,
 )
-from spattn_tvm.tuning.measure import Outcome, ProcessMeter, Workers
+from spattn_tvm.tuning.measure import Outcome, ProcessMeter
 from spattn_tvm.tuning.search import Budget, _Progress, _Session, run_search
 from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
+from spattn_tvm.tuning.workers import Workers
 
 # The package's attribute of this name is the function.
 distill_module = sys.modules["spattn_tvm.tuning.distill"]
@@ -67,7 +70,7 @@ def _keys(measurements: Sequence[Measurement]) -> list[tuple[Any, ...]]:
 def _one_builder() -> Iterator[None]:
     """Each process costs seconds of imports, more than these kernels take to build."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_module, "available_cpus", lambda: 1)
+        patch.setattr(workers_module, "available_cpus", lambda: 1)
         yield
 
 
@@ -118,7 +121,7 @@ def test_database_replays_in_another_process(searched: tuple[Path, Any]) -> None
     ).decisions
     script = (
         "import sys, pathlib, json\n"
-        "from spattn_tvm.spaces import find_space\n"
+        "from spattn_tvm.families import find_space\n"
         "from spattn_tvm.problem import AttentionProblem\n"
         "from spattn_tvm.tuning.strategy import best_in_database\n"
         "folder, problem, kernel = sys.argv[1:]\n"

@@ -16,7 +16,7 @@ tvm = pytest.importorskip("tvm")
 
 from tvm_ffi import structural_equal  # noqa: E402
 
-from spattn_tvm.kernels.workload import DECISIONS_BLOCK, build_workload  # noqa: E402
+from spattn_tvm.tuning.workload import DECISIONS_BLOCK, build_workload  # noqa: E402
 
 
 class Case(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from spattn_tvm.spaces import Space
+from spattn_tvm.families.space import Space
 
 REPEATS = (1, 2, 4, 8)
 CHOICES = {"repeats": REPEATS, "label": (10, 20, 30, 40), "fault": (0,)}

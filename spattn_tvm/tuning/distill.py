@@ -14,14 +14,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from spattn_tvm.compiler import describe_resources
+from spattn_tvm.build.resources import describe_resources
+from spattn_tvm.families import find_space, has_space
+from spattn_tvm.families.space import FAMILIES
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import FAMILIES, find_space, has_space
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
-from .log import Measurement, comparable_measurements, find_logs, now, read_run, session_device, versions
-from .measure import Outcome, ProcessMeter, Workers
+from .log import (
+    Measurement,
+    comparable_measurements,
+    find_logs,
+    now,
+    read_run,
+    session_device,
+    versions,
+)
+from .measure import Outcome, ProcessMeter
+from .workers import Workers
 
 _TOP = 4
 _TOP_DETERMINISTIC = 2

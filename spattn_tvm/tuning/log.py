@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spattn_tvm.environment import device_facts, installed_versions
 from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.provenance import device_facts, installed_versions
 from spattn_tvm.target import MachineTarget
 
 MEASUREMENTS = "measurements.jsonl"

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.compiler import SPILL_TOLERANCE_BYTES, spilled_bytes
+from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, spilled_bytes
+from spattn_tvm.families import families_for
+from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import Space, families_for
 from spattn_tvm.target import MachineTarget
 
 from .log import Measurement, TuningLog, log_folder, session_device, versions
-from .measure import Meter, Outcome, ProcessMeter, Workers
+from .measure import Meter, Outcome, ProcessMeter
 from .worker import resolve_space
+from .workers import Workers
 
 if TYPE_CHECKING:
     from .strategy import DecisionSearch

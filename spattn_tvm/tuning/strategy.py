@@ -1,7 +1,7 @@
 """MetaSchedule as an ask-and-tell search over a space's decisions. The only module of this package that
 needs TVM.
 
-The traced program is the problem's workload (:mod:`spattn_tvm.kernels.workload`); its trace samples one
+The traced program is the problem's workload (:mod:`spattn_tvm.tuning.workload`); its trace samples one
 value for each decision of the space and notes it on the workload's block, so that a trace is a set of
 decisions and nothing else. MetaSchedule's evolutionary search, XGBoost model and JSON database do the
 searching and the remembering. Its task scheduler is not used: it hands over a whole batch at a time, and a
@@ -28,12 +28,12 @@ from tvm.s_tir.meta_schedule import _ffi_api
 from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
 from tvm.s_tir.meta_schedule.logging import get_logging_func
 
-from spattn_tvm.kernels.workload import DECISIONS_BLOCK, build_workload
+from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import Space
 from spattn_tvm.target import MachineTarget
 
 from .log import drop_torn_line
+from .workload import DECISIONS_BLOCK, build_workload
 
 STRATEGIES = ("evolutionary", "random")
 

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spattn_tvm.families import find_space
+from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.spaces import Space, find_space
 from spattn_tvm.target import MachineTarget
 
 from .fleet import Fleet, ServerLostError
@@ -62,7 +63,7 @@ def resolve_space(family: str, direction: str) -> Space:
 def _warm(request: dict[str, Any]) -> dict[str, Any]:
     """Import what later requests need; for a GPU, also make the process known to its driver."""
     if "torch" not in request["modules"]:
-        from spattn_tvm.compiler import leave_out_torch
+        from spattn_tvm.build.toolchain import leave_out_torch
 
         leave_out_torch()
     for name in request["modules"]:
@@ -75,7 +76,10 @@ def _warm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
-    from spattn_tvm.compiler import compile_kernel, compile_module, leave_out_torch, library_metadata
+    from spattn_tvm.build.compile import compile_module
+    from spattn_tvm.build.library_cache import compile_kernel
+    from spattn_tvm.build.resources import library_metadata
+    from spattn_tvm.build.toolchain import leave_out_torch
 
     leave_out_torch()
     if os.nice(0) < _BUILDER_NICENESS:

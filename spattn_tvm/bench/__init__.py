@@ -1,0 +1,1 @@
+"""Timing banded attention beside its peers."""

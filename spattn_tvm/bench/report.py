@@ -1,0 +1,150 @@
+"""A benchmark's timings as JSON, tables and text."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    Step = Callable[[], Any]
+
+
+FORMAT = 1
+
+
+@dataclass
+class Timing:
+    """Result of one peer on one pass; times in milliseconds, memory in MiB, None where not measured."""
+
+    peer: str
+    title: str
+    same_mask: bool
+    pass_name: str
+    status: str = "ok"
+    reason: str = ""
+    samples_ms: list[float] = field(default_factory=list)
+    useful_flops: int = 0
+    matmul_tflops: float | None = None
+    peak_memory_mib: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    ratio_to_dense: float | None = None
+
+    @property
+    def median_ms(self) -> float | None:
+        return statistics.median(self.samples_ms) if self.samples_ms else None
+
+    @property
+    def useful_tflops(self) -> float | None:
+        return self.useful_flops / self.median_ms * 1e-9 if self.median_ms else None
+
+    def to_json(self) -> dict[str, Any]:
+        quartiles = statistics.quantiles(self.samples_ms, n=4) if len(self.samples_ms) > 1 else None
+        tflops = self.useful_tflops
+        share = tflops / self.matmul_tflops if tflops and self.matmul_tflops else None
+        return {
+            "peer": self.peer,
+            "title": self.title,
+            "pass": self.pass_name,
+            "status": self.status,
+            "reason": self.reason,
+            "median_ms": self.median_ms,
+            "min_ms": min(self.samples_ms) if self.samples_ms else None,
+            "p25_ms": quartiles[0] if quartiles else None,
+            "p75_ms": quartiles[2] if quartiles else None,
+            "rounds": len(self.samples_ms),
+            "useful_tflops": tflops,
+            "matmul_share": share,
+            "peak_memory_mib": self.peak_memory_mib,
+            "same_mask": self.same_mask,
+            "errors": self.errors,
+            "ratio_to_dense": self.ratio_to_dense,
+        }
+
+
+def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
+    dense: dict[str, float] = {}
+    for timing in timings:
+        if not timing.same_mask and timing.median_ms is not None:
+            dense[timing.pass_name] = min(timing.median_ms, dense.get(timing.pass_name, float("inf")))
+    for timing in timings:
+        timing.matmul_tflops = matmul_tflops
+        if timing.median_ms is not None and timing.pass_name in dense:
+            timing.ratio_to_dense = timing.median_ms / dense[timing.pass_name]
+
+
+def describe(problem: AttentionProblem) -> str:
+    """Such as ``(1,16,4096,64) float32 spattention``; ``16/4`` heads with grouped queries."""
+    heads = str(problem.query_heads)
+    if problem.kv_heads != problem.query_heads:
+        heads += f"/{problem.kv_heads}"
+    return (
+        f"({problem.batch},{heads},{problem.length},{problem.head_dim}) {problem.dtype} {problem.layout.name}"
+    )
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write a report to ``folder/<target>/benchmarks/<date>.json``; `folder` is ``autotune_logs``, say."""
+    stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
+    path = folder / report["target"] / "benchmarks" / f"{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """One rich table per problem of a report."""
+    from rich.table import Table
+
+    cuda = report["target"].startswith("cuda")
+    unit, factor = ("TFLOP/s", 1.0) if cuda else ("GFLOP/s", 1e3)
+    result_tables = []
+    for result in report["results"]:
+        table = Table(
+            title=f"{result['shape']}, {report['threads']} threads" if not cuda else result["shape"]
+        )
+        table.add_column("pass")
+        table.add_column("peer")
+        for title in ("median ms", "p25-p75", f"useful {unit}", "of matmul", "vs dense", "max error"):
+            table.add_column(title, justify="right")
+        if cuda:
+            table.add_column("peak MiB", justify="right")
+        previous = ""
+        notes: dict[str, None] = {}
+        for entry in result["entries"]:
+            shown = entry["pass"].replace("_", " + ") if entry["pass"] != previous else ""
+            if shown and previous:
+                table.add_section()
+            previous = entry["pass"]
+            if entry["median_ms"] is None:
+                table.add_row(shown, entry["title"], entry["status"])
+                notes.setdefault(f"{entry['title']}: {entry['reason']}")
+                continue
+            spread = "" if entry["p25_ms"] is None else f"{entry['p25_ms']:.3g}-{entry['p75_ms']:.3g}"
+            cells = [
+                shown,
+                entry["title"],
+                f"{entry['median_ms']:.4g}",
+                spread,
+                f"{entry['useful_tflops'] * factor:.4g}",
+                f"{entry['matmul_share']:.0%}",
+                "" if entry["ratio_to_dense"] is None else f"{entry['ratio_to_dense']:.3f}",
+                f"{max(entry['errors'].values()):.1e}",
+            ]
+            if cuda:
+                cells.append(f"{entry['peak_memory_mib']:.0f}")
+            table.add_row(*cells)
+        table.caption = "\n".join(notes)
+        table.caption_justify = "left"
+        result_tables.append(table)
+    return result_tables

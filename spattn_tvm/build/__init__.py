@@ -1,0 +1,1 @@
+"""From decisions to a kernel library: toolchain, compiling, the cache on disk."""

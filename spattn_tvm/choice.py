@@ -1,0 +1,202 @@
+"""Which kernel a problem gets on a target: a measured one, the nearest that was measured, or the default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .families import families_for, find_space, has_space
+from .problem import AttentionProblem, is_same_problem, problem_distance
+from .store import ScheduleRecord, read_cached, schedules_root
+from .target import MachineTarget, parse_target
+
+
+class NoKernelError(ValueError):
+    """No kernel family can serve a problem on a target; the message says why not, for each family."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a lookup decided: the family and its decisions, how good the evidence is, and why.
+
+    ``status`` is ``"tuned"`` (measured for this very problem on this chip), ``"nearest"`` (measured for
+    another) or ``"untuned"`` (the space's default).
+    """
+
+    family: str
+    decisions: dict[str, int]
+    status: str
+    reason: str
+    record: ScheduleRecord | None = None
+
+
+def _difference(wanted: AttentionProblem, record: ScheduleRecord, target: MachineTarget) -> str:
+    known = record.problem
+    parts = []
+    if record.target != target.folder:
+        parts.append(f"on {record.target}")
+    if known.dtype != wanted.dtype:
+        parts.append(f"for {known.dtype}")
+    if (known.batch, known.query_heads, known.kv_heads, known.length) != (
+        wanted.batch,
+        wanted.query_heads,
+        wanted.kv_heads,
+        wanted.length,
+    ):
+        parts.append(
+            f"at batch {known.batch}, {known.query_heads} query and {known.kv_heads} key heads, "
+            f"length {known.length}"
+        )
+    if known.layout != wanted.layout:
+        parts.append(f"with layout {known.layout.name}, C = {known.layout.context_length or known.length}")
+    return " ".join(parts)
+
+
+def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], able: Sequence[str]) -> str:
+    """What the families that were not chosen took for the chosen record's problem."""
+    parts = []
+    for family in able:
+        if family == chosen.family:
+            continue
+        latencies = [record.latency_us for record in rivals if record.family == family]
+        parts.append(f"{family} {min(latencies):.1f} us" if latencies else f"{family} has no record of it")
+    return f"; {chosen.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
+
+
+def _other_models(target: MachineTarget, root: Path) -> list[str]:
+    prefix = f"{target.kind}-{target.arch}-"
+    folders = sorted(path.name for path in root.glob(f"{prefix}*") if path.is_dir())
+    names = []
+    for folder in folders:
+        # "x86-64-" is a prefix of "x86-64-v3-" too.
+        with_model = parse_target(folder)
+        if with_model.arch == target.arch and folder != target.folder:
+            names.append(folder)
+    return names
+
+
+def _families(
+    problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Families that can serve the problem, and why the others can't."""
+    able, reasons = [], []
+    for family in families_for(target) if families is None else families:
+        if not has_space(family, problem.direction):
+            reasons.append(f"{family} has no {problem.direction}")
+            continue
+        space = find_space(family, problem.direction)
+        reason = space.unsupported(problem.head_dim, problem.dtype, target)
+        if reason is None:
+            able.append(family)
+        else:
+            reasons.append(f"{family}: {reason}")
+    return able, reasons
+
+
+def find_schedule(
+    problem: AttentionProblem,
+    target: MachineTarget,
+    *,
+    families: Sequence[str] | None = None,
+    root: Path | None = None,
+    deterministic: bool = False,
+) -> Choice:
+    """Decisions for a problem on a target, from the records or the space's default.
+
+    In this order: a record of the very problem on this chip (``tuned``); the record of this chip nearest by
+    :func:`problem_distance`; the nearest of another chip with the same instruction set (both ``nearest``);
+    the space's default (``untuned``). Only records of the same direction and head dim count, and of equally
+    near ones the faster.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    target : MachineTarget
+    families : sequence of str, optional
+        Only these kernel families; by default all that run on the target.
+    root : Path, optional
+        Instead of :func:`schedules_root`.
+    deterministic : bool
+        Only kernels whose results are bitwise equal from run to run.
+
+    Returns
+    -------
+    Choice
+        Its ``reason`` also says how the other families did, and names records that were passed over because
+        the space no longer offers their decisions.
+
+    Raises
+    ------
+    NoKernelError
+        When no family can serve the problem, with each family's reason.
+    ValueError
+        For a damaged schedule file; names it.
+    """
+    root = root or schedules_root()
+    able, refusals = _families(problem, target, families)
+    if not able:
+        detail = "; ".join(refusals) or "no kernel family runs there"
+        raise NoKernelError(
+            f"no kernel for {problem.direction} {problem.dtype} d{problem.head_dim} on {target.folder}: "
+            f"{detail}"
+        )
+
+    passed_over: list[str] = []
+
+    def usable(folder: str) -> list[ScheduleRecord]:
+        records = []
+        for record in read_cached(root, folder):
+            known = record.problem
+            if (
+                known.direction != problem.direction
+                or known.head_dim != problem.head_dim
+                or record.family not in able
+            ):
+                continue
+            space = find_space(record.family, problem.direction)
+            reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
+            if reason is not None:
+                passed_over.append(f"{known.key} of {folder} ignored: {reason}")
+            elif not deterministic or space.is_deterministic(record.decisions):
+                records.append(record)
+        return records
+
+    def remark(text: str) -> str:
+        return text if not passed_over else f"{text} ({'; '.join(passed_over)})"
+
+    here = usable(target.folder)
+    same = [record for record in here if is_same_problem(problem, record.problem)]
+    if same:
+        record = min(same, key=lambda item: item.latency_us)
+        reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
+        reason = remark(reason + _other_families(record, same, able))
+        return Choice(record.family, record.decisions, "tuned", reason, record)
+
+    def nearest(records: Iterable[ScheduleRecord]) -> ScheduleRecord | None:
+        return min(
+            records,
+            key=lambda item: (problem_distance(problem, item.problem), item.latency_us, item.problem.key),
+            default=None,
+        )
+
+    candidates = here or [record for folder in _other_models(target, root) for record in usable(folder)]
+    found = nearest(candidates)
+    if found is not None:
+        reason = f"nearest record, measured {_difference(problem, found, target)}"
+        rivals = [
+            record
+            for record in candidates
+            if (record.problem, record.target) == (found.problem, found.target)
+        ]
+        reason = remark(reason + _other_families(found, rivals, able))
+        return Choice(found.family, found.decisions, "nearest", reason, found)
+
+    family = able[0]
+    decisions = find_space(family, problem.direction).untuned(
+        problem.head_dim, problem.dtype, target, deterministic=deterministic
+    )
+    reason = remark(
+        f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
+    )
+    return Choice(family, decisions, "untuned", reason)

@@ -1,0 +1,1 @@
+"""Kernels for sm_90a in TIRx: TMA, wgmma, warp specialisation."""

@@ -1,0 +1,210 @@
+"""Decision space of the Hopper backward: its structure, tile shapes, pipeline depths and tile order.
+
+The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. ``one_pass`` takes the
+decisions of the dK/dV pass, and is legal only with the untuned values of those that say nothing there: no
+kernel is built twice.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.families.space import Decisions, Space
+
+from .support import MULTIPROCESSORS, unsupported
+
+if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
+    from spattn_tvm.target import MachineTarget
+
+HEAD_DIMS = (64, 128)
+
+WARPGROUP_ROWS = 64
+SHARED_LIMIT = 232448  # bytes that a CTA may use on sm_90
+REGISTERS = 65536
+LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
+
+# What a consumer thread keeps besides accumulators and operands: addresses, loop state, masks. ptxas spilled
+# nothing where these left room, and serialized every wgmma (C7512) where they did not.
+DQ_OTHER_REGISTERS = 32
+DKV_OTHER_REGISTERS = 16
+# Rows of a chunk and buffers of K and V that the one pass is made for.
+ONE_PASS_QUERIES = 64
+ONE_PASS_BUFFERS = 1
+
+
+def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
+    return {
+        "one_pass": (0, 1),
+        # One warpgroup starts with more registers than setmaxnreg would raise it to; three would get 160 each
+        # and need 176.
+        "dq_warpgroups": (2,),
+        "dq_keys": (32, 48, 64, 96),
+        "dq_stages": (2, 3, 4, 5, 6, 8),
+        "dq_heads": (1, 2, 4, 8, 16, 32),
+        "dq_registers": (232, 240),
+        "dq_producer_registers": (24, 40),
+        "dkv_warpgroups": (2,),
+        "dkv_queries": (32, 48, 64, 96),
+        "dkv_stages": (2, 3, 4, 5, 6, 8),
+        "dkv_buffers": (1, 2),
+        "dkv_heads": (1, 2, 4, 8, 16, 32),
+        "dkv_registers": (232, 240),
+        "dkv_producer_registers": (24, 40),
+    }
+
+
+def _dq_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the dQ pass: Q, dO and O of a tile, rings of K and V, 1 KiB for all that is small."""
+    rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
+    ring = decisions["dq_stages"] * decisions["dq_keys"]
+    return (3 * rows + 2 * ring) * head_dim * 2 + 1024
+
+
+def _dkv_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]
+    ring = decisions["dkv_stages"] * decisions["dkv_queries"]
+    return (2 * rows + 2 * ring) * head_dim * 2 + ring * 8 + 512
+
+
+def _one_pass_bytes(decisions: Decisions, head_dim: int) -> int:
+    """Shared memory of the one pass: the dK/dV pass's, two buffers of dS, and a chunk's dQ in float32."""
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
+    queries = decisions["dkv_queries"]
+    return _dkv_bytes(decisions, head_dim) + 2 * rows * queries * 2 + queries * head_dim * 4
+
+
+def _dq_registers(decisions: Decisions, head_dim: int) -> int:
+    """Registers of a dQ consumer: dQ, the fragments of Q and dO, scores, dP and dS."""
+    keys = decisions["dq_keys"]
+    return head_dim // 2 + 2 * (head_dim // 4) + keys + keys // 4 + DQ_OTHER_REGISTERS
+
+
+def _dkv_registers(decisions: Decisions, head_dim: int) -> int:
+    """Registers of a dK/dV consumer: dK and dV, scores, dP, P and dS or the statistics of a chunk."""
+    queries = decisions["dkv_queries"]
+    return head_dim + queries + queries // 2 + DKV_OTHER_REGISTERS
+
+
+def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | None:
+    """Registers move between warpgroups only within what the launch allotted to all of them alike."""
+    threads = 128 * (warpgroups + 1)
+    launch = REGISTERS // threads // LAUNCH_GRAIN * LAUNCH_GRAIN
+    if warpgroups * consumers + producer > (warpgroups + 1) * launch:
+        return (
+            f"{warpgroups} warpgroups of {consumers} and one of {producer} registers a thread, "
+            f"where the launch allots {warpgroups + 1} times {launch}"
+        )
+    return None
+
+
+def _unused_by_one_pass(head_dim: int) -> dict[str, int]:
+    wide = head_dim == 128
+    return {
+        "dq_warpgroups": 2,
+        "dq_keys": 64,
+        "dq_stages": 4 if wide else 6,
+        "dq_heads": 8,
+        "dq_registers": 240,
+        "dq_producer_registers": 24,
+        "dkv_queries": ONE_PASS_QUERIES,
+        "dkv_buffers": ONE_PASS_BUFFERS,
+    }
+
+
+def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    needs = {
+        "dq": (_dq_bytes(decisions, head_dim), _dq_registers(decisions, head_dim)),
+        "dkv": (_dkv_bytes(decisions, head_dim), _dkv_registers(decisions, head_dim)),
+    }
+    if decisions["one_pass"]:
+        for name, value in _unused_by_one_pass(head_dim).items():
+            if decisions[name] != value:
+                return f"one_pass=1 has {name}={value}, not {decisions[name]}"
+        needs = {"dkv": (_one_pass_bytes(decisions, head_dim), needs["dkv"][1])}
+    for name, (shared, registers) in needs.items():
+        if shared > SHARED_LIMIT:
+            return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
+        allotted = decisions[f"{name}_registers"]
+        if registers > allotted:
+            return f"the {name} pass needs about {registers} registers a thread, {name}_registers={allotted}"
+        conflict = _register_conflict(
+            allotted, decisions[f"{name}_producer_registers"], decisions[f"{name}_warpgroups"]
+        )
+        if conflict is not None:
+            return f"the {name} pass: {conflict}"
+    return None
+
+
+def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
+    """Sizes on a logarithmic scale, work executed against useful work, bytes in flight, and the tiles that
+    each multiprocessor of a full chip gets.
+    """
+    useful = max(1, problem.layout.pairs(problem.length))
+    one_pass = decisions["one_pass"]
+    features = [float(one_pass)]
+    features += [math.log2(value) for name, value in sorted(decisions.items()) if name != "one_pass"]
+    for name, chunk in (("dq", "dq_keys"), ("dkv", "dkv_queries")):
+        # By symmetry the queries of a key tile are counted like the keys of a query tile.
+        executed = problem.layout.executed_pairs(problem.length, WARPGROUP_ROWS, decisions[chunk])
+        rows = WARPGROUP_ROWS * decisions[f"{name}_warpgroups"]
+        heads = problem.query_heads if name == "dq" else problem.kv_heads
+        tiles = problem.batch * heads * math.ceil(problem.length / rows)
+        # Products a block: three and four in two passes, five in one.
+        products = {"dq": 0, "dkv": 5}[name] if one_pass else {"dq": 3, "dkv": 4}[name]
+        features.append(products * executed / useful)
+        features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
+        features.append(math.log2(tiles / MULTIPROCESSORS))
+    features.append(_dq_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
+    shared = _one_pass_bytes if one_pass else _dkv_bytes
+    features.append(shared(decisions, problem.head_dim) / SHARED_LIMIT)
+    features.append(_dq_registers(decisions, problem.head_dim) / decisions["dq_registers"])
+    features.append(_dkv_registers(decisions, problem.head_dim) / decisions["dkv_registers"])
+    return features
+
+
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
+    """Two passes, chunks of 64 and the deepest rings that fit, with one buffer of K and V.
+
+    Measured on an H200 in bfloat16, spattention unless said otherwise, ms at (B, H, N, D). Two buffers and
+    three stages took 0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404
+    instead of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. One pass took 0.537 instead of 0.404
+    at the first, 1.167 instead of 1.076 at (1, 16, 16384, 128), 0.860 instead of 0.569 at (4, 32, 4096, 128),
+    0.368 instead of 0.261 at (4, 16, 4096, 64), and less only on the causal layout: 1.400 instead of 1.456 at
+    (1, 16, 8192, 128).
+    """
+    return {
+        "one_pass": 0,
+        **_unused_by_one_pass(head_dim),
+        "dkv_warpgroups": 2,
+        "dkv_stages": 5 if head_dim == 128 else 8,
+        "dkv_heads": 8,
+        "dkv_registers": 240,
+        "dkv_producer_registers": 24,
+    }
+
+
+def _is_deterministic(decisions: Decisions) -> bool:
+    return not decisions["one_pass"]
+
+
+def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
+    from .backward import build_hopper_backward
+
+    return build_hopper_backward(decisions, head_dim, dtype)
+
+
+BACKWARD = Space(
+    family="hopper",
+    direction="backward",
+    choices=_choices,
+    illegal=_illegal,
+    features=_features,
+    untuned=_untuned,
+    build=_build,
+    unsupported=partial(unsupported, HEAD_DIMS),
+    is_deterministic=_is_deterministic,
+)

@@ -1,0 +1,430 @@
+"""What the portable tensor-core kernels are made of: tiles in shared memory, 16 x 16 blocks in registers.
+
+No instruction here is newer than sm_80. Nothing imports TVM until a kernel is built.
+
+- `shared_bytes_most`, `row_pitch`: what a chip's blocks may allocate, and how tiles lie in it: rows of
+  ``row_pitch`` elements, an odd number of 16-byte units, so that eight rows of one column, or of one pair of
+  columns, are in different banks, wherever a tile's first row is.
+- `locate_macro`: from a block's number to its document, head and first row.
+- `wait_macro`: waits at an mbarrier.
+- `row_loader_macro`: rows of a (B, H, N, D) tensor to shared memory by ``cp.async``.
+- `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, and the product.
+
+A product ``C += A B`` of blocks (A is m x k, B is k x n) keeps C in eight floats of each thread: element
+``4 * tile + 2 * r + e`` is row ``lane // 4 + 8 * r``, of the block's left (tile 0) or right half. Its column
+depends on how B was loaded: `Blocks.column`. Both halves of the work, k order of A and of B, agree in all
+loads and in `Blocks.a_from_sums`, so every A goes with every B.
+
+float32 operands are split into a TF32 number and the TF32 number nearest to the rest; three products of
+the parts, summed apart and then added in float32, err as little as a float32 product does. (Tensor cores cut
+sums off rather than round them, which long chains of additions would turn into a bias.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+BLOCK = 16
+
+# Shared memory that one thread block can have, in bytes (CUDA programming guide, compute capabilities).
+_SHARED_BYTES_MOST = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+}
+# What all blocks of a multiprocessor share, and what each block takes of it beside its own.
+_SHARED_BYTES_OF_MULTIPROCESSOR = {
+    "sm_80": 164 * 1024,
+    "sm_86": 100 * 1024,
+    "sm_89": 100 * 1024,
+    "sm_90a": 228 * 1024,
+    "sm_100a": 228 * 1024,
+    "sm_120a": 100 * 1024,
+}
+_SHARED_BYTES_RESERVED = 1024
+REGISTERS_OF_MULTIPROCESSOR = 65536
+REGISTERS_OF_THREAD = 255
+BEFORE_HOPPER = ("sm_80", "sm_86", "sm_89")
+
+# What `locate_macro` tells about a tile, as int32 words.
+LOCATION_WORDS = 9
+BATCH, HEAD, ROW0, DOC_BEGIN, DOC_END, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(LOCATION_WORDS)
+
+
+def element_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def row_pitch(columns: int, dtype: str) -> int:
+    """Elements from a row to the next in shared memory; `columns` is a multiple of 16."""
+    return columns + 16 // element_bytes(dtype)
+
+
+def shared_bytes_most(arch: str, blocks: int = 1) -> int:
+    """Shared memory in bytes that a thread block can have when `blocks` of them run on a multiprocessor."""
+    shared = _SHARED_BYTES_OF_MULTIPROCESSOR[arch] // blocks - _SHARED_BYTES_RESERVED
+    return min(shared // 128 * 128, _SHARED_BYTES_MOST[arch])
+
+
+def registers_most(threads: int, blocks: int = 1) -> int:
+    """Registers that a thread can have when `blocks` blocks of `threads` run on a multiprocessor."""
+    return min(REGISTERS_OF_MULTIPROCESSOR // (threads * blocks) // 8 * 8, REGISTERS_OF_THREAD)
+
+
+def locate_macro(rows: int, group: int) -> Callable[..., None]:
+    """The macro ``locate(words, block, bands, cu, batches, heads, length, documents, tables)``.
+
+    It finds tile `block` of ``slots * batches * heads``, where the slots of a sequence number
+    ``tile_slots``, and writes `LOCATION_WORDS` words. There is nothing to do in a tile whose ROW0 is not
+    below its DOC_END.
+
+    A group of ``group`` (batch, head) pairs is finished before the next one starts, so that its keys and
+    values are still in the L2 cache when the far band reads them again. In a group the last rows come first:
+    they have the most keys, so the longest tiles lead and the multiprocessors end together.
+    """
+    from tvm.script import tirx as T
+
+    from spattn_tvm.domains.key_range import first_slot
+
+    @T.inline
+    def locate(words, block, bands, cu, batches, heads, length, documents, tables):
+        slots: T.int32 = tile_slots(length, documents, rows)
+        which: T.int32 = block // (slots * group)
+        members: T.int32 = T.min(group, batches * heads - which * group)
+        inside: T.int32 = block - which * (slots * group)
+        slot: T.int32 = slots - 1 - inside // members
+        pair: T.int32 = which * group + inside % members
+        # Head 0 last: its two bands coincide in the paper's layout, so it is the lightest.
+        head: T.int32 = (pair // batches + 1) % heads
+        # The document of a slot: the last one whose first slot, cu[m] // rows + m, is not behind it.
+        document: T.int32 = 0
+        beyond: T.int32 = documents
+        while beyond - document > 1:
+            middle: T.int32 = (document + beyond) // 2
+            if first_slot(cu[middle], middle, rows) <= slot:
+                document = middle
+            else:
+                beyond = middle
+        doc_begin: T.int32 = cu[document]
+        first: T.int32 = T.Select(documents == 1, 0, first_slot(doc_begin, document, rows))
+        table: T.int32 = T.Select(tables == 1, 0, document)
+        words[BATCH] = pair % batches
+        words[HEAD] = head
+        words[ROW0] = doc_begin + (slot - first) * rows
+        words[DOC_BEGIN] = doc_begin
+        words[DOC_END] = cu[document + 1]
+        words[NEAR_LO] = bands[table, head, 0]
+        words[NEAR_HI] = bands[table, head, 1]
+        words[FAR_LO] = bands[table, head, 2]
+        words[FAR_HI] = bands[table, head, 3]
+
+    return locate
+
+
+def wait_macro(arch: str) -> Callable[..., None]:
+    """The macro ``wait(barrier, phase)``: until the phase of that parity of an mbarrier in shared memory is
+    over. From sm_90 on the thread sleeps meanwhile; before, it can only ask again.
+    """
+    from tvm.script import tirx as T
+
+    @T.inline
+    def sleep(barrier, phase):
+        T.cuda.mbarrier_wait(barrier, phase)
+
+    @T.inline
+    def spin(barrier, phase):
+        done = T.alloc_local((1,), "uint32")
+        done[0] = T.uint32(0)
+        while done[0] == T.uint32(0):
+            T.ptx["mbarrier.test_wait.parity.shared.b64"](done[0], barrier, T.cast(phase, "uint32"))
+
+    return spin if arch in BEFORE_HOPPER else sleep
+
+
+def tile_slots(length: Any, documents: Any, rows: int) -> Any:
+    """TensorIR: slots of tiles of one (batch, head) pair; one document has no slot without a row."""
+    from tvm.script import tirx as T
+
+    return T.Select(documents == 1, (length + (rows - 1)) // rows, length // rows + documents)
+
+
+def row_loader_macro(rows: int, columns: int, dtype: str, threads: int) -> Callable[..., None]:
+    """The macro ``load_rows(target, at, source, origin, stride, row0, first, end, thread)``.
+
+    All `threads` copy rows ``row0 ... row0 + rows - 1`` of ``source`` (a flat buffer; row r starts at
+    element ``origin + r * stride``, both int64) to element ``at`` of the shared buffer ``target`` on. Rows
+    outside of ``first <= r < end`` become zeros without being read. The caller commits the group and waits.
+    """
+    from tvm.script import tirx as T
+
+    UNIT = 16 // element_bytes(dtype)
+    PITCH = row_pitch(columns, dtype)
+    # Of a row's 16-byte units, as many side by side as a power of two divides: no division by 3, 5 or 7.
+    UNITS = columns // UNIT
+    ABREAST = min(UNITS & -UNITS, threads)
+    HIGH = threads // ABREAST
+    PASSES = (rows + HIGH - 1) // HIGH
+    RAGGED = rows % HIGH != 0
+    COPY = "cp.async.cg.shared.global.L2::128B"
+
+    @T.inline
+    def load_rows(target, at, source, origin, stride, row0, first, end, thread):
+        mine: T.int32 = thread // ABREAST
+        left: T.int32 = thread % ABREAST * UNIT
+        place: T.int32 = at + mine * PITCH + left
+        start: T.int64 = origin + T.cast(row0 + mine, "int64") * stride + T.cast(left, "int64")
+        # A test for each row costs half of what its copies cost, and most tiles need none.
+        if T.And(row0 >= first, row0 + rows <= end):
+            for i in T.unroll(PASSES):
+                for j in T.unroll(UNITS // ABREAST):
+                    if T.Or(not RAGGED, mine + i * HIGH < rows):
+                        T.ptx[COPY](
+                            target.ptr_to([place + (i * HIGH * PITCH + j * ABREAST * UNIT)]),
+                            source.ptr_to([start + T.int64(i * HIGH) * stride + T.int64(j * ABREAST * UNIT)]),
+                            16,
+                        )
+        else:
+            for i in T.unroll(PASSES):
+                row: T.int32 = row0 + mine + i * HIGH
+                bytes_read: T.uint32 = T.Select(T.And(row >= first, row < end), T.uint32(16), T.uint32(0))
+                for j in T.unroll(UNITS // ABREAST):
+                    if T.Or(not RAGGED, mine + i * HIGH < rows):
+                        T.ptx[COPY](
+                            target.ptr_to([place + (i * HIGH * PITCH + j * ABREAST * UNIT)]),
+                            source.ptr_to([start + T.int64(i * HIGH) * stride + T.int64(j * ABREAST * UNIT)]),
+                            16,
+                            bytes_read,
+                        )
+
+    return load_rows
+
+
+class Blocks:
+    """Operands of 16 x 16 x 16 products of one dtype, from tiles in shared memory of one pitch.
+
+    The methods emit TensorIR into the function that is being parsed. A ``lane_…`` offset, an int32 made once
+    in the kernel, is added to the element where a block starts in its tile (``row * pitch + column``) to
+    make the ``index`` of a load. ``words`` are local uint32 buffers, of which an operand takes `words`
+    elements from a constant ``at`` on; ``sums`` local float32 buffers, of which C takes eight.
+
+    Parameters
+    ----------
+    dtype : {"bfloat16", "float16", "float32"}
+    pitch : int
+        From `row_pitch`.
+    """
+
+    def __init__(self, dtype: str, pitch: int) -> None:
+        from tvm.script import tirx as T
+
+        self._T = T
+        self.pitch = pitch
+        self.is_split = dtype == "float32"
+        self.words = 16 if self.is_split else 4  # of one operand: float32 has 8 heads, then 8 rests
+        short = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}[dtype]
+        shape = "m16n8k8" if self.is_split else "m16n8k16"
+        self._product = f"mma.sync.aligned.{shape}.row.col.f32.{short}.{short}.f32"
+        self.pack = f"cvt.rn.{short}x2.f32"  # (to, upper, lower)
+
+    # Where a lane's elements are. A transposed block lies in shared memory with k along the columns of B (as
+    # keys do in scores = queries keys^T) or with k along the rows of A.
+    def lane_a(self, lane: Any) -> Any:
+        """For `load_a`: A lies as m rows of k."""
+        if self.is_split:
+            return lane // 4 * self.pitch + lane % 4 * 2
+        return lane % 16 * self.pitch + lane // 16 * 8
+
+    def lane_a_transposed(self, lane: Any) -> Any:
+        """For `load_a_transposed`: A lies as k rows of m."""
+        if self.is_split:
+            return lane % 4 * (2 * self.pitch) + lane // 4
+        return (lane % 8 + lane // 16 * 8) * self.pitch + lane // 8 % 2 * 8
+
+    def lane_b(self, lane: Any) -> Any:
+        """For `load_b`: B lies as k rows of n."""
+        if self.is_split:
+            return lane % 4 * (2 * self.pitch) + lane // 4 * 2
+        return lane % 16 * self.pitch + lane // 16 * 8
+
+    def lane_b_transposed(self, lane: Any) -> Any:
+        """For `load_b_transposed`: B lies as n rows of k."""
+        if self.is_split:
+            return lane // 4 * self.pitch + lane % 4 * 2
+        return (lane % 8 + lane // 16 * 8) * self.pitch + lane // 8 % 2 * 8
+
+    def column(self, lane: Any, tile: int, e: int, transposed: bool) -> Any:
+        """Column in its block of C's element ``4 * tile + 2 * r + e``, `transposed` as B's load was."""
+        if self.is_split and not transposed:
+            return lane % 4 * 4 + 2 * e + tile
+        return 8 * tile + lane % 4 * 2 + e
+
+    def load_a(self, words: Any, at: int, tile: Any, index: Any) -> None:
+        if not self.is_split:
+            self._load_matrices(words, at, tile, index, "")
+            return
+        for step in range(2):
+            for r in range(2):
+                pair = self._load_pair(tile, index + (8 * r * self.pitch + 8 * step))
+                for e in range(2):
+                    self._split(words, at + 4 * step + 2 * e + r, pair[e])
+
+    def load_a_transposed(self, words: Any, at: int, tile: Any, index: Any) -> None:
+        if not self.is_split:
+            self._load_matrices(words, at, tile, index, ".trans")
+            return
+        for step in range(2):
+            for e in range(2):
+                for r in range(2):
+                    value = self._load_one(tile, index + ((8 * step + e) * self.pitch + 8 * r))
+                    self._split(words, at + 4 * step + 2 * e + r, value)
+
+    def load_b(self, words: Any, at: int, tile: Any, index: Any) -> None:
+        if not self.is_split:
+            self._load_matrices(words, at, tile, index, ".trans")
+            return
+        for step in range(2):
+            for e in range(2):
+                pair = self._load_pair(tile, index + (8 * step + e) * self.pitch)
+                for half in range(2):
+                    self._split(words, at + 4 * half + 2 * step + e, pair[half])
+
+    def load_b_transposed(self, words: Any, at: int, tile: Any, index: Any) -> None:
+        if not self.is_split:
+            self._load_matrices(words, at, tile, index, "")
+            return
+        for half in range(2):
+            for step in range(2):
+                pair = self._load_pair(tile, index + (8 * half * self.pitch + 8 * step))
+                for e in range(2):
+                    self._split(words, at + 4 * half + 2 * step + e, pair[e])
+
+    def a_from_sums(self, words: Any, at: int, sums: Any, sums_at: int) -> None:
+        """The A operand whose k are the columns of a C (made with a transposed B)."""
+        T = self._T
+        for tile in range(2):
+            for r in range(2):
+                low = sums_at + 4 * tile + 2 * r
+                if self.is_split:
+                    for e in range(2):
+                        self._split(words, at + 4 * tile + 2 * e + r, sums[low + e])
+                else:
+                    T.evaluate(T.ptx[self.pack](words[at + 2 * tile + r], sums[low + 1], sums[low]))
+
+    def multiply(self, sums: Any, sums_at: int, a: Any, a_at: int, b: Any, b_at: int) -> None:
+        """C += A B."""
+        T = self._T
+        for half in range(2):
+            c = [sums[sums_at + 4 * half + i] for i in range(4)]
+            if not self.is_split:
+                operands = [*(a[a_at + i] for i in range(4)), *(b[b_at + 2 * half + i] for i in range(2))]
+                T.evaluate(T.ptx[self._product](*c, *operands, *c))
+                continue
+            block = T.alloc_local((4,), "float32")
+            part = [block[i] for i in range(4)]
+            before = [T.float32(0)] * 4
+            # The small products first, while the sum is small.
+            for a_rest, b_rest in ((8, 0), (0, 8), (0, 0)):
+                for step in range(2):
+                    operands = [
+                        *(a[a_at + a_rest + 4 * step + i] for i in range(4)),
+                        *(b[b_at + b_rest + 4 * half + 2 * step + i] for i in range(2)),
+                    ]
+                    T.evaluate(T.ptx[self._product](*part, *operands, *before))
+                    before = part
+            for i in range(4):
+                T.buffer_store(sums, sums[sums_at + 4 * half + i] + block[i], [sums_at + 4 * half + i])
+
+    def store_row(
+        self,
+        target: Any,
+        start: Any,
+        inside: Any,
+        sums: Any,
+        sums_at: Any,
+        r: Any,
+        count: int,
+        factor: Any,
+        lane: Any,
+    ) -> None:
+        """Row ``lane // 4 + 8 * r`` of `count` blocks side by side, times `factor`, to element `start` of the
+        flat global buffer `target` on, if `inside`; C was made with a B that was not transposed.
+
+        Four lanes hold a row. All lanes take part: 16-byte stores of two-byte types need a 4 x 4 transpose
+        of words among the four.
+        """
+        T = self._T
+
+        def store(words: list[Any], column: Any) -> None:
+            with T.If(inside), T.Then():
+                suffix = f"v{len(words)}.b32" if len(words) > 1 else "b32"
+                to = target.ptr_to([start + T.cast(column, "int64")])
+                T.evaluate(T.ptx[f"st.global.{suffix}"](to, *words))
+
+        def scaled(n: int, tile: int, e: int) -> Any:
+            return sums[sums_at + 8 * n + 4 * tile + 2 * r + e] * factor
+
+        if self.is_split:
+            for n in range(count):
+                words = T.alloc_local((4,), "uint32")
+                for i in range(4):
+                    T.buffer_store(words, T.reinterpret("uint32", scaled(n, i % 2, i // 2)), [i])
+                store([words[i] for i in range(4)], BLOCK * n + lane % 4 * 4)
+            return
+        odd, upper = lane % 2 == 1, lane % 4 >= 2
+        for n in range(0, count - 1, 2):
+            words = T.alloc_local((4,), "uint32")
+            half = T.alloc_local((4,), "uint32")
+            for i in range(4):
+                pair = (scaled(n + i // 2, i % 2, 1), scaled(n + i // 2, i % 2, 0))
+                T.evaluate(T.ptx[self.pack](words[i], *pair))
+            for i in range(2):
+                even_word, odd_word = words[2 * i], words[2 * i + 1]
+                got = self._swap(T.Select(odd, even_word, odd_word), 1)
+                T.buffer_store(half, T.Select(odd, got, even_word), [2 * i])
+                T.buffer_store(half, T.Select(odd, odd_word, got), [2 * i + 1])
+            for i in range(2):
+                got = self._swap(T.Select(upper, half[i], half[i + 2]), 2)
+                T.buffer_store(words, T.Select(upper, got, half[i]), [i])
+                T.buffer_store(words, T.Select(upper, half[i + 2], got), [i + 2])
+            store([words[i] for i in range(4)], BLOCK * n + lane % 4 * 8)
+        if count % 2:
+            words = T.alloc_local((2,), "uint32")
+            for tile in range(2):
+                pair = (scaled(count - 1, tile, 1), scaled(count - 1, tile, 0))
+                T.evaluate(T.ptx[self.pack](words[tile], *pair))
+                store([words[tile]], BLOCK * (count - 1) + 8 * tile + lane % 4 * 2)
+
+    def _swap(self, value: Any, distance: int) -> Any:
+        T = self._T
+        got = T.alloc_local((1,), "uint32")
+        T.buffer_store(got, T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, distance, 32, 32), [0])
+        return got[0]
+
+    def _load_matrices(self, words: Any, at: int, tile: Any, index: Any, transposed: str) -> None:
+        T = self._T
+        load = f"ldmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16"
+        T.evaluate(T.ptx[load](*(words[at + i] for i in range(4)), tile.ptr_to([index])))
+
+    def _load_one(self, tile: Any, index: Any) -> Any:
+        T = self._T
+        value = T.alloc_local((1,), "float32")
+        T.evaluate(T.ptx["ld.shared.f32"](value[0], tile.ptr_to([index])))
+        return value[0]
+
+    def _load_pair(self, tile: Any, index: Any) -> list[Any]:
+        T = self._T
+        values = T.alloc_local((2,), "float32")
+        T.evaluate(T.ptx["ld.shared.v2.f32"](values[0], values[1], tile.ptr_to([index])))
+        return [values[0], values[1]]
+
+    def _split(self, words: Any, at: int, value: Any) -> None:
+        T = self._T
+        # Round to the ten bits after the point that TF32 has; the rest is exact, and the tensor core cuts it.
+        head = (T.reinterpret("uint32", value) + T.uint32(0x1000)) & T.uint32(0xFFFFE000)
+        T.buffer_store(words, head, [at])
+        rest = value - T.reinterpret("float32", words[at])
+        T.buffer_store(words, T.reinterpret("uint32", rest) + T.uint32(0x1000), [at + 8])

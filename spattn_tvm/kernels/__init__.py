@@ -1,1 +1,0 @@
-"""Kernels in TensorIR, one file per family and direction. Everything here imports TVM."""

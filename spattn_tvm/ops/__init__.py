@@ -1,0 +1,1 @@
+"""The PyTorch operators and the public functions."""

@@ -1,0 +1,239 @@
+"""``banded_attention``: check the inputs, then attend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from spattn_tvm.bands import BandLayout
+
+from .operators import IMPLEMENTATIONS, attend_by_operator, is_plain
+from .repeated_calls import attend_again, attend_eagerly, remember
+
+# 0.1 us less than asking for one kind of device.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_ranks(q: Any, k: Any, v: Any) -> None:
+    for name, tensor, heads in (("q", q, "query heads"), ("k", k, "kv heads"), ("v", v, "kv heads")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, {heads}, length, head_dim), "
+                f"got {tensor.dim()} in shape {tuple(tensor.shape)}"
+            )
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str) -> None:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _check_ranks(q, k, v)
+    q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or v.dim() != 4:
+        _check_ranks(q, k, v)
+    if not isinstance(layout, BandLayout):
+        raise TypeError(
+            "layout must be a BandLayout such as BandLayout.spattention(num_heads), "
+            f"got {type(layout).__name__}"
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+    dtype, device = q.dtype, q.device
+    if k.dtype != dtype or v.dtype != dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if dtype is torch.float64 and impl not in ("auto", "reference"):
+        raise TypeError(f"float64 is computed by impl='reference' only (or 'auto'), got impl={impl!r}")
+    if k.device != device or v.device != device:
+        raise ValueError(f"q, k and v must be on one device, got {device}, {k.device} and {v.device}")
+    if not (q.is_cpu or q.is_cuda or q.is_meta):
+        raise ValueError(f"banded_attention runs on cpu and cuda devices, got tensors on {device}")
+
+    if k_shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
+    batch, query_heads, length, head_dim = q_shape
+    kv_batch, kv_heads, kv_length, kv_head_dim = k_shape
+    if batch != kv_batch or length != kv_length or head_dim != kv_head_dim:
+        raise ValueError(
+            "q, k and v must agree in batch, length and head_dim (dimensions 0, 2 and 3), "
+            f"got {tuple(q_shape)} and {tuple(k_shape)}"
+        )
+    if query_heads == 0 or kv_heads == 0 or length == 0 or head_dim == 0:
+        raise ValueError(
+            "heads, length and head_dim must be at least 1 (only the batch may be empty), "
+            f"got {tuple(q_shape)} and {tuple(k_shape)}"
+        )
+    if query_heads % kv_heads:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the kv heads, got {query_heads} and {kv_heads}"
+        )
+    if query_heads != layout.num_heads:
+        raise ValueError(
+            f"the layout is made for {layout.num_heads} query heads and q has {query_heads}: "
+            f"make it with num_heads={query_heads}"
+        )
+    if impl != "reference" and dtype is not torch.float64 and (head_dim % 8 or not 32 <= head_dim <= 256):
+        raise ValueError(
+            f"head_dim must be a multiple of 8 from 32 to 256, got {head_dim}; impl='reference' takes any"
+        )
+
+
+def _check_scale(scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _autocast(tensor: Any, device_type: str) -> Any:
+    """Cast as PyTorch casts the arguments of a lower-precision operator: floating point, but not float64."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype is not torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor
+
+
+def _check_cu_seqlens(cu_seqlens: Any, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must have shape (number of documents + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu_seqlens.device}")
+
+
+@overload
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = False,
+    impl: str = "auto",
+) -> Tensor: ...
+@overload
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[True],
+    deterministic: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which each head attends to its own bands of distances.
+
+    ``o_i = Σ_j softmax_j(scale * <q_i, k_j>) v_j`` over the keys j whose distance ``i - j`` lies in one of
+    the head's bands. Sums are accumulated in float32. Differentiable once with respect to q, k and v,
+    through o and lse. Under ``torch.autocast`` q, k and v are cast to the autocast dtype, as for
+    ``scaled_dot_product_attention``.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``(B, Hq, N, D)``: float32, bfloat16 or float16, on a CPU or CUDA device; float64 is served by the
+        reference. Any strides; a tensor whose last dimension is not contiguous is copied. D: a multiple of
+        8 from 32 to 256.
+    k, v : Tensor
+        ``(B, Hkv, N, D)``, dtype and device of q. ``Hq % Hkv == 0``: query head h reads head ``h // (Hq //
+        Hkv)``.
+    layout : BandLayout
+        Bands of the Hq query heads, such as ``BandLayout.spattention(Hq, context_length)``.
+    scale : float, optional
+        Factor of the scores, ``D**-0.5`` by default.
+    cu_seqlens : Tensor, optional
+        ``(number of documents + 1,)`` int32 or int64, on the device of q: boundaries ``0 … N`` of
+        documents packed along the length, the same for each batch row. Bands end at a document's first
+        token. If the layout has no context length, each document has the bands of its own length. The
+        values are checked on the CPU only: on a CUDA device they would have to be waited for, and wrong
+        ones give wrong results. For the same reason a CUDA call does not compare the documents' lengths
+        with the layout's context length; and ``equal_area`` without a context length is the one layout
+        that waits for the GPU there.
+    return_lse : bool
+        Also return the logarithm of the sum of exponentiated scores.
+    deterministic : bool
+        Ask for gradients that are bitwise equal from run to run; ``torch.use_deterministic_algorithms``
+        asks as well. CPU kernels always are.
+    impl : {"auto", "reference", "cpu", "hopper", "mma"}
+        ``"auto"`` takes the device's preferred kernel family, the eager reference for float64, and the
+        reference with a warning where no kernel can serve. A family asked for by name is used or the call
+        fails.
+
+    Returns
+    -------
+    o : Tensor
+        ``(B, Hq, N, D)`` in the dtype and the dimension order of q. A query with no key has o = 0.
+    lse : Tensor
+        Only with ``return_lse``: ``(B, Hq, N)`` float32 (float64 for float64 inputs), natural logarithm,
+        -inf for a query with no key.
+
+    Raises
+    ------
+    TypeError
+        Something that is not a tensor or a BandLayout, mixed or unsupported dtypes.
+    ValueError
+        Shapes, heads, devices or boundaries that do not fit, a sequence longer than the layout's context
+        length, a scale that is not finite, an unknown `impl`.
+
+    Examples
+    --------
+    >>> q, k, v = (torch.randn(1, 8, 256, 64) for _ in range(3))
+    >>> banded_attention(q, k, v, BandLayout.spattention(num_heads=8)).shape
+    torch.Size([1, 8, 256, 64])
+    """
+    if _is_any_autocast_enabled():
+        device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
+        if torch.is_autocast_enabled(device_type):
+            q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
+    if scale is not None:
+        scale = _check_scale(scale)
+    if cu_seqlens is None and isinstance(layout, BandLayout):
+        outputs = attend_again(q, k, v, layout.spec, impl, scale, deterministic, return_lse)
+        if outputs is not None:
+            return outputs
+
+    _check_inputs(q, k, v, layout, impl)
+    if cu_seqlens is None:
+        layout.check_length(q.shape[2])
+    else:
+        _check_cu_seqlens(cu_seqlens, q.device)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+    settings = (layout.spec, scale, deterministic, impl)
+    if is_plain(q, k, v):
+        o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
+        if cu_seqlens is None:
+            remember(q, k, v, layout.spec, impl)
+    else:
+        o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
+    return (o, lse) if return_lse else o

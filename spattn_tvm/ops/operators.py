@@ -1,0 +1,235 @@
+"""The PyTorch operators ``spattn_tvm::banded_attention_forward`` and
+``spattn_tvm::banded_attention_backward``.
+
+Both carry the layout as its ``spec``, so a traced graph holds no table and serves every length. The band
+table and the kernel are found when an operator runs.
+
+A call has two routes to the same implementation. Eager calls take a plain ``torch.autograd.Function``:
+through the dispatcher, a Python operator with a registered autograd formula cost 36 us a call where this
+route costs 8 (PyTorch 2.13, medians over an empty implementation). Whatever needs to see an operator takes
+the dispatcher: ``torch.compile``, ``torch.export``, dispatch and function modes, functorch, forward-mode
+AD, tensor subclasses and the profiler.
+
+An eager call that resembles an earlier one is recognised as a whole and launched with what was found then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.launch import (
+    launch_backward,
+    launch_forward,
+)
+from spattn_tvm.reference import reference_attention, reference_gradients
+
+from .band_tables import find_bands
+
+# Layout (BandLayout.spec), scale, deterministic, impl.
+Settings = tuple[str, float, bool, str]
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "hopper", "mma")
+
+_LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
+_LIBRARY.define(
+    "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, float scale, "
+    "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "Tensor? cu_seqlens, str layout, float scale, bool deterministic, str impl) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+# --- band tables: int32 (M, Hq, 4), M = 1 or one row a document ----------------------------------------
+
+
+# --- the implementation of both operators --------------------------------------------------------------
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _with_contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _like(result: Tensor, model: Tensor) -> Tensor:
+    return torch.empty_like(model).copy_(result)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    layout: str,
+    scale: float,
+    deterministic: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    q = _with_contiguous_rows(q)
+    if q.shape[0] == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+    kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1])
+    if kernel.family == "reference":
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            o, lse = reference_attention(
+                q, k, v, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
+            )
+            return _like(o, q), lse.to(_lse_dtype(q.dtype))
+    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
+    return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
+
+
+def _backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    layout: str,
+    scale: float,
+    deterministic: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
+    if q.shape[0] == 0:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1])
+    if kernel.family == "reference":
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = reference_gradients(
+                q, k, v, o, lse, do, dlse, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
+            )
+            return _like(dq, q), _like(dk, k), _like(dv, v)
+    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
+    return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
+
+
+# --- registration --------------------------------------------------------------------------------------
+
+_FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
+_BACKWARD = torch.ops.spattn_tvm.banded_attention_backward.default
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("banded_attention_forward", _forward, _device)
+    _LIBRARY.impl("banded_attention_backward", _backward, _device)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    layout: str,
+    scale: float,
+    deterministic: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    q = _with_contiguous_rows(q)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+
+
+def _fake_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(_with_contiguous_rows(tensor)) for tensor in (q, k, v))
+    return dq, dk, dv
+
+
+torch.library.register_fake("spattn_tvm::banded_attention_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("spattn_tvm::banded_attention_backward", _fake_backward, lib=_LIBRARY)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None and dlse is None:
+        return None, None, None
+    q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    # With create_graph=True the gradients need a history that raises, which only the operator gives them.
+    backward = _backward if not torch.is_grad_enabled() and is_plain(q, k, v) else _BACKWARD
+    return backward(do, dlse, q, k, v, o, lse, cu_seqlens, *ctx.settings)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, do, dlse), None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError(
+        "banded_attention has no second derivative: its backward can't be differentiated. For gradients of "
+        "gradients use spattn_tvm.reference_attention, which is made of PyTorch operations"
+    )
+
+
+torch.library.register_autograd(
+    "spattn_tvm::banded_attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "spattn_tvm::banded_attention_backward", _refuse_second_derivative, lib=_LIBRARY
+)
+
+
+# --- eager calls ---------------------------------------------------------------------------------------
+
+# Looked up once: attribute by attribute they would cost a call another 0.3 us.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_is_profiling = torch.autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_determinism_asked = torch._C._get_deterministic_algorithms
+
+
+def is_plain(q: Any, k: Any, v: Any) -> bool:
+    """Is this an eager call on CPU or on CUDA tensors, while nobody watches operators?"""
+    return (
+        not _is_compiling()
+        and (type(q) is Tensor or type(q) is Parameter)
+        and (type(k) is Tensor or type(k) is Parameter)
+        and (type(v) is Tensor or type(v) is Parameter)
+        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
+        and not _dispatch_modes()
+        and not _has_function_mode()
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and not _is_profiling()
+        and forward_ad._current_level < 0
+    )
+
+
+def attend_by_operator(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """``banded_attention_forward`` through the dispatcher, for who needs to see an operator; unchecked."""
+    # An operator with a registered backward drops tangents without a word.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)
+    ):
+        raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
+    return _FORWARD(q, k, v, cu_seqlens, *settings)
