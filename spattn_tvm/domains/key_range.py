@@ -16,23 +16,14 @@ def maximum(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else T.max(a, b)
 
 
-def tile_slots(length, documents, rows):
-    """Upper bound on the query tiles of one sequence, known without reading ``cu_seqlens``."""
-    return length // rows + documents
-
-
-def first_slot(document_begin, document, rows):
-    """The slot of a document's first tile.
-
-    ``ceil(n / rows) <= (begin + n) // rows - begin // rows + 1``, so a document's tiles never reach the next
-    document's first slot, and the slots of documents strictly increase: a binary search finds a slot's owner.
-    """
-    return document_begin // rows + document
-
-
 def key_range(query_begin, query_last, low, high, document_begin):
     """Keys ``[begin, end)`` that a band gives to the queries ``query_begin ... query_last``."""
     return maximum(document_begin, query_begin - high), query_last - low + 1
+
+
+def query_range(key_begin, key_last, low, high, document_end):
+    """Queries ``[begin, end)`` that attend through a band to the keys ``key_begin ... key_last``."""
+    return key_begin + low, minimum(document_end, key_last + high + 1)
 
 
 def crosses_edge(query_begin, query_last, key_begin, key_last, low, high):

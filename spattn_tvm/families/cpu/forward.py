@@ -18,7 +18,8 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, first_slot, in_band, key_range, tile_slots
+from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
+from spattn_tvm.domains.tiles import first_slot, tile_slots
 
 from .exponential import LN2, LOG2E, exp2
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen

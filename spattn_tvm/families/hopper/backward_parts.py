@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import first_slot
+from spattn_tvm.domains.tiles import first_slot
 
 from .backward_sizes import BARRIER_BYTES, INFO_BYTES, QUEUE, TILE_INFO_BYTES
 

@@ -387,7 +387,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     import tvm
     from tvm.script import tirx as T
 
-    from spattn_tvm.domains.key_range import first_slot
+    from spattn_tvm.domains.tiles import first_slot
 
     D = head_dim
     E = ELEMENT_BYTES[dtype]

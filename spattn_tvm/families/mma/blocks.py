@@ -88,7 +88,7 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
     """
     from tvm.script import tirx as T
 
-    from spattn_tvm.domains.key_range import first_slot
+    from spattn_tvm.domains.tiles import first_slot
 
     @T.inline
     def locate(words, block, bands, cu, batches, heads, length, documents, tables):

@@ -49,17 +49,28 @@ def test_tiles_visit_exactly_the_attended_pairs(rows, key_rows):
             np.testing.assert_array_equal(visits, expected, err_msg=f"{layout.spec} head {head}")
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
-def test_every_tile_of_every_document_has_its_own_slot(rows):
-    for lengths in itertools.product((0, 1, 4, 9), repeat=4):
-        begins = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        slots = key_range.tile_slots(begins[-1], len(lengths), rows)
-        first = [key_range.first_slot(begin, m, rows) for m, begin in enumerate(begins[:-1])]
-        assert first == sorted(set(first)), "a binary search needs strictly increasing first slots"
-        owners = [
-            (m, first[m] + tile) for m, length in enumerate(lengths) for tile in range(-(-length // rows))
-        ]
-        assert len({slot for _, slot in owners}) == len(owners)
-        for document, slot in owners:
-            assert slot < slots
-            assert max(m for m, begin in enumerate(first) if begin <= slot) == document
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("query_rows", [1, 2, 5])
+def test_tiles_of_keys_meet_exactly_the_queries_that_attend_to_them(rows, query_rows):
+    for layout in layouts():
+        length = layout.context_length
+        table = layout.table(length)
+        for head in range(layout.num_heads):
+            visits = np.zeros((length, length), dtype=int)
+            for key_begin in range(0, length, rows):
+                key_last = min(key_begin + rows, length) - 1
+                for low, high in (table[head, :2].tolist(), table[head, 2:].tolist()):
+                    begin, end = key_range.query_range(key_begin, key_last, low, high, length)
+                    # No chunk is visited in vain: its first query attends to some key of the tile.
+                    for query_begin in range(begin, end, query_rows):
+                        queries = range(query_begin, min(query_begin + query_rows, end))
+                        pairs = list(itertools.product(queries, range(key_begin, key_last + 1)))
+                        inside = [key_range.in_band(query, key, low, high) for query, key in pairs]
+                        assert any(inside), (layout.spec, head, query_begin)
+                        for pair, is_inside in zip(pairs, inside, strict=True):
+                            visits[pair] += is_inside
+            expected = np.zeros_like(visits)
+            bands = layout.bands(length)[head]
+            for query, key in itertools.product(range(length), repeat=2):
+                expected[query, key] = any(low <= query - key <= high for low, high in bands)
+            np.testing.assert_array_equal(visits, expected, err_msg=f"{layout.spec} head {head}")
