@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 import time
@@ -17,7 +18,22 @@ except ImportError:  # Windows
 
 # A file system without flock: NFS without its lock daemon, Lustre mounted without it, some FUSE ones.
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-_POLL_S = 0.1
+_POLL_S = 0.01, 0.25
+
+# Open files of the locks that this process holds. A forked child inherits them, and flock's lock lasts until
+# the last copy is closed: it must not outlive its holder in a child that knows nothing of it.
+_held: set[int] = set()
+
+
+def _leave_to_parent() -> None:
+    for handle in _held:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class LockedError(RuntimeError):
@@ -26,7 +42,12 @@ class LockedError(RuntimeError):
 
 @contextlib.contextmanager
 def file_lock(
-    path: Path, *, wait: bool = True, on_wait: Callable[[str], object] = lambda holder: None
+    path: Path,
+    *,
+    wait: bool = True,
+    timeout_s: float = math.inf,
+    on_wait: Callable[[str], object] = lambda holder: None,
+    on_wait_after_s: float = 0.0,
 ) -> Iterator[None]:
     """Hold an exclusive lock, between processes and between threads, while the block runs.
 
@@ -40,63 +61,98 @@ def file_lock(
         A file of the lock's own, in an existing folder; it is there while the lock is held.
     wait : bool
         Whether to wait for another holder.
+    timeout_s : float
+        How long to wait at most.
     on_wait : callable
-        Told once who holds the lock, such as ``process 4711 on node3``, before waiting.
+        Told once who holds the lock, such as ``process 4711 on node3``.
+    on_wait_after_s : float
+        After how much waiting it is told.
 
     Raises
     ------
     LockedError
-        When it is held and ``wait`` is false.
+        When it is held and ``wait`` is false, or still held after ``timeout_s``.
     OSError
         When the file can't be created.
     """
-    told = False
-
-    def held(file: Path) -> None:
-        nonlocal told
-        holder = _holder(file)
-        if not wait:
-            raise LockedError(f"{file} is held by {holder}")
-        if not told:
-            told = True
-            on_wait(holder)
-
-    handle = _flock(path, held)
-    made = None if handle is not None else _create(path.with_name(f"{path.name}.held"), held)
+    queue = _Queue(timeout_s if wait else 0.0, on_wait, on_wait_after_s)
+    handle = _flock(path, queue)
+    made = None if handle is not None else path.with_name(f"{path.name}.held")
+    if made is not None:
+        handle = _create(made, queue)
+    assert handle is not None
     try:
         yield
     finally:
-        # Deleted before it is released: who waits on the deleted file sees that it is gone, and tries anew.
-        for file in (path, made):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
-        if handle is not None:
-            os.close(handle)
+        if handle in _held:  # not in a child that was forked inside the block
+            # Deleted before it is released: who waits on the deleted file sees that it is gone, and tries
+            # anew.
+            for file in (path, made):
+                if file is not None:
+                    with contextlib.suppress(OSError):
+                        os.unlink(file)
+            _release(handle)
 
 
-def _flock(path: Path, held: Callable[[Path], None]) -> int | None:
+def _release(handle: int) -> None:
+    _held.discard(handle)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a copy that a child inherited must not keep it locked
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+class _Queue:
+    """One wait for a lock."""
+
+    def __init__(self, timeout_s: float, on_wait: Callable[[str], object], on_wait_after_s: float) -> None:
+        self._start = time.monotonic()
+        self._timeout_s, self._on_wait, self._on_wait_after_s = timeout_s, on_wait, on_wait_after_s
+        self._told = False
+        self._pause, self._longest_pause = _POLL_S
+
+    def stand(self, file: Path) -> None:
+        """Pass a moment.
+
+        Raises
+        ------
+        LockedError
+            When the time is up.
+        """
+        waited = time.monotonic() - self._start
+        if waited >= self._timeout_s:
+            after = f", still after {waited:.0f} s" if self._timeout_s else ""
+            raise LockedError(f"{file} is held by {_holder(file)}{after}")
+        if waited >= self._on_wait_after_s and not self._told:
+            self._told = True
+            self._on_wait(_holder(file))
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, self._longest_pause)
+
+
+def _flock(path: Path, queue: _Queue) -> int | None:
     """An open file that holds the lock; None where the file system has no flock."""
     while fcntl is not None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        _held.add(handle)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held(path)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    queue.stand(path)
             if _is_same_file(handle, path):
-                os.truncate(handle, 0)
-                os.write(handle, _own_name().encode())
+                _sign(handle)
                 return handle
-            os.close(handle)
+            _release(handle)
         except OSError as error:
-            os.close(handle)
+            _release(handle)
             if error.errno not in _NO_FLOCK:
                 raise
             return None
         except BaseException:
-            os.close(handle)
+            _release(handle)
             raise
     return None
 
@@ -110,8 +166,8 @@ def _is_same_file(handle: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
-def _create(path: Path, held: Callable[[Path], None]) -> Path:
-    """The lock as a file that only one process can create."""
+def _create(path: Path, queue: _Queue) -> int:
+    """The lock as a file that only one process can create, open."""
     while True:
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -120,12 +176,17 @@ def _create(path: Path, held: Callable[[Path], None]) -> Path:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
                 continue
-            held(path)
-            time.sleep(_POLL_S)
+            queue.stand(path)
         else:
-            os.write(handle, _own_name().encode())
-            os.close(handle)
-            return path
+            _held.add(handle)
+            _sign(handle)
+            return handle
+
+
+def _sign(handle: int) -> None:
+    with contextlib.suppress(OSError):  # on a full disk a lock is held without a name
+        os.truncate(handle, 0)
+        os.write(handle, _own_name().encode())
 
 
 def _own_name() -> str:

@@ -154,3 +154,65 @@ def test_an_error_in_the_block_releases_it_and_a_missing_folder_is_an_error(tmp_
         pass
     with pytest.raises(OSError, match="No such file"), file_lock(tmp_path / "none" / "lock"):
         pass
+
+
+def test_a_wait_ends_after_its_time_and_is_told_late(refusal: int, tmp_path: Path) -> None:
+    path, told = tmp_path / "lock", []
+    with (
+        file_lock(path),
+        pytest.raises(LockedError, match="still after 0 s"),
+        file_lock(path, timeout_s=0.2, on_wait=told.append, on_wait_after_s=0.1),
+    ):
+        pytest.fail("two hold it")
+    assert len(told) == 1
+    with file_lock(path), pytest.raises(LockedError), file_lock(path, timeout_s=0.1, on_wait_after_s=9.0):
+        pytest.fail("two hold it")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("when", ["released", "killed"])
+def test_a_forked_child_does_not_keep_the_lock_of_its_parent(when: str, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom spattn_tvm.file_lock import file_lock\n"
+        "with file_lock(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.close(1); time.sleep(60); os._exit(0)\n"
+        "    print(child, flush=True); sys.stdin.readline()\n"
+        "print('released', flush=True); sys.stdin.readline()\n"
+    )
+    path = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        if when == "killed":
+            holder.kill()
+            holder.wait()
+        else:
+            holder.stdin.write(b"\n")
+            holder.stdin.flush()
+            assert holder.stdout.readline() == b"released\n"
+        with file_lock(path, timeout_s=5):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.kill()
+        holder.wait()
+
+
+def test_a_forked_child_that_leaves_the_block_releases_nothing(refusal: int, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    left, leave = os.pipe()
+    with file_lock(path):
+        child = os.fork()
+        if child:
+            assert os.read(left, 1) == b"x"
+            with pytest.raises(LockedError), file_lock(path, wait=False):
+                pytest.fail("two hold it")
+    if child == 0:
+        os.write(leave, b"x")
+        os._exit(0)
+    os.waitpid(child, 0)
