@@ -47,6 +47,20 @@ def first_slot(document_begin: Any, document: Any, rows: int) -> Any:
     return document_begin // rows + document
 
 
+def table_row(document: Any, documents: Any, tables: Any) -> Any:
+    """The row of a band table ``(tables, heads, 4)`` that holds the bands of a document.
+
+    A table has one row for all documents, or a row for each, or three: for the first document, for those
+    between, and for the last one. A packed call's first and last documents are the rows that belong to none
+    of the caller's documents.
+    """
+    if isinstance(document, int):
+        shared = tables - 1 if document == documents - 1 else min(document, tables // 2)
+        return document if tables == documents else shared
+    shared = T.Select(document == documents - 1, tables - 1, T.min(document, tables // 2))
+    return T.Select(tables == documents, document, shared)
+
+
 def chunk_count(begin: Any, end: Any, rows: int) -> Any:
     """Chunks of ``rows`` that cover ``[begin, end)``; none when it is empty."""
     return maximum(end - begin + (rows - 1), 0) // rows

@@ -98,3 +98,14 @@ def test_all_rows_of_all_heads_lie_in_one_tile(locate, rows, batches, heads, tog
             assert first >= begin
             visits[batch, head, first : min(first + rows, end)] += 1
         assert (visits == 1).all(), boundaries
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 4, 9])
+def test_a_documents_row_of_a_table(documents):
+    def rows(tables):
+        return [tiles.table_row(document, documents, tables) for document in range(documents)]
+
+    assert rows(1) == [0] * documents
+    assert rows(documents) == list(range(documents))
+    if documents >= 3:
+        assert rows(3) == [0, *[1] * (documents - 2), 2]

@@ -19,6 +19,7 @@ from tvm import IRModule
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
+from spattn_tvm.domains.tiles import table_row
 
 from .exponential import LOG2E, exp2
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
@@ -149,7 +150,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                 for document in T.serial(documents):
                     begin: T.let[T.int32] = cu_seqlens[document]
                     end: T.let[T.int32] = cu_seqlens[document + 1]
-                    table: T.let[T.int32] = T.Select(M > 1, document, 0)
+                    table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
                     for tile in T.serial((end - begin + R - 1) // R):
                         query_begin: T.let[T.int32] = begin + tile * R
                         query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1

@@ -19,7 +19,7 @@ from tvm import IRModule
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
-from spattn_tvm.domains.tiles import first_slot, tile_slots
+from spattn_tvm.domains.tiles import first_slot, table_row, tile_slots
 
 from .exponential import LN2, LOG2E, exp2
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
@@ -47,8 +47,9 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
     -------
     tvm.IRModule
         With one function ``forward(q, k, v, bands, cu_seqlens, o, lse, scale, workers)``: q, o (B, Hq, N, D);
-        k, v (B, Hkv, N, D), any strides with a contiguous last dimension; bands int32 (M, Hq, 4), M = 1 or
-        the number of documents; cu_seqlens int32 (documents + 1,); lse float32 (B, Hq, N), natural logarithm.
+        k, v (B, Hkv, N, D), any strides with a contiguous last dimension; bands int32 (M, Hq, 4), whose
+        rows `table_row` gives to documents; cu_seqlens int32 (documents + 1,); lse float32 (B, Hq, N),
+        natural logarithm.
     """
     R = decisions["query_rows"]
     KR = decisions["key_rows"]
@@ -136,7 +137,7 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                 query_begin: T.let[T.int32] = place[4]
                 if query_begin < end:
                     query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
-                    table: T.let[T.int32] = T.Select(M > 1, document, 0)
+                    table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
                     # Lanes past the end repeat the last query; they are never written.
                     for r, d in T.grid(R, D):
                         query[d, r] = T.cast(q[b, h, T.min(query_begin + r, query_last), d], "float32") * (

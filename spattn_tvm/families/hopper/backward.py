@@ -48,7 +48,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     q, o, do, dq   (B, Hq, N, D)           `dtype`      any strides with a contiguous last dimension
     k, v, dk, dv   (B, Hkv, N, D)          `dtype`      likewise; dk and dv are summed over the group in registers
     lse, dlse      (B, Hq, N)              float32      contiguous; natural logarithm, -inf for a query with no key
-    bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi of document m, or of all (M = 1)
+    bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi; a document's row: table_row
     cu_seqlens     (documents + 1,)        int32        first token of each document, and N
     stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries, lse in base
                                                         2 twice, then delta = rowsum(do * o) - dlse twice

@@ -52,6 +52,8 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.tiles import table_row
+
 from .backward_parts import (
     K_MAJOR,
     LOAD,
@@ -269,8 +271,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> A
                         locate_head(fetched[0], slots, B, HK, HEADS, slot, b, h)  # early keys have the most queries
                         draw_tile(next_tile[1], lane, fetched)
                         locate_rows(slot, ROWS, cu, docs, doc, begin, end, k0)
-                        if M == 1:
-                            doc = 0
+                        doc = table_row(doc, docs, M)
                         if k0 < end:
                             offer_tile(at, place, place_phase, lane, k0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)

@@ -22,6 +22,8 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
     import tvm
     from tvm.script import tirx as T
 
+    from spattn_tvm.domains.tiles import table_row
+
     from .backward_parts import (
         K_MAJOR,
         LOAD,
@@ -223,8 +225,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                         slot = slots - 1 - slot  # late queries have the most keys
                         draw_tile(next_tile[0], lane, fetched)
                         locate_rows(slot, Q_ROWS, cu, docs, doc, begin, end, q0)
-                        if M == 1:
-                            doc = 0
+                        doc = table_row(doc, docs, M)
                         if q0 < end:
                             offer_tile(at, place, place_phase, lane, q0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h) * 16)
@@ -532,8 +533,7 @@ def _build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -
                         locate_head(fetched[0], slots, B, HK, KV_HEADS, slot, b, h)  # early keys have the most queries
                         draw_tile(next_tile[1], lane, fetched)
                         locate_rows(slot, KV_ROWS, cu, docs, doc, begin, end, k0)
-                        if M == 1:
-                            doc = 0
+                        doc = table_row(doc, docs, M)
                         if k0 < end:
                             offer_tile(at, place, place_phase, lane, k0, begin, end, doc, b, h)
                             band_at = T.reinterpret("uint64", bands.data) + T.Cast("uint64", (doc * HQ + h * group) * 16)

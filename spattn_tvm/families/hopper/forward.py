@@ -168,6 +168,8 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
     from tvm import IRModule
     from tvm.script import tirx as T
 
+    from spattn_tvm.domains.tiles import table_row
+
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f"dtype must be 'bfloat16' or 'float16', got {dtype!r}")
     if head_dim % PLANE:
@@ -385,7 +387,7 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
                     first_slot: T.int32 = T.Select(documents == 1, 0, doc_begin // ROWS + document)
                     query0: T.int32 = doc_begin + (slot - first_slot) * ROWS
                     if query0 < doc_end:
-                        table: T.int32 = T.Select(M64 == T.int64(1), 0, document)
+                        table: T.int32 = table_row(document, documents, T.cast(M64, "int32"))
                         near_lo: T.int32 = bands[table, head, 0]
                         near_hi: T.int32 = bands[table, head, 1]
                         far_lo: T.int32 = bands[table, head, 2]

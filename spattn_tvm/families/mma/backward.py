@@ -337,7 +337,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     q, o, do, dq   (B, Hq, N, D)    `dtype`   any strides with a contiguous last dimension
     k, v, dk, dv   (B, Hkv, N, D)   `dtype`   likewise; dk and dv are summed over the group in registers
     lse, dlse      (B, Hq, N)       float32   contiguous; natural logarithm, -inf for a query with no key
-    bands          (M, Hq, 4)       int32     near_lo, near_hi, far_lo, far_hi of document m, or of all (M = 1)
+    bands          (M, Hq, 4)       int32     near_lo, near_hi, far_lo, far_hi; a document's row: table_row
     cu_seqlens     (documents + 1,) int32     first token of each document, and N
     delta          (B, Hq, N)       float32   workspace, contiguous: rowsum(do * o) - dlse
     dq_sum         (B, Hq, N, D)    float32   workspace, contiguous, only with ``one_pass``; cleared by the call

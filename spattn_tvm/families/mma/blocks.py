@@ -88,7 +88,7 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
     """
     from tvm.script import tirx as T
 
-    from spattn_tvm.domains.tiles import first_slot
+    from spattn_tvm.domains.tiles import first_slot, table_row
 
     @T.inline
     def locate(words, block, bands, cu, batches, heads, length, documents, tables):
@@ -111,7 +111,7 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
                 beyond = middle
         doc_begin: T.int32 = cu[document]
         first: T.int32 = T.Select(documents == 1, 0, first_slot(doc_begin, document, rows))
-        table: T.int32 = T.Select(tables == 1, 0, document)
+        table: T.int32 = table_row(document, documents, tables)
         words[BATCH] = pair % batches
         words[HEAD] = head
         words[ROW0] = doc_begin + (slot - first) * rows
