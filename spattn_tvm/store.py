@@ -1,17 +1,23 @@
 """Measured schedules and their lookup: what a search has found for a problem, on which chip, and how fast it
 was.
 
-Records live in ``schedules/<target folder>/<direction>-<dtype>-d<head_dim>.json``, a list of JSON objects in
-a stable order. They hold decisions, not code, so a record stays valid as long as the space still offers its
-decisions.
+Records live in ``schedules/<target folder>/<direction>-<dtype>-d<head_dim>.json``, a JSON object with the
+format's number and a list of records in a stable order. They hold decisions, not code, so a record stays
+valid as long as the space still offers its decisions.
+
+They are optional: whatever is wrong with a file or a record, lookups go on without it, and say so once in a
+process with a :class:`ScheduleWarning`. Writing loses nothing that it can't read: damaged records stay in
+their file, a damaged file is set aside under another name.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import os
+import stat
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -20,8 +26,23 @@ from typing import Any
 
 from .families import is_deterministic
 from .families.space import FAMILIES
+from .file_lock import file_lock
 from .problem import AttentionProblem
 from .target import parse_target
+
+# Of a file. 1 was a bare list of the same records.
+FORMAT = 2
+_LARGEST_FILE_BYTES = 64 * 2**20
+_LARGEST_SIZE = 2**31 - 1
+_SHOWN_CHARACTERS = 240
+
+
+class ScheduleWarning(UserWarning):
+    """A schedule file, or a record in it, can't be used; kernels are chosen as if it weren't there."""
+
+
+class _FutureFormatError(ValueError):
+    """A file of a later version of this package."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +92,13 @@ class ScheduleRecord:
             for name, value in self.decisions.items()
         ):
             raise ValueError(f"decisions must map names to integers, got {self.decisions!r}")
-        if not isinstance(self.latency_us, int | float) or not 0 < self.latency_us < math.inf:
+        # An integer may be too large for a float, and then for every comparison and text made of it.
+        if type(self.latency_us) not in (int, float) or not 0 < self.latency_us < 1e18:
             raise ValueError(f"latency_us must be a positive number, got {self.latency_us!r}")
-        parse_target(self.target)
+        for name in ("batch", "query_heads", "kv_heads", "length", "head_dim"):
+            if getattr(self.problem, name) > _LARGEST_SIZE:
+                raise ValueError(f"{name} must be below 2**31, got {getattr(self.problem, name)}")
+        _require_folder(self.target)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values."""
@@ -102,15 +127,27 @@ class ScheduleRecord:
                 f"a record has the fields {sorted(fields)}; missing {sorted(needed - set(data))}, "
                 f"unknown {sorted(set(data) - set(fields))}"
             )
-        for name in ("target", "workload_hash", "device", "date", "source_log", "resources"):
-            if not isinstance(data.get(name, ""), str):
+        for name in ("target", "family", "workload_hash", "device", "date", "source_log", "resources"):
+            if not _is_text(data.get(name, "")):
                 raise ValueError(f"{name} must be a string, got {data[name]!r}")
-        if not isinstance(data.get("versions", {}), dict):
-            raise ValueError(f"versions must be an object, got {data['versions']!r}")
+        versions = data.get("versions", {})
+        if not isinstance(versions, dict) or not all(map(_is_text, [*versions, *versions.values()])):
+            raise ValueError(f"versions must map names to strings, got {versions!r}")
         try:
             return cls(**{**data, "problem": AttentionProblem.from_json(data["problem"])})
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def _require_folder(name: str) -> None:
+    """Raise ValueError unless a name is a target's folder: "cuda", say, names whatever this machine has."""
+    if not name.startswith(("cpu-", "cuda-")) or parse_target(name).folder != name:
+        raise ValueError(f"target must be a target's folder such as cuda-sm_90a-nvidia-h200, got {name!r}")
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be printed and written: JSON can spell half of a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def schedules_root() -> Path:
@@ -132,29 +169,126 @@ def _file_name(problem: AttentionProblem) -> str:
     return f"{problem.direction}-{problem.dtype}-d{problem.head_dim}.json"
 
 
-def _read_file(path: Path, folder: str) -> list[ScheduleRecord]:
+def _warn(place: Path, text: str) -> None:
+    """Say once in a process what is wrong with a file or a folder."""
+    if str(place) in _warned:
+        return
+    _warned.add(str(place))
+    warnings.warn(f"{_shown(str(place))}: {text}", ScheduleWarning, stacklevel=2)
+
+
+_warned: set[str] = set()
+
+
+def _shown(text: object) -> str:
+    """Text for a message: of bounded length, printable everywhere."""
+    line = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} …"
+
+
+def _read_regular_file(path: Path) -> bytes:
+    """The bytes of a file; a pipe, which would keep the reader waiting, a device or a folder is refused."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, list):
-            raise ValueError("the file must hold a list of records")
-    except ValueError as error:
-        raise ValueError(f"{path} is no schedule file: {error}; restore or delete it") from error
-    records = []
-    for index, item in enumerate(data):
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is no regular file")
+        if facts.st_size > _LARGEST_FILE_BYTES:
+            raise ValueError(f"it has {facts.st_size} bytes, more than {_LARGEST_FILE_BYTES}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _integer(digits: str) -> int | str:
+    """A number of a JSON text; one that Python refuses to read makes its record unreadable, not the file."""
+    return int(digits) if len(digits) < 1000 else digits
+
+
+def _read_items(path: Path) -> list[Any]:
+    """The records of a file as JSON values.
+
+    Raises
+    ------
+    OSError, ValueError
+        When it can't be read, or is no schedule file.
+    """
+    try:
+        data = json.loads(_read_regular_file(path).decode("utf-8-sig"), parse_int=_integer)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if isinstance(data, dict):
+        number = data.get("format")
+        if type(number) is not int or number < 1:
+            raise ValueError(f"its format is {number!r}, which is no number of a format")
+        if number > FORMAT:
+            raise _FutureFormatError(
+                f"its format is {number} and this version of spattn-tvm reads up to {FORMAT}"
+            )
+        data = data.get("records")
+    if not isinstance(data, list):
+        raise ValueError("it must hold a list of records")
+    return data
+
+
+def _readable(items: Iterable[Any], path: Path) -> tuple[list[ScheduleRecord], list[Any], list[str]]:
+    """The records among a file's items, the items that are none, and why they are none."""
+    records, others, reasons = [], [], []
+    for index, item in enumerate(items):
         try:
             record = ScheduleRecord.from_json(item)
-            if record.target != folder or _file_name(record.problem) != path.name:
+            if record.target != path.parent.name or _file_name(record.problem) != path.name:
                 raise ValueError(f"it belongs to {record.target}/{_file_name(record.problem)}")
-        except ValueError as error:
-            raise ValueError(
-                f"record {index} of {path} is damaged: {error}; restore or delete the file"
-            ) from error
-        records.append(record)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            others.append(item)
+            reasons.append(f"record {index}: {_shown(error)}")
+        else:
+            records.append(record)
+    return records, others, reasons
+
+
+def _read_file(path: Path) -> list[ScheduleRecord]:
+    """What can be used of a file; warns of the rest."""
+    try:
+        items = _read_items(path)
+    except _FutureFormatError as error:
+        _warn(path, f"{error}; the file is ignored: update spattn-tvm (pip install -U spattn-tvm)")
+        return []
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            _warn(path, f"the link leads nowhere ({error.strerror}); it is ignored: restore or delete it")
+        return []  # or deleted since the folder was listed
+    except (OSError, ValueError) as error:
+        _warn(path, f"no schedule file ({_shown(error)}); it is ignored: restore or delete it")
+        return []
+    records, _, reasons = _readable(items, path)
+    if reasons:
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        _warn(
+            path,
+            f"{reasons[0]}{more}; ignored, the other {len(records)} records are used: "
+            "restore the file, or delete what is damaged",
+        )
     return records
+
+
+def list_folder(directory: Path, suffix: str = "") -> list[Path]:
+    """The entries of a folder of schedules, in order; warns where there is something else in its place."""
+    try:
+        return sorted(entry for entry in directory.iterdir() if entry.name.endswith(suffix))
+    except FileNotFoundError as error:
+        if directory.is_symlink():
+            _warn(directory, f"the link leads nowhere ({error.strerror}); it is ignored")
+    except OSError as error:
+        _warn(directory, f"no folder of schedules ({_shown(error)}); it is ignored")
+    return []
 
 
 def load_records(folder: str, root: Path | None = None) -> list[ScheduleRecord]:
     """All records of a target, in file order.
+
+    What can't be read is left out, with one :class:`ScheduleWarning` for each file.
 
     Parameters
     ----------
@@ -162,14 +296,25 @@ def load_records(folder: str, root: Path | None = None) -> list[ScheduleRecord]:
         ``MachineTarget.folder``.
     root : Path, optional
         Instead of :func:`schedules_root`.
-
-    Raises
-    ------
-    ValueError
-        For a damaged file; names it.
     """
     directory = (root or schedules_root()) / folder
-    return [record for path in sorted(directory.glob("*.json")) for record in _read_file(path, folder)]
+    files = [path for path in list_folder(directory, ".json") if not path.name.startswith(".")]
+    return [record for path in files for record in _read_file(path)]
+
+
+def target_folders(root: Path) -> list[str]:
+    """The names of a root's folders that are targets, in order; warns of those that look like one."""
+    names = []
+    for entry in list_folder(root):
+        if not entry.name.startswith(("cpu-", "cuda-")):
+            continue
+        try:
+            _require_folder(entry.name)
+        except ValueError as error:
+            _warn(entry, f"the folder is no target's ({_shown(error)}); it is ignored: rename or delete it")
+        else:
+            names.append(entry.name)
+    return names
 
 
 def _order(record: ScheduleRecord) -> tuple[Any, ...]:
@@ -181,14 +326,23 @@ def _order(record: ScheduleRecord) -> tuple[Any, ...]:
         problem.query_heads,
         problem.kv_heads,
         record.family,
-        is_deterministic(record),
+        _is_reproducible(record),
     )
+
+
+def _is_reproducible(record: ScheduleRecord) -> bool:
+    try:
+        return is_deterministic(record)
+    except (KeyError, ValueError):  # decisions that the family's space doesn't have any more, or not yet
+        return False
 
 
 def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) -> list[Path]:
     """Write records; each replaces the one of the same problem, target and family.
 
-    A record whose gradients are not bitwise reproducible and one whose are don't replace each other.
+    A record whose gradients are not bitwise reproducible and one whose are don't replace each other. Several
+    processes may save at once. A file that is no schedule file is renamed to ``….json.damaged`` first, with a
+    :class:`ScheduleWarning`; records that this version can't read stay in their file.
 
     Parameters
     ----------
@@ -200,31 +354,75 @@ def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) ->
     -------
     list of Path
         The files written. Each is replaced in one step.
+
+    Raises
+    ------
+    ValueError
+        When a file is of a later version's format.
+    OSError
+        When a folder or a file can't be read or written, or something else is in a file's place.
     """
     root = root or schedules_root()
     new: dict[Path, list[ScheduleRecord]] = {}
     for record in records:
         new.setdefault(root / record.target / _file_name(record.problem), []).append(record)
     for path, added in new.items():
-        kept = _read_file(path, path.parent.name) if path.exists() else []
-        merged = {
-            (record.problem, record.family, is_deterministic(record)): record for record in [*kept, *added]
-        }
-        text = json.dumps(
-            [record.to_json() for record in sorted(merged.values(), key=_order)], indent=1, ensure_ascii=False
-        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with file_lock(path.with_name(f".{path.name}.lock")):
+            kept, others, _ = _readable(_items_to_keep(path), path)
+            merged = {
+                (record.problem, record.family, _is_reproducible(record)): record
+                for record in [*kept, *added]
+            }
+            ordered = [record.to_json() for record in sorted(merged.values(), key=_order)]
+            _replace(path, _text({"format": FORMAT, "records": [*ordered, *others]}))
     read_cached.cache_clear()
     return list(new)
+
+
+def _items_to_keep(path: Path) -> list[Any]:
+    """The records of a file that is about to be replaced; one that can't be understood is set aside."""
+    try:
+        items = _read_items(path)
+        _text({"records": items})
+        return items
+    except _FutureFormatError as error:
+        raise ValueError(f"{path} is not replaced: {error}; update spattn-tvm, or save elsewhere") from error
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return []
+        reason = "the link leads nowhere"
+    except (ValueError, RecursionError) as error:  # also of what can be read but not written again
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is not replaced: {error}; move it away") from error
+        reason = _shown(error)
+    names = (f"{path.name}.damaged{f'-{count}' if count else ''}" for count in itertools.count())
+    aside = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
+    os.rename(path, aside)
+    _warn(aside, f"set aside, because it was no schedule file ({reason}): repair or delete it")
+    return []
+
+
+def _text(data: Any) -> bytes:
+    try:
+        text = json.dumps(data, indent=1, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a character in a damaged record that is kept
+        text = json.dumps(data, indent=1).encode()
+    return text + b"\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    target = path.resolve()  # a link stays one
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 @lru_cache(maxsize=64)

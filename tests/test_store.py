@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import errno
 import json
+import math
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from spattn_tvm import store
+from spattn_tvm import dispatch, store
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.choice import NoKernelError, find_schedule
+from spattn_tvm.choice import Choice, NoKernelError, find_schedule
 from spattn_tvm.families import find_space
+from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.store import ScheduleRecord, load_records, save_records
-from spattn_tvm.target import MachineTarget, parse_target
+from spattn_tvm.reference import reference_attention
+from spattn_tvm.store import ScheduleRecord, ScheduleWarning, load_records, save_records
+from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
 HERE = MachineTarget("cpu", "x86-64-v4", "amd-25-17")
 SIBLING = MachineTarget("cpu", "x86-64-v4", "intel-6-143")
@@ -152,36 +168,425 @@ def test_decisions_that_the_space_no_longer_offers_are_passed_over_visibly(
     assert BASE.key in choice.reason
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "{}",
-        lambda text: text.replace('"latency_us": 100.0', '"latency_us": -1'),
-        lambda text: text.replace('"latency_us": 100.0', '"latency_us": NaN'),
-        lambda text: text.replace('"family": "cpu"', '"family": "abacus"'),
-        lambda text: text.replace('"family"', '"familia"'),
-        lambda text: text.replace('"length": 4096', '"length": "many"'),
-        lambda text: text.replace('"query_rows": ', '"query_rows": 0.'),
-        lambda text: text.replace(HERE.folder, SIBLING.folder),
-        lambda text: text.replace('"date": "2026-11-24"', '"date": 5'),
-    ],
-)
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage) -> None:
-    (path,) = save_records([record()], tmp_path)
-    text = path.read_text(encoding="utf-8")
-    assert damage(text) != text
-    path.write_text(damage(text), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"forward-float32-d64\.json"):
-        find_schedule(BASE, HERE, root=tmp_path)
+DAMAGED_FILES: dict[str, Callable[[Path, str], object]] = {
+    "cut off": lambda path, text: path.write_text(text[: len(text) // 2]),
+    "empty": lambda path, text: path.write_text(""),
+    "no list": lambda path, text: path.write_text("{}"),
+    "a string": lambda path, text: path.write_text('"records"'),
+    "records are no list": lambda path, text: path.write_text('{"format": 2, "records": {"a": 1}}'),
+    "merge conflict": lambda path, text: path.write_text(f"<<<<<<< ours\n{text}=======\n>>>>>>> theirs\n"),
+    "deeply nested": lambda path, text: path.write_text("[" * 200_000),
+    "a record nested deeply": lambda path, text: path.write_text(text.replace("[", "[" + "[" * 99_999, 1)),
+    "invalid UTF-8": lambda path, text: path.write_bytes(b"\xff\xfe" + text.encode("utf-16-le")),
+    "zeros": lambda path, text: path.write_bytes(bytes(4096)),
+    "format of no kind": lambda path, text: path.write_text(text.replace('"format": 2', '"format": "2"')),
+    "format 0": lambda path, text: path.write_text(text.replace('"format": 2', '"format": 0')),
+    "format true": lambda path, text: path.write_text(text.replace('"format": 2', '"format": true')),
+    "too large": lambda path, text: os.truncate(path, 2**40),
+    "a folder": lambda path, text: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path, text: (path.unlink(), os.mkfifo(path)),
+    "a device": lambda path, text: (path.unlink(), path.symlink_to("/dev/zero")),
+    "a dangling link": lambda path, text: (path.unlink(), path.symlink_to("nowhere.json")),
+    "a loop of links": lambda path, text: (path.unlink(), path.symlink_to(path.name)),
+    "a socket": lambda path, text: (path.unlink(), make_socket(path)),
+}
 
 
-def test_saving_over_a_damaged_file_loses_nothing(tmp_path: Path) -> None:
+def make_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path is short
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def warnings_of(work: Callable[[], Choice]) -> tuple[Choice, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = work()
+    assert all(issubclass(warning.category, ScheduleWarning) for warning in caught), caught
+    return result, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_a_file_that_can_not_be_read_is_skipped_with_one_warning(name: str, tmp_path: Path) -> None:
+    other = record(problem(dtype="bfloat16"), latency_us=7.0)
+    path, good = save_records([record(), other], tmp_path)
+    DAMAGED_FILES[name](path, path.read_text(encoding="utf-8"))
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+    assert (choice.status, choice.record) == ("nearest", other), "the other file counts"
+    (text,) = said
+    assert text.startswith(f"{path}: ") and len(text) < 1000
+    assert "ignored" in text and ("delete" in text or "update" in text)
+    store.clear_cache()
+    assert warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path)) == (choice, [])
+    good.unlink()
+    store.clear_cache()
+    assert find_schedule(BASE, HERE, root=tmp_path).status == "untuned"
+
+
+def test_a_file_of_a_later_format_is_skipped_and_never_replaced(tmp_path: Path) -> None:
     (path,) = save_records([record()], tmp_path)
-    path.write_text("[", encoding="utf-8")
-    with pytest.raises(ValueError, match="no schedule file"):
+    text = path.read_text(encoding="utf-8").replace('"format": 2', '"format": 3')
+    path.write_text(text, encoding="utf-8")
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+    assert choice.status == "untuned"
+    assert len(said) == 1 and "its format is 3" in said[0] and "update spattn-tvm" in said[0]
+    with pytest.raises(ValueError, match=r"format is 3.*update spattn-tvm"):
         save_records([record()], tmp_path)
-    assert path.read_text(encoding="utf-8") == "["
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_file_without_a_format_is_read_and_gets_one_when_it_is_written(tmp_path: Path) -> None:
+    (path,) = save_records([record()], tmp_path)
+    content = path.read_text(encoding="utf-8")
+    old = json.dumps(json.loads(content)["records"])
+    for text in (old, "\ufeff" + old, "\ufeff" + content):
+        path.write_text(text, encoding="utf-8")
+        store.clear_cache()
+        choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+        assert (choice.record, said) == (record(), [])
+    save_records([record()], tmp_path)
+    assert path.read_text(encoding="utf-8") == content
+
+
+DAMAGED_RECORDS: dict[str, Callable[[dict], object]] = {
+    "latency below 0": lambda item: item.update(latency_us=-1),
+    "latency NaN": lambda item: item.update(latency_us=math.nan),
+    "latency infinite": lambda item: item.update(latency_us=math.inf),
+    "latency beyond floats": lambda item: item.update(latency_us=10**400),
+    "latency true": lambda item: item.update(latency_us=True),
+    "latency text": lambda item: item.update(latency_us="100"),
+    "family": lambda item: item.update(family="abacus"),
+    "family of no kind": lambda item: item.update(family=["cpu"]),
+    "field missing": lambda item: item.pop("family"),
+    "field unknown": lambda item: item.update(familia="cpu"),
+    "length text": lambda item: item["problem"].update(length="many"),
+    "length negative": lambda item: item["problem"].update(length=-4096),
+    "length beyond floats": lambda item: item["problem"].update(length=10**400),
+    "length beyond texts": lambda item: item["problem"].update(length=10**4000),
+    "heads beyond kernels": lambda item: item["problem"].update(batch=2**31),
+    "direction": lambda item: item["problem"].update(direction="sideways"),
+    "layout": lambda item: item["problem"].update(layout="spiral:heads=16"),
+    "layout of other heads": lambda item: item["problem"].update(layout="causal:heads=4"),
+    "layout of no kind": lambda item: item["problem"].update(layout=[16]),
+    "problem of no kind": lambda item: item.update(problem=[1, 2]),
+    "a fraction": lambda item: item["decisions"].update(query_rows=0.5),
+    "a truth": lambda item: item["decisions"].update(query_rows=True),
+    "decisions of no kind": lambda item: item.update(decisions=["query_rows"]),
+    "a date of no kind": lambda item: item.update(date=5),
+    "half a character": lambda item: item.update(device="\ud800"),
+    "versions of no kind": lambda item: item.update(versions={"tvm": None}),
+    "another folder's": lambda item: item.update(target=SIBLING.folder),
+    "a folder of no target": lambda item: item.update(target="cpu-abacus-1"),
+    "a target that asks the machine": lambda item: item.update(target="cuda"),
+    "a path": lambda item: item.update(target="../elsewhere"),
+    "another file's": lambda item: item["problem"].update(dtype="float16"),
+}
+
+
+def damage_record(path: Path, change: Callable[[dict], object]) -> list[Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["records"].insert(0, json.loads(json.dumps(data["records"][0])))
+    change(data["records"][0])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return data["records"]
+
+
+@pytest.mark.parametrize("name", DAMAGED_RECORDS)
+def test_of_a_file_with_a_damaged_record_only_that_is_skipped(name: str, tmp_path: Path) -> None:
+    (path,) = save_records([record()], tmp_path)
+    with unlimited_digits():
+        damaged, _ = damage_record(path, DAMAGED_RECORDS[name])
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+    assert (choice.status, choice.record) == ("tuned", record())
+    (text,) = said
+    assert text.startswith(f"{path}: record 0") and len(text) < 1000
+    # What is not understood may be another version's, or mended: it stays.
+    better = record(latency_us=50.0)
+    save_records([better], tmp_path)
+    assert load_records(HERE.folder, tmp_path) == [better]
+    if "beyond texts" not in name:
+        kept = json.loads(path.read_text(encoding="utf-8"))["records"]
+        assert repr(kept[1:]) == repr([damaged])
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@contextlib.contextmanager
+def unlimited_digits() -> Iterator[None]:
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_saving_over_a_damaged_file_loses_nothing(name: str, tmp_path: Path) -> None:
+    (path,) = save_records([record()], tmp_path)
+    DAMAGED_FILES[name](path, path.read_text(encoding="utf-8"))
+    if path.is_symlink() or not path.is_file():
+        if name == "a dangling link":
+            with pytest.warns(ScheduleWarning, match="set aside"):
+                save_records([record()], tmp_path)
+            assert path.with_name(f"{path.name}.damaged").is_symlink()
+            return
+        kind = os.lstat(path).st_mode
+        with pytest.raises(OSError, match=r"forward-float32-d64\.json"):
+            save_records([record()], tmp_path)
+        assert os.lstat(path).st_mode == kind
+        return
+    size = path.stat().st_size
+    for count in range(2):
+        with pytest.warns(ScheduleWarning, match=r"damaged(-1)?: set aside, because"):
+            save_records([record()], tmp_path)
+        assert load_records(HERE.folder, tmp_path) == [record()]
+        aside = path.with_name(f"{path.name}.damaged{'-1' if count else ''}")
+        assert aside.stat().st_size == size
+        path.unlink()
+        path.write_bytes(b"[")
+        if size > 2**30:
+            os.truncate(path, size)
+        else:
+            shutil.copyfile(aside, path)
+
+
+def test_folders_that_are_none_of_a_target_do_not_count(tmp_path: Path) -> None:
+    sibling = record(target=SIBLING)
+    (path,) = save_records([sibling], tmp_path)
+    for name in (
+        "cpu-x86-64-v4",
+        "cpu-x86-64-v4-Amd-25-17",
+        "cpu-x86-64-v4-",
+        "cpu-abacus",
+        "cpu-x86-64-v4-ä",
+    ):
+        shutil.copytree(path.parent, tmp_path / name)
+    (tmp_path / "cpu-x86-64-v4-file").write_text("")
+    (tmp_path / "cpu-x86-64-v4-dangling").symlink_to("nowhere")
+    (tmp_path / "cuda-sm_90a-nvidia-h200").symlink_to("cuda-sm_90a-nvidia-h200")
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+    assert (choice.status, choice.record) == ("nearest", sibling)
+    assert len(said) == len(set(said)) and all("ignored" in text for text in said)
+    for name in ("Amd-25-17", "abacus", "file", "dangling", "ä"):
+        assert any(name in text for text in said), name
+
+
+@pytest.mark.parametrize("place", ["root missing", "root a file", "folder a file", "folder a loop", "denied"])
+def test_there_may_be_no_folder_at_all(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "schedules"
+    if place == "root a file":
+        root.write_text("")
+    elif place != "root missing":
+        root.mkdir()
+        if place == "folder a file":
+            (root / HERE.folder).write_text("")
+        elif place == "folder a loop":
+            (root / HERE.folder).symlink_to(HERE.folder)
+        else:
+            (path,) = save_records([record()], root)
+            original = os.open
+
+            def refuse(name: Any, *rest: Any, **options: Any) -> int:
+                if str(name) == str(path):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(name))
+                return original(name, *rest, **options)
+
+            monkeypatch.setattr(os, "open", refuse)
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=root))
+    assert choice.status == "untuned"
+    assert len(said) <= 2 and bool(said) == (place != "root missing")
+
+
+def test_a_file_that_vanishes_after_the_folder_was_listed_is_no_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = save_records([record(), record(problem(dtype="bfloat16"))], tmp_path)
+    listed = store.list_folder
+
+    def list_and_delete(*arguments: Any) -> list[Path]:
+        found = listed(*arguments)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(store, "list_folder", list_and_delete)
+    choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
+    assert (choice.status, said) == ("nearest", [])
+
+
+def mutate_text(text: str, rng: random.Random) -> bytes:
+    """Damage to the bytes: as a torn write, an editor or a bad disk leaves."""
+    data = bytearray(text.encode())
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        place = rng.randrange(len(data))
+        kind = rng.randrange(5)
+        if kind == 0:
+            data[place] = rng.randrange(256)
+        elif kind == 1:
+            del data[place : place + rng.randrange(1, 40)]
+        elif kind == 2:
+            data[place:place] = bytes(
+                rng.choice(b'[]{}",:0-9eNaI\\\x00\xff') for _ in range(rng.randrange(1, 5))
+            )
+        elif kind == 3:
+            data[place:place] = data[place : place + rng.randrange(1, 200)]
+        else:
+            del data[place:]
+            data += b" "
+    return bytes(data)
+
+
+ODD_VALUES = (
+    *(
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "cpu",
+        "\ud800",
+        "\x00",
+        "a" * 10_000,
+        [],
+        [[]],
+        {},
+        {"a": {}},
+        [1, "b", None],
+    ),
+    *(0, -1, 1, 7, 2**31, 2**63, 10**400, 1e308, 5e-324, math.nan, math.inf, -math.inf),
+)
+
+
+def mutate_value(data: Any, rng: random.Random) -> None:
+    """Damage to the values: wrong types, numbers and names at a random place."""
+    places: list[tuple[Any, Any]] = []
+
+    def visit(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                visit(node[key])
+
+    visit(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        node, key = rng.choice(places)
+        if key not in node and isinstance(node, dict):
+            continue
+        kind = rng.randrange(6)
+        if kind <= 2:
+            node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+        elif kind == 3 and isinstance(node, dict):
+            del node[key]
+        elif kind == 4 and isinstance(node, dict):
+            node[rng.choice(("x", "", "length", "cpu", "\ud800"))] = node[key]
+        elif isinstance(node[key], int) and not isinstance(node[key], bool):
+            node[key] *= rng.choice((2, -1, 1000, 10**30))
+        else:
+            node[key] = [node[key]]
+
+
+@pytest.mark.parametrize("seed", [random.randrange(2**32)])
+def test_no_mutation_of_a_file_stops_a_call(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    saved = [
+        record(),
+        record(problem(length=512), latency_us=7.5),
+        record(problem(kv_heads=4), latency_us=9.0),
+    ]
+    reported = whole = 0
+    for count in range(600):
+        root = tmp_path / str(count)
+        (path,) = save_records(saved, root)
+        good = path.read_text(encoding="utf-8")
+        if count % 2:
+            path.write_bytes(mutate_text(good, rng))
+        else:
+            data = json.loads(good)
+            mutate_value(data, rng)
+            with unlimited_digits():
+                path.write_text(json.dumps(data), encoding="utf-8")
+        content = path.read_bytes()
+        for target in (HERE, SIBLING):
+            store.clear_cache()
+            choice, said = warnings_of(
+                lambda target=target, root=root: find_schedule(BASE, target, root=root)
+            )
+            assert choice.status in ("tuned", "nearest", "untuned")
+            assert find_space("cpu", "forward").rejection(choice.decisions, 64, "float32", target) is None
+            if target is HERE:
+                assert all(text.startswith(f"{path}: ") for text in said) and len(said) <= 1, (said, content)
+                reported += len(said)
+                usable = load_records(HERE.folder, root)
+                whole += not said
+                # Without a warning every record is there, or the damage left no trace in the JSON.
+                lost = len(usable) < len(saved) and not said
+                assert not lost or len(_items(content)) < len(saved), content
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                save_records([record(problem(length=99))], root)
+            except ValueError as error:
+                assert "its format is" in str(error)
+            else:
+                assert record(problem(length=99)) in load_records(HERE.folder, root)
+    assert reported > 300 and whole > 10
+
+
+def _items(content: bytes) -> list[Any]:
+    data = json.loads(content.decode("utf-8-sig"))
+    return data["records"] if isinstance(data, dict) else data
+
+
+def test_a_call_runs_beside_broken_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = detect_cpu()
+    wanted = dataclasses.replace(BASE, length=77, layout=BandLayout.spattention(16))
+    space = find_space("cpu", "forward")
+    good = ScheduleRecord(wanted, here.folder, "cpu", space.untuned(64, "float32", here), 5.0)
+    (path,) = save_records([good], tmp_path)
+    damage_record(path, DAMAGED_RECORDS["family"])
+    os.mkfifo(path.with_name("forward-float16-d64.json"))
+    monkeypatch.setenv("SPATTN_SCHEDULES", str(tmp_path))
+    dispatch.clear_cache()
+    q, k, v = (torch.randn(1, 16, 77, 64) for _ in range(3))
+    with pytest.warns(ScheduleWarning) as said:
+        o = banded_attention(q, k, v, wanted.layout)
+    assert len(said) == 2
+    torch.testing.assert_close(o, reference_attention(q, k, v, wanted.layout)[0], rtol=1e-4, atol=1e-5)
+    assert "tuned" in dispatch.explain(wanted, here)
+    dispatch.clear_cache()
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.store import ScheduleRecord, save_records
+root, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for length in range(first, first + count):
+    problem = AttentionProblem("forward", "float32", 1, 4, 4, length, 64, BandLayout.spattention(4))
+    save_records([ScheduleRecord(problem, "cpu-x86-64-v4-amd-25-17", "cpu", {"stage": 0}, 1.0)], root)
+"""
+
+
+def test_saves_at_once_lose_nothing(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SAVE, str(tmp_path), str(1 + 12 * index), "12"])
+        for index in range(3)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert [item.problem.length for item in load_records(HERE.folder, tmp_path)] == list(range(1, 37))
+    assert len(list((tmp_path / HERE.folder).iterdir())) == 1
+
+
+def test_a_linked_file_is_written_through_its_link(tmp_path: Path) -> None:
+    (path,) = save_records([record()], tmp_path)
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    save_records([record(latency_us=50.0)], tmp_path)
+    assert path.is_symlink() and load_records(HERE.folder, tmp_path) == [record(latency_us=50.0)]
 
 
 def test_a_problem_that_no_family_serves_says_why(tmp_path: Path) -> None:
@@ -218,9 +623,11 @@ def test_every_shipped_record_is_readable_and_offered_by_its_space() -> None:
 def test_records_are_json_that_people_can_read(tmp_path: Path) -> None:
     (path,) = save_records([record()], tmp_path)
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data[0]["problem"]["length"] == 4096
-    assert list(data[0]["decisions"]) == sorted(data[0]["decisions"])
-    assert path.read_text(encoding="utf-8").endswith("]\n")
+    assert data["format"] == store.FORMAT
+    (item,) = data["records"]
+    assert item["problem"]["length"] == 4096
+    assert list(item["decisions"]) == sorted(item["decisions"])
+    assert path.read_text(encoding="utf-8").endswith("}\n")
 
 
 def test_the_reason_says_how_the_other_families_did(tmp_path: Path) -> None:
@@ -258,3 +665,44 @@ def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
         assert (choice.status, choice.decisions) == ("tuned", decisions)
     save_records([dataclasses.replace(records[0], latency_us=700.0)], tmp_path)
     assert sorted(record.latency_us for record in load_records(h200.folder, tmp_path)) == [700.0, 750.0]
+
+
+def gpu_record(family: str, latency_us: float, **changes: Any) -> ScheduleRecord:
+    wanted = problem(dtype="bfloat16", head_dim=128, **changes)
+    h200 = parse_target("nvidia/h200")
+    decisions = find_space(family, "forward").untuned(128, "bfloat16", h200)
+    return ScheduleRecord(wanted, h200.folder, family, decisions, latency_us)
+
+
+def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measured_beside_it(
+    tmp_path: Path,
+) -> None:
+    h200, h100 = parse_target("nvidia/h200"), parse_target("nvidia/h100")
+    wanted = problem(dtype="bfloat16", head_dim=128)
+    default = find_space("hopper", "forward").untuned(128, "bfloat16", h200)
+
+    def chosen(*records: ScheduleRecord, target: MachineTarget = h200, families: Any = None) -> Choice:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        save_records(records, root)
+        return find_schedule(wanted, target, root=root, families=families)
+
+    alone = gpu_record("mma", 209.0)
+    for target in (h200, h100):
+        choice = chosen(alone, target=target)
+        assert (choice.family, choice.status, choice.decisions) == ("hopper", "untuned", default)
+        assert "hopper is preferred to mma, whose 209.0 us" in choice.reason
+    assert chosen(alone, families=["mma"]).status == "tuned"
+
+    elsewhere = gpu_record("hopper", 70.0, length=2048)
+    choice = chosen(alone, elsewhere)
+    assert (choice.family, choice.status, choice.record) == ("hopper", "nearest", elsewhere)
+
+    for latency_us, family in ((134.0, "hopper"), (300.0, "mma")):
+        choice = chosen(alone, gpu_record("hopper", latency_us))
+        assert (choice.family, choice.status) == (family, "tuned"), "both were measured: the faster serves"
+    # The preferred family needs nobody beside it.
+    assert chosen(gpu_record("hopper", 134.0)).status == "tuned"
+    # The same where the records are of another problem.
+    near, beside = gpu_record("mma", 400.0, length=8192), gpu_record("hopper", 500.0, length=8192)
+    assert chosen(near).family == "hopper"
+    assert chosen(near, beside).record == near
