@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .families import families_for, find_space, has_space
 from .problem import AttentionProblem, is_same_problem, problem_distance
-from .store import ScheduleRecord, read_cached, schedules_root
+from .store import ScheduleRecord, read_cached, schedules_root, target_folders
 from .target import MachineTarget, parse_target
 
 
@@ -65,15 +66,14 @@ def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], ab
 
 
 def _other_models(target: MachineTarget, root: Path) -> list[str]:
-    prefix = f"{target.kind}-{target.arch}-"
-    folders = sorted(path.name for path in root.glob(f"{prefix}*") if path.is_dir())
-    names = []
-    for folder in folders:
-        # "x86-64-" is a prefix of "x86-64-v3-" too.
-        with_model = parse_target(folder)
-        if with_model.arch == target.arch and folder != target.folder:
-            names.append(folder)
-    return names
+    """Folders of the other chips with the target's instruction set."""
+    # By what a name means: "x86-64-" is a prefix of "x86-64-v3-" too.
+    return [
+        folder
+        for folder in target_folders(root)
+        if folder != target.folder
+        and (parse_target(folder).kind, parse_target(folder).arch) == (target.kind, target.arch)
+    ]
 
 
 def _families(
@@ -109,6 +109,9 @@ def find_schedule(
     the space's default (``untuned``). Only records of the same direction and head dim count, and of equally
     near ones the faster.
 
+    A record decides between families only if those that are preferred to its own were measured beside it, for
+    the same problem on the same chip: else the most preferred of them serves, with what is known of it alone.
+
     Parameters
     ----------
     problem : AttentionProblem
@@ -130,8 +133,6 @@ def find_schedule(
     ------
     NoKernelError
         When no family can serve the problem, with each family's reason.
-    ValueError
-        For a damaged schedule file; names it.
     """
     root = root or schedules_root()
     able, refusals = _families(problem, target, families)
@@ -162,41 +163,56 @@ def find_schedule(
                 records.append(record)
         return records
 
-    def remark(text: str) -> str:
-        return text if not passed_over else f"{text} ({'; '.join(passed_over)})"
-
     here = usable(target.folder)
-    same = [record for record in here if is_same_problem(problem, record.problem)]
-    if same:
-        record = min(same, key=lambda item: item.latency_us)
-        reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
-        reason = remark(reason + _other_families(record, same, able))
-        return Choice(record.family, record.decisions, "tuned", reason, record)
+    elsewhere: list[ScheduleRecord] | None = None
 
-    def nearest(records: Iterable[ScheduleRecord]) -> ScheduleRecord | None:
-        return min(
-            records,
-            key=lambda item: (problem_distance(problem, item.problem), item.latency_us, item.problem.key),
-            default=None,
+    def choose(names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
+        """The choice among some families, and the records measured beside its own."""
+        nonlocal elsewhere
+        known = [record for record in here if record.family in names]
+        same = [record for record in known if is_same_problem(problem, record.problem)]
+        if same:
+            record = min(same, key=lambda item: item.latency_us)
+            reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
+            return Choice(record.family, record.decisions, "tuned", reason, record), same
+        if not known:
+            if elsewhere is None:
+                elsewhere = [record for folder in _other_models(target, root) for record in usable(folder)]
+            known = [record for record in elsewhere if record.family in names]
+        if known:
+            record = min(
+                known,
+                key=lambda item: (
+                    problem_distance(problem, item.problem),
+                    item.latency_us,
+                    item.problem.key,
+                ),
+            )
+            reason = f"nearest record, measured {_difference(problem, record, target)}"
+            beside = [r for r in known if (r.problem, r.target) == (record.problem, record.target)]
+            return Choice(record.family, record.decisions, "nearest", reason, record), beside
+        decisions = find_space(names[0], problem.direction).untuned(
+            problem.head_dim, problem.dtype, target, deterministic=deterministic
         )
+        reason = (
+            f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
+        )
+        return Choice(names[0], decisions, "untuned", reason), []
 
-    candidates = here or [record for folder in _other_models(target, root) for record in usable(folder)]
-    found = nearest(candidates)
-    if found is not None:
-        reason = f"nearest record, measured {_difference(problem, found, target)}"
-        rivals = [
-            record
-            for record in candidates
-            if (record.problem, record.target) == (found.problem, found.target)
-        ]
-        reason = remark(reason + _other_families(found, rivals, able))
-        return Choice(found.family, found.decisions, "nearest", reason, found)
-
-    family = able[0]
-    decisions = find_space(family, problem.direction).untuned(
-        problem.head_dim, problem.dtype, target, deterministic=deterministic
-    )
-    reason = remark(
-        f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
-    )
-    return Choice(family, decisions, "untuned", reason)
+    choice, beside = choose(able)
+    reason, record = choice.reason, choice.record
+    if record is not None:
+        measured = {record.family for record in beside}
+        preferred = able[: able.index(choice.family)]
+        unmeasured = [family for family in preferred if family not in measured]
+        if unmeasured:
+            choice, _ = choose(unmeasured[:1])
+            reason = (
+                f"{choice.family} is preferred to {record.family}, whose {record.latency_us:.1f} us "
+                f"({record.problem.key} on {record.target}) were measured without it; {choice.reason}"
+            )
+        else:
+            reason += _other_families(record, beside, able)
+    if passed_over:
+        reason += f" ({'; '.join(passed_over)})"
+    return dataclasses.replace(choice, reason=reason)
