@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .torch_private import current_device, current_stream, empty_on_cpu, empty_on_cuda, is_capturing
+
 if TYPE_CHECKING:
     from .dispatch import Kernel
 
@@ -21,13 +23,6 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 _TMA_BYTES = 16
-# A CPU build of PyTorch has no such functions, and no CUDA tensor to ask them for.
-_current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
-_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
-# What code from torch.compile allocates with, past the dispatcher: half the time of torch.empty_like.
-_empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu
-_empty_on_cuda = torch._C._dynamo.guards._empty_strided_cuda
 
 
 @cache
@@ -84,7 +79,7 @@ def _tile_counters(direction: str, index: int) -> Tensor:
     They are kept for each stream, whose calls follow one another. A captured graph may be replayed beside
     those, so it gets its own, cleared by each replay.
     """
-    if _is_capturing():
+    if is_capturing():
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
     return _kept_counters(direction, index, current_stream(index))
 
@@ -128,7 +123,7 @@ def launch_forward(
         ``(B, Hq, N)`` float32, contiguous.
     """
     index = q.get_device()
-    if index >= 0 and index != _current_device():
+    if index >= 0 and index != current_device():
         # A compiled host function makes its tensors' device the current one and leaves it so.
         with torch.cuda.device(index):
             return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
@@ -187,8 +182,8 @@ def ready_forward(
     lse_shape, lse_strides, lse_dtype = (batch, heads, length), (heads * length, length, 1), torch.float32
 
     def launch_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        o = _empty_on_cpu(o_shape, o_strides, dtype)
-        lse = _empty_on_cpu(lse_shape, lse_strides, lse_dtype)
+        o = empty_on_cpu(o_shape, o_strides, dtype)
+        lse = empty_on_cpu(lse_shape, lse_strides, lse_dtype)
         function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
         return o, lse
 
@@ -197,10 +192,10 @@ def ready_forward(
     processors, stream = _multiprocessors(index), current_stream(index)
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if index != _current_device() or not _are_aligned(q, k, v):
+        if index != current_device() or not _are_aligned(q, k, v):
             return launch_with_copies(q, k, v, scale)
-        o = _empty_on_cuda(o_shape, o_strides, dtype)
-        lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
+        o = empty_on_cuda(o_shape, o_strides, dtype)
+        lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
         function(q, k, v, bands, cu_seqlens, o, lse, scale, processors)
         return o, lse
 
@@ -211,11 +206,11 @@ def ready_forward(
     may_capture = stream != 0
 
     def launch_on_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        is_special = index != _current_device() or scale <= 0 or (may_capture and _is_capturing())
+        is_special = index != current_device() or scale <= 0 or (may_capture and is_capturing())
         if is_special or not _are_aligned(q, k, v):
             return launch_with_copies(q, k, v, scale)
-        o = _empty_on_cuda(o_shape, o_strides, dtype)
-        lse = _empty_on_cuda(lse_shape, lse_strides, lse_dtype)
+        o = empty_on_cuda(o_shape, o_strides, dtype)
+        lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
         function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
         return o, lse
 
@@ -309,7 +304,7 @@ def launch_backward(
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
     index = q.get_device()
-    if index >= 0 and index != _current_device():
+    if index >= 0 and index != current_device():
         with torch.cuda.device(index):
             return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))

@@ -42,7 +42,7 @@ def poisoned_outputs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "torch", Poisoning())
-        for name in ("_empty_on_cpu", "_empty_on_cuda"):
+        for name in ("empty_on_cpu", "empty_on_cuda"):
             patch.setattr(launch, name, poisoning(getattr(launch, name)))
         patch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
         yield

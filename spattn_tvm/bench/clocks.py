@@ -65,9 +65,11 @@ class _CudaClock:
     def measure_ms(self, step: Step, calls: int) -> float:
         import torch
 
+        from spattn_tvm.torch_private import cuda_sleep
+
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.scratch.fill_(1)
-        torch.cuda._sleep(self.HEAD_START_CYCLES)
+        cuda_sleep(self.HEAD_START_CYCLES)
         begin.record()
         step()
         end.record()

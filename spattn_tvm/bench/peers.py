@@ -95,13 +95,13 @@ def _prepare_sdpa(backend_name: str | None) -> Callable[[AttentionProblem, torch
 
 def _prepare_flex(problem: AttentionProblem, device: torch.device) -> Attention:
     import torch
-    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from spattn_tvm.reference import flex_mask_mod
+    from spattn_tvm.torch_private import forbid_donated_buffers
 
     # Timing the backward pass alone keeps the graph, which donated buffers forbid.
-    functorch_config.donated_buffer = False
+    forbid_donated_buffers()
     length = problem.length
     mask_mod = flex_mask_mod(problem.layout, length, device=device)
     try:

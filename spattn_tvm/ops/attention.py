@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.torch_private import is_any_autocast_enabled
 
-from .operators import IMPLEMENTATIONS, attend_by_operator, is_plain
+from .operators import IMPLEMENTATIONS, are_plain, attend_by_operator, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
 
-# 0.1 us less than asking for one kind of device.
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -210,7 +209,8 @@ def banded_attention(
     >>> banded_attention(q, k, v, BandLayout.spattention(num_heads=8)).shape
     torch.Size([1, 8, 256, 64])
     """
-    if _is_any_autocast_enabled():
+    # 0.1 us less than asking for one kind of device.
+    if is_any_autocast_enabled():
         device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
             q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
@@ -230,7 +230,7 @@ def banded_attention(
         scale = q.shape[3] ** -0.5
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
     settings = (layout.spec, scale, deterministic, impl)
-    if is_plain(q, k, v):
+    if not is_watched() and are_plain((q, k, v, cu_seqlens)):
         o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
         if cu_seqlens is None:
             remember(q, k, v, layout.spec, impl)

@@ -29,6 +29,14 @@ from spattn_tvm.launch import (
     launch_forward,
 )
 from spattn_tvm.reference import reference_attention, reference_gradients
+from spattn_tvm.torch_private import (
+    count_dispatch_modes,
+    functional_transform,
+    has_function_mode,
+    is_forward_mode,
+    is_ordinary,
+    is_profiling,
+)
 
 from .band_tables import find_bands
 
@@ -168,9 +176,10 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor
     q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
+    tensors = (do, dlse, q, k, v, o, lse, cu_seqlens)
     # With create_graph=True the gradients need a history that raises, which only the operator gives them.
-    backward = _backward if not torch.is_grad_enabled() and is_plain(q, k, v) else _BACKWARD
-    return backward(do, dlse, q, k, v, o, lse, cu_seqlens, *ctx.settings)
+    is_eager = not torch.is_grad_enabled() and not is_watched() and are_plain(tensors)
+    return (_backward if is_eager else _BACKWARD)(*tensors, *ctx.settings)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -194,32 +203,31 @@ torch.library.register_autograd(
 
 # --- eager calls ---------------------------------------------------------------------------------------
 
-# Looked up once: attribute by attribute they would cost a call another 0.3 us.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_has_function_mode = torch._C._is_torch_function_mode_enabled
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
-_is_profiling = torch.autograd._profiler_enabled
-_is_compiling = torch.compiler.is_compiling
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_determinism_asked = torch._C._get_deterministic_algorithms
 
+def is_watched() -> bool:
+    """Does somebody see, change or record the operators that this thread calls?
 
-def is_plain(q: Any, k: Any, v: Any) -> bool:
-    """Is this an eager call on CPU or on CUDA tensors, while nobody watches operators?"""
+    Compilers and tracers, dispatch modes (also those that hide from the guards of torch.compile, such as
+    selective checkpointing's), function modes, profilers, functional transforms and forward-mode AD.
+    """
     return (
-        not _is_compiling()
-        and (type(q) is Tensor or type(q) is Parameter)
-        and (type(k) is Tensor or type(k) is Parameter)
-        and (type(v) is Tensor or type(v) is Parameter)
-        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
-        and not _dispatch_modes()
-        and not _has_function_mode()
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _is_profiling()
-        and forward_ad._current_level < 0
+        torch.compiler.is_compiling()
+        or count_dispatch_modes() > 0
+        or has_function_mode()
+        or is_profiling()
+        or is_forward_mode()
+        or functional_transform() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+def are_plain(tensors: tuple[Any, ...]) -> bool:
+    """Are these tensors of CPU memory alone, or of CUDA memory alone, whose bytes hold their values? None is
+    no tensor.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all((type(t) is Tensor or type(t) is Parameter) and is_ordinary(t) for t in given) and (
+        all(t.is_cpu for t in given) or all(t.is_cuda for t in given)
     )
 
 
@@ -228,8 +236,6 @@ def attend_by_operator(
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` through the dispatcher, for who needs to see an operator; unchecked."""
     # An operator with a registered backward drops tangents without a word.
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)
-    ):
+    if is_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
         raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
     return _FORWARD(q, k, v, cu_seqlens, *settings)

@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from spattn_tvm.dispatch import call_on_change, find_kernel
 from spattn_tvm.launch import (
     Forward,
-    current_stream,
     ready_forward,
+)
+from spattn_tvm.torch_private import (
+    apply_past_functorch,
+    count_dispatch_modes,
+    current_stream,
+    guard_inputs,
+    has_function_mode,
+    is_forward_mode,
+    is_profiling,
+    keep_for_backward,
 )
 
 from .band_tables import _packed_on_host, _table_of_each_length, _unpacked, find_bands
@@ -23,12 +31,12 @@ from .operators import (
     Settings,
     _forward,
     _gradients,
-    _has_function_mode,
-    _is_determinism_asked,
-    _is_dynamo_compiling,
-    _is_grad_enabled,
-    _is_profiling,
 )
+
+# Looked up once: attribute by attribute they would cost a call another 0.1 us.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_determinism_asked = torch.are_deterministic_algorithms_enabled
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +86,11 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
     if kernel.family == "reference":
         return
+    serves = guard_inputs(q, k, v)
+    if serves is None:
+        return
     prepared = _Prepared(
-        # The guard of torch.compile on its inputs takes 0.3 us where comparing the same in Python took 1.3.
-        serves=torch._C._dynamo.guards.TensorGuards(
-            q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None
-        ).check,
+        serves=serves,
         launch=ready_forward(kernel, q, k, v, *find_bands(layout, q, None)),
         requires_grad=q.requires_grad or k.requires_grad or v.requires_grad,
         scale=q.shape[3] ** -0.5,
@@ -111,8 +119,7 @@ class _Attention(torch.autograd.Function):
         else:
             o, lse = launch(q, k, v, settings[1])
         ctx.settings = settings
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
-        ctx.set_materialize_grads(False)
+        keep_for_backward(ctx, (q, k, v, o, lse, cu_seqlens))
         return o, lse
 
     @staticmethod
@@ -127,9 +134,7 @@ class _OutputAgain(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, launch: Forward, settings: Settings) -> Tensor:
         o, lse = launch(q, k, v, settings[1])
         ctx.settings = settings
-        # What save_for_backward and set_materialize_grads set; to call them takes another 0.4 us.
-        ctx.to_save = (q, k, v, o, lse, None)
-        ctx.materialize_grads = False
+        keep_for_backward(ctx, (q, k, v, o, lse, None))
         return o
 
     @staticmethod
@@ -137,11 +142,8 @@ class _OutputAgain(torch.autograd.Function):
         return *_gradients(ctx, do, None), None, None
 
 
-# Function.apply without the part that serves functorch, which is_plain excludes: 2 us less a call.
-_apply = super(torch.autograd.Function, _Attention).apply
-
-
-_apply_for_output = super(torch.autograd.Function, _OutputAgain).apply
+_apply = apply_past_functorch(_Attention)
+_apply_for_output = apply_past_functorch(_OutputAgain)
 
 
 def attend_again(
@@ -163,11 +165,23 @@ def attend_again(
     Tensor, or tuple of Tensor
         o, or o and lse; None for any other call.
     """
-    if _is_dynamo_compiling() or _has_function_mode() or _is_profiling() or forward_ad._current_level >= 0:
+    # What `is_watched` asks, less what shows in the thread's dispatch keys, which the guard compares:
+    # functional transforms and tracers. So would dispatch modes, but some of them hide from it.
+    if (
+        _is_dynamo_compiling()
+        or count_dispatch_modes()
+        or has_function_mode()
+        or is_profiling()
+        or is_forward_mode()
+    ):
         return None
     if type(q) is not Tensor and type(q) is not Parameter:
         return None
-    for prepared in _prepared.get((layout, impl, q.shape), ()):
+    try:
+        resembling = _prepared.get((layout, impl, q.shape), ())
+    except (TypeError, RuntimeError):  # an impl that can't be hashed, a nested tensor: refused by the checks
+        return None
+    for prepared in resembling:
         if prepared.serves(q, k, v) and (
             prepared.index < 0 or prepared.stream == current_stream(prepared.index)
         ):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention, reference_gradients
+from spattn_tvm.torch_private import cuda_sleep
 
 # Largest error of a row of o, dq, dk or dv relative to the row's norm, and of an lse. Float32 kernels
 # reach 1e-6; half precision rounds P and dS to 2**-11 or 2**-8. One key more or less in a band of 1000
@@ -194,7 +195,7 @@ class TrialData:
             self._flushed = torch.empty(_L2_FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flushed.fill_(1)
-        torch.cuda._sleep(_HEAD_START_CYCLES)
+        cuda_sleep(_HEAD_START_CYCLES)
         start.record()
         launch(data)
         end.record()
