@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,23 +28,23 @@ def document_lengths(cu_seqlens: Tensor | Sequence[int] | None, length: int) -> 
     Raises
     ------
     ValueError
-        `cu_seqlens` is not one-dimensional, does not start at 0, decreases or does not end at `length`.
+        `cu_seqlens` is not one-dimensional, does not start at 0, decreases or ends beyond `length`.
     """
     if cu_seqlens is None:
         return [length]
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                "cu_seqlens must be one-dimensional and int32, "
+                "cu_seqlens must be one-dimensional and int32 or int64, "
                 f"got shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
             )
         offsets = cu_seqlens.tolist()
     else:
         offsets = [int(offset) for offset in cu_seqlens]
     lengths = [end - begin for begin, end in pairwise(offsets)]
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != length or min(lengths) < 0:
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > length or min(lengths) < 0:
         shown = offsets if len(offsets) <= 8 else [*offsets[:4], "…", *offsets[-3:]]
-        raise ValueError(f"cu_seqlens must rise from 0 to the sequence length {length}, got {shown}")
+        raise ValueError(f"cu_seqlens must rise from 0 to at most the sequence length {length}, got {shown}")
     return lengths
 
 
@@ -54,7 +54,8 @@ class _Packing:
 
     table: Tensor  # (M, H, 4)
     row: Tensor  # (N,) row of `table`
-    begin: Tensor  # (N,) first token of the position's document
+    begin: Tensor  # (N,) first token of the position's document; N for a position of none
+    documents: list[tuple[int, int]]  # (first token, end) of each
 
     def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The definition: may `query` of `head` attend to `key`? Broadcasts its arguments."""
@@ -73,6 +74,17 @@ class _Packing:
             torch.arange(first_key, last, device=device)[None, None, :],
         )
 
+    def chunks(self, batch_heads: int) -> list[tuple[int, int, int]]:
+        """Query ranges and the first key that each can see: (first, last, first_key).
+
+        None reaches over two documents, because a weight of 0 times a NaN is NaN in a matrix product.
+        """
+        chunks = []
+        for begin, end in self.documents:
+            rows = max(16, _CHUNK_SCORES // max(1, batch_heads * (end - begin)))
+            chunks += [(first, min(first + rows, end), begin) for first in range(begin, end, rows)]
+        return chunks
+
 
 def _pack(
     layout: BandLayout, length: int, cu_seqlens: Tensor | Sequence[int] | None, device: torch.device
@@ -80,10 +92,14 @@ def _pack(
     lengths = document_lengths(cu_seqlens, length)
     layout.check_length(max(lengths))
     table = torch.tensor(layout.packed_table(lengths), dtype=torch.int64, device=device)
-    sizes = torch.tensor(lengths, device=device)
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes)
-    begin = (sizes.cumsum(0) - sizes)[document]
-    return _Packing(table, document if len(table) > 1 else torch.zeros_like(document), begin)
+    ends = list(accumulate(lengths))
+    documents = [(end - size, end) for size, end in zip(lengths, ends, strict=True)]
+    row = torch.zeros(length, dtype=torch.int64, device=device)
+    begin = torch.full_like(row, length)
+    for index, (first, end) in enumerate(documents):
+        row[first:end] = index if len(table) > 1 else 0
+        begin[first:end] = first
+    return _Packing(table, row, begin, documents)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
@@ -109,22 +125,20 @@ def _promoted(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _chunks(batch_heads: int, length: int, packing: _Packing) -> list[tuple[int, int, int]]:
-    """Query ranges and the first key that each can see: (first, last, first_key)."""
-    rows = max(16, _CHUNK_SCORES // max(1, batch_heads * length))
-    return [(first, min(first + rows, length), int(packing.begin[first])) for first in range(0, length, rows)]
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    has_key = mask.any(-1)
+    # A query without keys takes no part, and whatever arrives for its results stops at the masked_fill that
+    # made them.
+    q = q.masked_fill(~has_key[..., None], 0.0)
     scores = (scale * (q @ k.mT)).masked_fill(~mask, -torch.inf)
     # Rows without a key must not produce -inf - -inf, neither here nor in the gradient. The maximum cancels
     # out of both results, so no gradient flows through it.
     row_max = scores.detach().amax(-1, keepdim=True)
-    has_key = mask.any(-1)
     weights = torch.exp(scores - row_max.masked_fill(~has_key[..., None], 0.0))
     row_sum = weights.sum(-1).masked_fill(~has_key, 1.0)
     lse = (row_max.squeeze(-1) + row_sum.log()).masked_fill(~has_key, -torch.inf)
-    return (weights @ v) / row_sum[..., None], lse
+    o = (weights @ v) / row_sum[..., None]
+    return o.masked_fill(~has_key[..., None], 0.0), lse
 
 
 def reference_gradients(
@@ -164,20 +178,22 @@ def reference_gradients(
     group = q.shape[1] // k.shape[1]
     q, k, v, o, lse, do = (_promoted(tensor) for tensor in (q, k, v, o, lse, do))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    delta = (do * o).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse.to(delta.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for first, last, first_key in _chunks(q.shape[0] * q.shape[1], q.shape[2], packing):
+    for first, last, first_key in packing.chunks(q.shape[0] * q.shape[1]):
         rows, keys = slice(first, last), slice(first_key, last)
-        hidden = ~packing.mask(first, last, first_key)
-        scores = scale * (q[:, :, rows] @ k[:, :, keys].mT)
-        weights = torch.exp(scores - lse[:, :, rows, None]).masked_fill(hidden, 0.0)
-        dscores = weights * (do[:, :, rows] @ v[:, :, keys].mT - delta[:, :, rows, None])
-        dscores = scale * dscores.masked_fill(hidden, 0.0)
-        dq[:, :, rows] = dscores @ k[:, :, keys]
-        dk[:, :, keys] += dscores.mT @ q[:, :, rows]
-        dv[:, :, keys] += weights.mT @ do[:, :, rows]
+        mask = packing.mask(first, last, first_key)
+        keyless = ~mask.any(-1)
+        q_rows, do_rows = (tensor[:, :, rows].masked_fill(keyless[..., None], 0.0) for tensor in (q, do))
+        scores = scale * (q_rows @ k[:, :, keys].mT)
+        weights = torch.exp(scores - lse[:, :, rows, None]).masked_fill(~mask, 0.0)
+        delta = (do_rows * o[:, :, rows]).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - dlse[:, :, rows, None].to(delta.dtype)
+        dscores = weights * (do_rows @ v[:, :, keys].mT - delta)
+        dscores = scale * dscores.masked_fill(~mask, 0.0)
+        dq[:, :, rows] = (dscores @ k[:, :, keys]).masked_fill(keyless[..., None], 0.0)
+        dk[:, :, keys] += dscores.mT @ q_rows
+        dv[:, :, keys] += weights.mT @ do_rows
     return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)
 
 
@@ -236,8 +252,9 @@ def reference_attention(
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     cu_seqlens : Tensor or sequence of int, optional
-        Boundaries ``0 … N`` of packed documents, the same for each batch row. Documents never attend to one
-        another; with a layout without context length each document has the bands of its own length.
+        Rising boundaries of packed documents, from 0 to at most N, the same for each batch row. Documents
+        never attend to one another; with a layout without context length each document has the bands of its
+        own length. Rows behind the last boundary belong to no document: they have and are no key.
 
     Returns
     -------
@@ -247,6 +264,12 @@ def reference_attention(
         ``(B, Hq, N)`` natural logarithm of the sum of exponentiated scores; -inf for a query with no key.
 
     Both are computed and returned in the dtype of q promoted to at least float32.
+
+    Notes
+    -----
+    A NaN or an infinity stays within its own document, batch row and head (in k or v: the query heads that
+    read it); inside a document it may reach other rows. A query row that is NaN has o and lse of NaN. What
+    arrives for o and lse of a query without keys is ignored, NaN included.
 
     Raises
     ------
@@ -259,19 +282,23 @@ def reference_attention(
     group = q.shape[1] // k.shape[1]
     q, k, v = _promoted(q), _promoted(k), _promoted(v)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if q.numel() == 0:
-        return q * 1, q.sum(-1)
+    chunks = packing.chunks(q.shape[0] * q.shape[1])
+    # Keeping each chunk's scores for the backward would be N x N again.
+    scores = q.shape[0] * q.shape[1] * sum((last - first) * (last - key) for first, last, key in chunks)
+    recompute = scores > _CHUNK_SCORES and torch.is_grad_enabled()
     outputs, sums = [], []
-    chunks = _chunks(q.shape[0] * q.shape[1], q.shape[2], packing)
-    recompute = len(chunks) > 1 and torch.is_grad_enabled()
     for first, last, first_key in chunks:
         mask = packing.mask(first, last, first_key)
         inputs = (q[:, :, first:last], k[:, :, first_key:last], v[:, :, first_key:last], mask, scale)
         if recompute:
-            # Keeping each chunk's scores for the backward would be N x N again.
             o, lse = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             o, lse = _attend(*inputs)
         outputs.append(o)
         sums.append(lse)
+    # Rows of no document. A sum over nothing keeps q, k and v in the graph where there is no other.
+    nothing = q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum()
+    covered = packing.documents[-1][1]
+    outputs.append(torch.zeros_like(q[:, :, covered:]) + nothing)
+    sums.append(q.new_full((*q.shape[:2], q.shape[2] - covered), -torch.inf) + nothing)
     return torch.cat(outputs, 2), torch.cat(sums, 2)

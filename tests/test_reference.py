@@ -223,14 +223,45 @@ def test_documents_are_computed_alone():
             torch.testing.assert_close(lse[:, :, begin:end], lse_alone)
 
 
+@pytest.mark.parametrize("chunk_scores", [1, 2**22])
+@pytest.mark.parametrize("offsets", [[0, 13, 30], [0, 0], [0, 41]])
+def test_rows_behind_the_last_boundary_belong_to_no_document(offsets, chunk_scores, monkeypatch):
+    """They have o = 0, lse = -inf and zero gradients, and nobody sees them."""
+    monkeypatch.setattr(reference, "_CHUNK_SCORES", chunk_scores)
+    end = offsets[-1]
+    for layout in make_layouts(4, 50):
+        q, k, v = make_qkv(2, 4, 2, 50, 8)
+        with torch.no_grad():
+            for tensor in (q, k, v):
+                tensor[:, :, end:] = torch.nan
+        o, lse = reference_attention(q, k, v, layout, cu_seqlens=offsets)
+        assert (o[:, :, end:] == 0).all() and (lse[:, :, end:] == -torch.inf).all()
+        do, dlse = torch.randn_like(o), torch.randn_like(lse)
+        do[:, :, end:] = dlse[:, :, end:] = torch.nan
+        gradients = torch.autograd.grad((o, lse), (q, k, v), (do, dlse))
+        written_out = reference_gradients(q, k, v, o, lse, do, dlse, layout, cu_seqlens=offsets)
+        torch.testing.assert_close(written_out, gradients)
+        assert all((gradient[:, :, end:] == 0).all() for gradient in gradients)
+        parts = [tensor.detach()[:, :, :end].requires_grad_() for tensor in (q, k, v)]
+        alone = reference_attention(*parts, layout, cu_seqlens=offsets)
+        torch.testing.assert_close((o[:, :, :end], lse[:, :, :end]), alone)
+        expected = torch.autograd.grad(alone, parts, (do[:, :, :end], dlse[:, :, :end]))
+        torch.testing.assert_close(tuple(gradient[:, :, :end] for gradient in gradients), expected)
+        mask = attention_mask(layout, 50, offsets)
+        assert not mask[:, end:].any() and not mask[:, :, end:].any()
+
+
 def test_empty_batch_and_empty_sequence():
     layout = BandLayout.spattention(4)
     for batch, length in [(0, 5), (2, 0)]:
         inputs = make_qkv(batch, 4, 2, length, 8)
         o, lse = reference_attention(*inputs, layout)
         assert o.shape == (batch, 4, length, 8) and lse.shape == (batch, 4, length)
-        gradients = reference_gradients(*inputs, o, lse, o, lse, layout)
-        assert [g.shape for g in gradients] == [t.shape for t in inputs]
+        for gradients in (
+            reference_gradients(*inputs, o, lse, o, lse, layout),
+            torch.autograd.grad((o.sum(), lse.sum()), inputs),
+        ):
+            assert [g.shape for g in gradients] == [t.shape for t in inputs]
 
 
 def test_large_scores_do_not_overflow():
@@ -267,10 +298,10 @@ def test_baseline_masks():
 @pytest.mark.parametrize(
     "offsets, message",
     [
-        ([0], "rise from 0 to the sequence length 9, got \\[0\\]"),
+        ([0], "rise from 0 to at most the sequence length 9, got \\[0\\]"),
         ([], "got \\[\\]"),
         ([1, 9], "got \\[1, 9\\]"),
-        ([0, 8], "got \\[0, 8\\]"),
+        ([0, 10], "got \\[0, 10\\]"),
         ([0, 6, 4, 9], "got \\[0, 6, 4, 9\\]"),
         (torch.tensor([[0, 9]]), "one-dimensional"),
         (torch.tensor([0.0, 9.0]), "float32"),

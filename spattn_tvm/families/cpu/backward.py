@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
 from spattn_tvm.domains.tiles import table_row
 
-from .exponential import LOG2E, exp2
+from .exponential import exp
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 
 
@@ -154,28 +154,26 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                     for tile in T.serial((end - begin + R - 1) // R):
                         query_begin: T.let[T.int32] = begin + tile * R
                         query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
-                        # Lanes past the end hold zeros and lse = inf, so that they add nothing anywhere.
+                        # Lanes past the end, and queries without keys (lse = -inf) whatever arrives for their
+                        # o and lse, hold zeros and lse = inf, so that they add nothing anywhere.
                         for r in T.serial(R):
                             i: T.let[T.int32] = T.min(query_begin + r, query_last)
-                            delta[r] = T.Select(
-                                query_begin + r <= query_last, T.float32(0) - dlse[b, h, i], T.float32(0)
+                            # Not `lse != -inf`, which is false for NaN in LLVM's ordered comparison.
+                            is_nobody: T.let[T.bool] = (query_begin + r > query_last) | (
+                                lse[b, h, i] == T.float32(-math.inf)
                             )
+                            row_lse[r] = T.Select(is_nobody, T.float32(math.inf), lse[b, h, i])
+                            delta[r] = T.Select(is_nobody, T.float32(0), T.float32(0) - dlse[b, h, i])
                             for d in T.serial(D):
-                                query_rows[r, d] = T.cast(q[b, h, i, d], "float32")
-                                query[d, r] = query_rows[r, d] * (scale * T.float32(LOG2E))
+                                query_rows[r, d] = T.Select(
+                                    is_nobody, T.float32(0), T.cast(q[b, h, i, d], "float32")
+                                )
+                                query[d, r] = query_rows[r, d] * scale
                                 doutput_rows[r, d] = T.Select(
-                                    query_begin + r <= query_last,
-                                    T.cast(do[b, h, i, d], "float32"),
-                                    T.float32(0),
+                                    is_nobody, T.float32(0), T.cast(do[b, h, i, d], "float32")
                                 )
                                 doutput[d, r] = doutput_rows[r, d]
                                 delta[r] = delta[r] + doutput_rows[r, d] * T.cast(o[b, h, i, d], "float32")
-                            # A query with no key (lse = -inf) has no probabilities and no gradients.
-                            row_lse[r] = T.Select(
-                                (query_begin + r <= query_last) & (lse[b, h, i] != T.float32(-math.inf)),
-                                lse[b, h, i] * T.float32(LOG2E),
-                                T.float32(math.inf),
-                            )
                         for d in T.serial(D):
                             fill(dquery, d, 1, R, lambda u, r: T.float32(0))
 
@@ -227,7 +225,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                                         )  # fmt: skip
                                     fill(
                                         probabilities, group * JU, JU, R,
-                                        lambda u, r: exp2(query_tile[u, r] - row_lse[r]),
+                                        lambda u, r: exp(query_tile[u, r] - row_lse[r]),
                                     )  # fmt: skip
                                     fill(query_tile, 0, JU, R, lambda u, r: T.float32(0))
                                     multiply_add(

@@ -1,4 +1,4 @@
-"""``2**x`` for kernels whose compiler has no vector exponential (LLVM calls libm once per lane)."""
+"""``e**x`` for kernels whose compiler has no vector exponential (LLVM calls libm once per lane)."""
 
 from tvm.script import tirx as T
 
@@ -10,8 +10,13 @@ _COEFFICIENTS = (1.0, 0.693147180, 0.240226507, 0.0555036595, 0.00961817697, 0.0
 _SMALLEST_EXPONENT = -127.0
 
 
-def exp2(x):
-    """``2**x`` of a float32 expression ``x <= 127``; exactly 0 below -126.5 (and for -inf), NaN for NaN."""
+def exp(x):
+    """``e**x`` of a float32 expression ``x <= 88``; exactly 0 below -87.7 (and for -inf), NaN for NaN.
+
+    Scores are scaled by log2(e) here, after their maximum was subtracted: before, one beyond 2.36e38 would
+    become infinite.
+    """
+    x = x * T.float32(LOG2E)
     # Not T.max: the comparison must be false for NaN, so that NaN passes.
     clamped = T.Select(T.float32(_SMALLEST_EXPONENT) > x, T.float32(_SMALLEST_EXPONENT), x)
     whole = T.nearbyint(clamped)

@@ -21,11 +21,11 @@ from tvm.script import tirx as T
 from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
 from spattn_tvm.domains.tiles import first_slot, table_row, tile_slots
 
-from .exponential import LN2, LOG2E, exp2
+from .exponential import LN2, exp
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 
-# A running maximum below any score, yet finite: -inf - -inf would be NaN.
-LOWEST = -3.0e38
+# A running maximum not above any finite score, yet finite: -inf - -inf would be NaN.
+LOWEST = -3.4028234663852886e38
 
 
 def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
@@ -140,8 +140,8 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                     table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
                     # Lanes past the end repeat the last query; they are never written.
                     for r, d in T.grid(R, D):
-                        query[d, r] = T.cast(q[b, h, T.min(query_begin + r, query_last), d], "float32") * (
-                            scale * T.float32(LOG2E)
+                        query[d, r] = (
+                            T.cast(q[b, h, T.min(query_begin + r, query_last), d], "float32") * scale
                         )
                     for d in T.serial(D):
                         fill(output, d, 1, R, lambda u, r: T.float32(0))
@@ -193,13 +193,13 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                 fill(scores, group * JU, JU, R, lambda u, r: score_tile[u, r])
 
                             for r in T.vectorized(R):
-                                rescale[r] = exp2(row_max[r] - tile_max[r])
+                                rescale[r] = exp(row_max[r] - tile_max[r])
                             for r in T.vectorized(R):
                                 row_max[r] = tile_max[r]
                                 row_sum[r] = row_sum[r] * rescale[r]
                             for j in T.serial(count):
                                 for r in T.vectorized(R):
-                                    probability[r] = exp2(scores[j, r] - row_max[r])
+                                    probability[r] = exp(scores[j, r] - row_max[r])
                                 for r in T.vectorized(R):
                                     row_sum[r] = row_sum[r] + probability[r]
                                 for r in T.vectorized(R):
@@ -224,6 +224,6 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                     for r in T.serial(query_last - query_begin + 1):
                         for d in T.serial(D):
                             o[b, h, query_begin + r, d] = T.cast(output[d, r] * rescale[r], dtype)
-                        lse[b, h, query_begin + r] = (row_max[r] + T.log2(row_sum[r])) * T.float32(LN2)
+                        lse[b, h, query_begin + r] = row_max[r] + T.log2(row_sum[r]) * T.float32(LN2)
 
     return IRModule({"forward": forward})
