@@ -38,11 +38,21 @@ def _find_or(path: str, replacement: Any) -> Any:
 # How many dispatch modes are active, PyTorch's own among them.
 count_dispatch_modes: Callable[[], int] = _find_or("_C._len_torch_dispatch_stack", lambda: 1)
 has_function_mode: Callable[[], bool] = _find_or("_C._is_torch_function_mode_enabled", lambda: True)
-# Something other than None inside of vmap, grad and their like.
-functional_transform: Callable[[], object] = _find_or(
-    "_C._functorch.peek_interpreter_stack", lambda: "unknown"
-)
+# Inside of vmap, grad and their like.
+is_transformed: Callable[[], bool] = _find_or("_C._are_functorch_transforms_active", lambda: True)
 is_profiling: Callable[[], bool] = _find_or("autograd._profiler_enabled", lambda: True)
+_interpreters = _find("_C._functorch.get_interpreter_stack")
+_Transform = _find("_C._functorch.TransformType")
+
+if _MISSING in (_interpreters, _Transform):
+    is_differentiated = is_transformed
+else:
+
+    def is_differentiated() -> bool:
+        """Inside of ``torch.func.grad``, ``vjp`` or ``jvp``, under any other transforms?"""
+        return any(each.key() in (_Transform.Grad, _Transform.Jvp) for each in _interpreters() or ())
+
+
 is_any_autocast_enabled: Callable[[], bool] = _find_or(
     "_C._is_any_autocast_enabled",
     lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),

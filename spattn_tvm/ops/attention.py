@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.torch_private import is_any_autocast_enabled
+from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 
 from .operators import IMPLEMENTATIONS, are_plain, attend_by_operator, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
+from .transforms import attend_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -234,6 +235,8 @@ def banded_attention(
         o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
         if cu_seqlens is None:
             remember(q, k, v, layout.spec, impl)
-    else:
+    elif torch.compiler.is_dynamo_compiling() or not is_differentiated():
         o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
+    else:
+        o, lse = attend_transformed(q, k, v, cu_seqlens, settings)
     return (o, lse) if return_lse else o

@@ -15,6 +15,7 @@ An eager call that resembles an earlier one is recognised as a whole and launche
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from spattn_tvm.launch import (
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.torch_private import (
     count_dispatch_modes,
-    functional_transform,
     has_function_mode,
     is_forward_mode,
     is_ordinary,
     is_profiling,
+    is_transformed,
 )
 
 from .band_tables import find_bands
@@ -45,13 +46,13 @@ Settings = tuple[str, float, bool, str]
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "hopper", "mma")
 
-_LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
+LIBRARY.define(
     "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, float scale, "
     "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
     "Tensor? cu_seqlens, str layout, float scale, bool deterministic, str impl) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
@@ -131,12 +132,12 @@ def _backward(
 
 # --- registration --------------------------------------------------------------------------------------
 
-_FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
-_BACKWARD = torch.ops.spattn_tvm.banded_attention_backward.default
+FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
+BACKWARD = torch.ops.spattn_tvm.banded_attention_backward.default
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("banded_attention_forward", _forward, _device)
-    _LIBRARY.impl("banded_attention_backward", _backward, _device)
+    LIBRARY.impl("banded_attention_forward", _forward, _device)
+    LIBRARY.impl("banded_attention_backward", _backward, _device)
 
 
 def _fake_forward(
@@ -160,17 +161,20 @@ def _fake_backward(
     return dq, dk, dv
 
 
-torch.library.register_fake("spattn_tvm::banded_attention_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("spattn_tvm::banded_attention_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_fake("spattn_tvm::banded_attention_forward", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("spattn_tvm::banded_attention_backward", _fake_backward, lib=LIBRARY)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def find_gradients(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, operator: Callable[..., Any] = BACKWARD
+) -> tuple[Tensor | None, ...]:
+    """dq, dk and dv from what `save` or its like saved; by the operator if somebody watches."""
     if do is None and dlse is None:
         return None, None, None
     q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
@@ -179,25 +183,35 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor
     tensors = (do, dlse, q, k, v, o, lse, cu_seqlens)
     # With create_graph=True the gradients need a history that raises, which only the operator gives them.
     is_eager = not torch.is_grad_enabled() and not is_watched() and are_plain(tensors)
-    return (_backward if is_eager else _BACKWARD)(*tensors, *ctx.settings)
+    return (_backward if is_eager else operator)(*tensors, *ctx.settings)
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, do, dlse), None, None, None, None, None
+def differentiate(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, operator: Callable[..., Any] = BACKWARD
+) -> tuple[Tensor | None, ...]:
+    """A gradient, or None, for each input of the forward operator."""
+    return *find_gradients(ctx, do, dlse, operator), None, None, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise RuntimeError(
+def refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError(
         "banded_attention has no second derivative: its backward can't be differentiated. For gradients of "
         "gradients use spattn_tvm.reference_attention, which is made of PyTorch operations"
     )
 
 
+def refuse_forward_mode(*arguments: Any) -> None:
+    raise NotImplementedError(
+        "banded_attention has no forward-mode derivative (jvp, jacfwd, hessian): use reverse mode "
+        "(vjp, jacrev), or spattn_tvm.reference_attention, which is made of PyTorch operations"
+    )
+
+
 torch.library.register_autograd(
-    "spattn_tvm::banded_attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY
+    "spattn_tvm::banded_attention_forward", differentiate, setup_context=save, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "spattn_tvm::banded_attention_backward", _refuse_second_derivative, lib=_LIBRARY
+    "spattn_tvm::banded_attention_backward", refuse_second_derivative, lib=LIBRARY
 )
 
 
@@ -216,7 +230,7 @@ def is_watched() -> bool:
         or has_function_mode()
         or is_profiling()
         or is_forward_mode()
-        or functional_transform() is not None
+        or is_transformed()
         or torch.jit.is_tracing()
     )
 
@@ -237,5 +251,5 @@ def attend_by_operator(
     """``banded_attention_forward`` through the dispatcher, for who needs to see an operator; unchecked."""
     # An operator with a registered backward drops tangents without a word.
     if is_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
-        raise NotImplementedError("banded_attention has no forward-mode derivative: use backward")
-    return _FORWARD(q, k, v, cu_seqlens, *settings)
+        refuse_forward_mode()
+    return FORWARD(q, k, v, cu_seqlens, *settings)

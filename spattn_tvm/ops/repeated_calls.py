@@ -30,7 +30,7 @@ from .band_tables import _packed_on_host, _table_of_each_length, _unpacked, find
 from .operators import (
     Settings,
     _forward,
-    _gradients,
+    find_gradients,
 )
 
 # Looked up once: attribute by attribute they would cost a call another 0.1 us.
@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, do, dlse), None, None, None
+        return *find_gradients(ctx, do, dlse), None, None, None
 
 
 class _OutputAgain(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _OutputAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, do, None), None, None
+        return *find_gradients(ctx, do, None), None, None
 
 
 _apply = apply_past_functorch(_Attention)
