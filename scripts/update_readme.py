@@ -119,8 +119,8 @@ def best_but_untuned_us(log: Path, family: str) -> float:
     return min(
         measurement.latency_us
         for measurement in read_measurements(log)
-        if measurement.family == family
-        and measurement.decisions != untuned
+        if measurement.kernel.family == family
+        and measurement.kernel.decisions != untuned
         and measurement.latency_us is not None
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .families import find_space, is_deterministic
+from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .runtime import RUNTIME_LIBRARY
 from .target import MachineTarget
@@ -37,8 +37,7 @@ class BundledKernel:
     ----------
     problem : AttentionProblem
         It also serves other shapes and layouts of this direction, dtype and head dim.
-    family : str
-    decisions : dict[str, int]
+    kernel : KernelSpec
     status, reason : str
         As dispatch gave them at export.
     path : Path
@@ -48,8 +47,7 @@ class BundledKernel:
     """
 
     problem: AttentionProblem
-    family: str
-    decisions: dict[str, int]
+    kernel: KernelSpec
     status: str
     reason: str
     path: Path
@@ -106,21 +104,19 @@ class Bundle:
         reproducible where that is asked for, or the bundle is for other devices.
         """
         able = [
-            kernel
-            for kernel in self.kernels
-            if _fits(kernel, target)
-            and kernel.problem.direction == problem.direction
-            and kernel.problem.dtype == problem.dtype
-            and kernel.problem.head_dim == problem.head_dim
-            and (families is None or kernel.family in families)
-            and (not deterministic or is_deterministic(kernel))
+            entry
+            for entry in self.kernels
+            if _fits(entry, target)
+            and entry.kernel.serves(problem)
+            and (families is None or entry.kernel.family in families)
+            and (not deterministic or entry.kernel.is_deterministic)
         ]
         return min(
             able,
-            key=lambda kernel: (
-                _distance(kernel.target, target),
-                not is_same_problem(problem, kernel.problem),
-                problem_distance(problem, kernel.problem),
+            key=lambda entry: (
+                _distance(entry.target, target),
+                not is_same_problem(problem, entry.problem),
+                problem_distance(problem, entry.problem),
             ),
             default=None,
         )
@@ -130,14 +126,13 @@ def _distance(compiled: MachineTarget, device: MachineTarget) -> tuple[bool, boo
     return compiled.arch != device.arch, compiled.model != device.model
 
 
-def _fits(kernel: BundledKernel, device: MachineTarget) -> bool:
+def _fits(entry: BundledKernel, device: MachineTarget) -> bool:
     """Whether the machine code runs on a device, and its shared memory is there."""
-    if not kernel.target.runs_on(device):
+    if not entry.target.runs_on(device):
         return False
-    if kernel.target.arch == device.arch or device.kind == "cpu":
+    if entry.target.arch == device.arch or device.kind == "cpu":
         return True
-    space, problem = find_space(kernel.family, kernel.problem.direction), kernel.problem
-    return space.rejection(kernel.decisions, problem.head_dim, problem.dtype, device) is None
+    return entry.kernel.rejection(device) is None
 
 
 def _sha256(path: Path) -> str:
@@ -208,8 +203,6 @@ def _read_kernel(
             ("target", str),
         )
     }
-    for name, value in values["decisions"].items():
-        _typed(folder, f"decision {name!r} of kernel {index}", value, int)
     if values["status"] not in _STATUSES:
         raise _refuse(folder, f"kernel {index} has status {values['status']!r}")
     library = values.pop("library")
@@ -219,11 +212,15 @@ def _read_kernel(
         problem = AttentionProblem.from_json(entry.get("problem"))
     except (TypeError, ValueError) as error:
         raise _refuse(folder, f"the problem of kernel {index} is damaged ({error})") from error
+    try:
+        kernel = KernelSpec.of(values.pop("family"), problem, values.pop("decisions"))
+    except ValueError as error:
+        raise _refuse(folder, f"kernel {index} is none that this process knows ({error})") from error
     name = values.pop("target")
     target = next((target for target in targets if target.folder == name), None)
     if target is None:
         raise _refuse(folder, f"the target {name!r} of kernel {index} is not among its targets")
-    return BundledKernel(problem, path=folder / library, target=target, **values)
+    return BundledKernel(problem, kernel, path=folder / library, target=target, **values)
 
 
 _registered: list[Bundle] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .families import families_for, find_space, has_space
+from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .store import ScheduleRecord, read_cached, schedules_root, target_folders
 from .target import MachineTarget, parse_target
@@ -19,14 +20,13 @@ class NoKernelError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a lookup decided: the family and its decisions, how good the evidence is, and why.
+    """What a lookup decided: the kernel, how good the evidence is, and why.
 
     ``status`` is ``"tuned"`` (measured for this very problem on this chip), ``"nearest"`` (measured for
     another) or ``"untuned"`` (the space's default).
     """
 
-    family: str
-    decisions: dict[str, int]
+    kernel: KernelSpec
     status: str
     reason: str
     record: ScheduleRecord | None = None
@@ -58,11 +58,11 @@ def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], ab
     """What the families that were not chosen took for the chosen record's problem."""
     parts = []
     for family in able:
-        if family == chosen.family:
+        if family == chosen.kernel.family:
             continue
-        latencies = [record.latency_us for record in rivals if record.family == family]
+        latencies = [record.latency_us for record in rivals if record.kernel.family == family]
         parts.append(f"{family} {min(latencies):.1f} us" if latencies else f"{family} has no record of it")
-    return f"; {chosen.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
+    return f"; {chosen.kernel.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
 
 
 def _other_models(target: MachineTarget, root: Path) -> list[str]:
@@ -145,6 +145,10 @@ def find_schedule(
 
     passed_over: list[str] = []
 
+    def kernel_of(record: ScheduleRecord) -> KernelSpec:
+        """The record's kernel in the problem's dtype, which may be another than it was measured in."""
+        return dataclasses.replace(record.kernel, dtype=problem.dtype)
+
     def usable(folder: str) -> list[ScheduleRecord]:
         records = []
         for record in read_cached(root, folder):
@@ -152,14 +156,13 @@ def find_schedule(
             if (
                 known.direction != problem.direction
                 or known.head_dim != problem.head_dim
-                or record.family not in able
+                or record.kernel.family not in able
             ):
                 continue
-            space = find_space(record.family, problem.direction)
-            reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
+            reason = kernel_of(record).rejection(target)
             if reason is not None:
                 passed_over.append(f"{known.key} of {folder} ignored: {reason}")
-            elif not deterministic or space.is_deterministic(record.decisions):
+            elif not deterministic or record.kernel.is_deterministic:
                 records.append(record)
         return records
 
@@ -169,16 +172,16 @@ def find_schedule(
     def choose(names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
         """The choice among some families, and the records measured beside its own."""
         nonlocal elsewhere
-        known = [record for record in here if record.family in names]
+        known = [record for record in here if record.kernel.family in names]
         same = [record for record in known if is_same_problem(problem, record.problem)]
         if same:
             record = min(same, key=lambda item: item.latency_us)
             reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
-            return Choice(record.family, record.decisions, "tuned", reason, record), same
+            return Choice(kernel_of(record), "tuned", reason, record), same
         if not known:
             if elsewhere is None:
                 elsewhere = [record for folder in _other_models(target, root) for record in usable(folder)]
-            known = [record for record in elsewhere if record.family in names]
+            known = [record for record in elsewhere if record.kernel.family in names]
         if known:
             record = min(
                 known,
@@ -190,26 +193,24 @@ def find_schedule(
             )
             reason = f"nearest record, measured {_difference(problem, record, target)}"
             beside = [r for r in known if (r.problem, r.target) == (record.problem, record.target)]
-            return Choice(record.family, record.decisions, "nearest", reason, record), beside
-        decisions = find_space(names[0], problem.direction).untuned(
-            problem.head_dim, problem.dtype, target, deterministic=deterministic
-        )
+            return Choice(kernel_of(record), "nearest", reason, record), beside
         reason = (
             f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
         )
-        return Choice(names[0], decisions, "untuned", reason), []
+        return Choice(KernelSpec.untuned(names[0], problem, target, deterministic), "untuned", reason), []
 
     choice, beside = choose(able)
     reason, record = choice.reason, choice.record
     if record is not None:
-        measured = {record.family for record in beside}
-        preferred = able[: able.index(choice.family)]
+        measured = {other.kernel.family for other in beside}
+        preferred = able[: able.index(choice.kernel.family)]
         unmeasured = [family for family in preferred if family not in measured]
         if unmeasured:
             choice, _ = choose(unmeasured[:1])
             reason = (
-                f"{choice.family} is preferred to {record.family}, whose {record.latency_us:.1f} us "
-                f"({record.problem.key} on {record.target}) were measured without it; {choice.reason}"
+                f"{choice.kernel.family} is preferred to {record.kernel.family}, whose "
+                f"{record.latency_us:.1f} us ({record.problem.key} on {record.target}) were measured without "
+                f"it; {choice.reason}"
             )
         else:
             reason += _other_families(record, beside, able)

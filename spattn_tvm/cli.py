@@ -10,7 +10,6 @@ import enum
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -312,8 +311,8 @@ def tune(
 def _print_result(result: TuningResult) -> None:
     found = (
         "none was correct"
-        if result.latency_us is None
-        else f"{result.latency_us:,.1f} us with {result.family}, {_listed(result.decisions)}"
+        if result.kernel is None
+        else f"{result.latency_us:,.1f} us with {result.kernel.family}, {result.kernel.decisions}"
     )
     failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
     typer.echo(f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}")
@@ -353,23 +352,17 @@ def _verified(records: list[ScheduleRecord], machine: MachineTarget, problems: i
     from .verify import kernels_of_records
     from .verify import verify as check
 
-    choices = kernels_of_records(records)
-    result = check(machine, problems * len(choices), seed=seed, choices=choices)
+    kernels = kernels_of_records(records)
+    result = check(machine, problems * len(kernels), seed=seed, kernels=kernels)
     typer.echo(f"verified on random problems: {result.passed} passed, {len(result.failures)} failed")
     return result.failures
 
 
 def _print_records(records: list[ScheduleRecord]) -> None:
     for record in records:
-        decisions = _listed(record.decisions)
         spent = f" ({record.resources})" if record.resources else ""
-        typer.echo(
-            f"{record.problem.key}: {record.latency_us:,.1f} us with {record.family}, {decisions}{spent}"
-        )
-
-
-def _listed(decisions: Mapping[str, int] | None) -> str:
-    return ", ".join(f"{name}={value}" for name, value in (decisions or {}).items())
+        kernel = f"{record.kernel.family}, {record.kernel.decisions}"
+        typer.echo(f"{record.problem.key}: {record.latency_us:,.1f} us with {kernel}{spent}")
 
 
 @app.command(epilog="Example: spattn distill --target cpu")

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from .bundle import (
     registered_bundles,
 )
 from .choice import Choice, NoKernelError, find_schedule
-from .families import families_for
-from .families.space import FAMILIES
+from .families import call_on_registration as call_on_family_registration
+from .families import families_for, family_names
+from .families.family import Abi
+from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem
 from .runtime import load_library
 from .target import MachineTarget, detect_cpu, detect_cuda
 
-IMPLEMENTATIONS = ("auto", "reference", *FAMILIES)
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Each new shape, length and layout is an entry; a training run has a few, a server with free lengths has
 # many.
@@ -48,6 +49,9 @@ class FallbackWarning(UserWarning):
     """A call runs on the eager reference, which is correct and slow, because no kernel can serve it here."""
 
 
+_NO_ABI = Abi((), ())
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """What serves a call.
@@ -56,33 +60,48 @@ class Kernel:
     ----------
     function : callable
         The compiled function, with the arguments of its family.
-    family : str
-        A kernel family, or ``"reference"``.
-    direction : {"forward", "backward"}
-    decisions : mapping
+    spec : KernelSpec or None
+        Which kernel it is; None for the reference.
     status : {"tuned", "nearest", "untuned", "reference"}
     reason : str
         One sentence: why this one.
     path : Path or None
         Its library.
+
+    Attributes
+    ----------
+    abi : Abi
+        What the function takes; nothing for the reference.
     """
 
     function: Callable[..., Any]
-    family: str
-    direction: str
-    decisions: Mapping[str, int] = field(default_factory=dict)
+    spec: KernelSpec | None
     status: str = "untuned"
     reason: str = ""
     path: Path | None = None
+    abi: Abi = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "abi", _NO_ABI if self.spec is None else self.spec.abi)
+
+    @property
+    def family(self) -> str:
+        """The kernel family, or ``"reference"``."""
+        return "reference" if self.spec is None else self.spec.family
 
 
 _lock = threading.RLock()
 _found: dict[Any, Kernel] = {}
 _functions: dict[tuple[Path, str], Callable[..., Any]] = {}
-_compiled_paths: dict[Any, Path] = {}
+_compiled_paths: dict[tuple[KernelSpec, MachineTarget], Path] = {}
 _environment_bundle: list[str] = []
 _warned: set[str] = set()
 _listeners: list[Callable[[], None]] = []
+
+
+def implementations() -> tuple[str, ...]:
+    """What ``impl`` may be: ``"auto"``, ``"reference"`` and the registered kernel families."""
+    return ("auto", "reference", *family_names())
 
 
 def _no_function(*arguments: object) -> None:
@@ -112,6 +131,7 @@ def _forget() -> None:
 
 
 call_on_registration(_forget)
+call_on_family_registration(_forget)
 
 
 def clear_cache() -> None:
@@ -166,21 +186,18 @@ def _from_bundles(
         function = _function(
             entry.path, problem.direction, cuda=target.kind == "cuda", bundle_folder=bundle.path
         )
-        return Kernel(function, entry.family, problem.direction, entry.decisions, status, reason, entry.path)
+        return Kernel(function, entry.kernel, status, reason, entry.path)
     return None
 
 
-def _compiled(problem: AttentionProblem, target: MachineTarget, choice: Choice) -> Kernel:
-    identity = (choice.family, problem.direction, problem.dtype, problem.head_dim)
-    key = (*identity, target, *sorted(choice.decisions.items()))
-    path = _compiled_paths.get(key)
+def _compiled(target: MachineTarget, choice: Choice) -> Kernel:
+    spec = choice.kernel
+    path = _compiled_paths.get((spec, target))
     if path is None:
         # Finding a library on disk takes 2 ms, too much for each new length.
-        path = _compiled_paths[key] = compile_kernel(*identity, choice.decisions, target)
-    function = _function(path, problem.direction, cuda=target.kind == "cuda")
-    return Kernel(
-        function, choice.family, problem.direction, choice.decisions, choice.status, choice.reason, path
-    )
+        path = _compiled_paths[spec, target] = compile_kernel(spec, target)
+    function = _function(path, spec.direction, cuda=target.kind == "cuda")
+    return Kernel(function, spec, choice.status, choice.reason, path)
 
 
 def _families(impl: str, target: MachineTarget) -> tuple[str, ...]:
@@ -208,8 +225,8 @@ def _problem(
     return AttentionProblem(direction, name, batch, heads, kv_heads, length, head_dim, layout)
 
 
-def _reference(direction: str, reason: str) -> Kernel:
-    return Kernel(_no_function, "reference", direction, status="reference", reason=reason)
+def _reference(reason: str) -> Kernel:
+    return Kernel(_no_function, None, "reference", reason)
 
 
 def _find(
@@ -222,12 +239,12 @@ def _find(
     kv_heads: int | None,
     deterministic: bool,
 ) -> Kernel:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl not in implementations():
+        raise ValueError(f"impl must be one of {', '.join(implementations())}, got {impl!r}")
     if impl == "reference":
-        return _reference(direction, "asked for by impl='reference'")
+        return _reference("asked for by impl='reference'")
     if impl == "auto" and dtype is torch.float64:
-        return _reference(direction, "float64 is what the reference is for")
+        return _reference("float64 is what the reference is for")
     try:
         problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
         target = _target_of(device)
@@ -236,7 +253,7 @@ def _find(
         if kernel is not None:
             return kernel
         choice = find_schedule(problem, target, families=families, deterministic=deterministic)
-        return _compiled(problem, target, choice)
+        return _compiled(target, choice)
     except (NoKernelError, CompilerMissingError) as error:
         if impl != "auto":
             raise
@@ -246,7 +263,7 @@ def _find(
         warnings.warn(
             f"banded attention runs on the slow eager reference: {reason}", FallbackWarning, stacklevel=4
         )
-    return _reference(direction, reason)
+    return _reference(reason)
 
 
 def find_kernel(
@@ -276,7 +293,8 @@ def find_kernel(
     Returns
     -------
     Kernel
-        Of family ``"reference"`` for float64, and with a :class:`FallbackWarning` where no kernel can serve.
+        Without a spec, which is the reference, for float64, and with a :class:`FallbackWarning` where no
+        kernel can serve.
 
     Raises
     ------
@@ -315,11 +333,11 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
         if entry is not None:
             status, reason = _bundled_status(problem, bundle, entry)
             lines += [
-                ("family", entry.family),
+                ("family", entry.kernel.family),
                 ("status", status),
                 ("reason", reason),
                 ("bundle", str(bundle.path)),
-                ("decisions", _listed(entry.decisions)),
+                ("decisions", str(entry.kernel.decisions)),
             ]
             return _aligned(lines)
     try:
@@ -327,10 +345,10 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
     except NoKernelError as error:
         return _aligned([*lines, ("family", "reference (slow, eager)"), ("reason", str(error))])
     lines += [
-        ("family", choice.family),
+        ("family", choice.kernel.family),
         ("status", choice.status),
         ("reason", choice.reason),
-        ("decisions", _listed(choice.decisions)),
+        ("decisions", str(choice.kernel.decisions)),
     ]
     if choice.record is not None:
         record = choice.record
@@ -342,10 +360,6 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
     if missing is not None:
         lines.append(("compiler", missing))
     return _aligned(lines)
-
-
-def _listed(decisions: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in decisions.items())
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:

@@ -115,18 +115,16 @@ def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> l
     # The fastest comes first, so that it is the one of equally near kernels that a call takes.
     choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
     entries = []
-    for choice in choices if choices[0].decisions != choices[1].decisions else choices[:1]:
-        library = compile_kernel(
-            choice.family, problem.direction, problem.dtype, problem.head_dim, choice.decisions, target
-        )
+    for choice in choices if choices[0].kernel != choices[1].kernel else choices[:1]:
+        library = compile_kernel(choice.kernel, target)
         if not (folder / library.name).exists():
             shutil.copyfile(library, folder / library.name)
         entries.append(
             {
                 "problem": problem.to_json(),
                 "target": target.folder,
-                "family": choice.family,
-                "decisions": dict(sorted(choice.decisions.items())),
+                "family": choice.kernel.family,
+                "decisions": dict(choice.kernel.decisions),
                 "status": choice.status,
                 "reason": choice.reason,
                 "library": library.name,

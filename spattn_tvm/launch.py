@@ -1,28 +1,26 @@
-"""Allocation around a kernel call: outputs, accumulators and the workspaces of each family.
+"""Around a kernel call: inputs that it can read, outputs, scratch and scalars, as the ABI of its family says.
 
-Inputs whose last dimension is not contiguous are copied. On CUDA so are those that a TMA descriptor can't
-describe: an address or a stride that is no multiple of 16 bytes.
+The ABI is data (:mod:`spattn_tvm.families.family`); nothing here knows a family or a direction by name, but
+that :func:`ready_forward` serves those that are called again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .families.family import Abi, Output, Scratch, Sizes
 from .torch_private import current_device, current_stream, empty_on_cpu, empty_on_cuda, is_capturing
 
 if TYPE_CHECKING:
     from .dispatch import Kernel
 
-Gradients = tuple[Tensor, Tensor, Tensor]
 # (q, k, v, scale) -> (o, lse)
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-
-_TMA_BYTES = 16
 
 
 @cache
@@ -30,69 +28,184 @@ def _multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def _has_describable_strides(tensor: Tensor) -> bool:
-    step = _TMA_BYTES // tensor.element_size()
+def _workers(index: int) -> int:
+    return torch.get_num_threads() if index < 0 else _multiprocessors(index)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------
+
+
+def _has_aligned_strides(tensor: Tensor, alignment: int) -> bool:
+    """Whether rows are contiguous and every stride, also of a dimension of size 1, is a multiple."""
+    step = alignment // tensor.element_size() or 1
     b, h, n, d = tensor.stride()
     return d == 1 and not (b % step or h % step or n % step)
 
 
-def _is_describable(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % _TMA_BYTES == 0 and _has_describable_strides(tensor)
+def _with_aligned_strides(tensor: Tensor, alignment: int) -> Tensor:
+    """The tensor with harmless strides of its dimensions of size 1, which say nothing: to PyTorch it is
+    contiguous whatever they are, to a TMA descriptor they are strides."""
+    if _has_aligned_strides(tensor, alignment):
+        return tensor
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.as_strided(tensor.shape, [alignment if size == 1 else stride for size, stride in pairs])
 
 
-def _are_aligned(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES == 0
+def _is_aligned(tensor: Tensor, alignment: int) -> bool:
+    return tensor.data_ptr() % alignment == 0 and _has_aligned_strides(tensor, alignment)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy if kernels can't read it in place."""
-    if tensor.is_cpu:
-        return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-    return tensor if _is_describable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+def _readable(tensor: Tensor, alignment: int) -> Tensor:
+    """A tensor with contiguous rows as a kernel can read it: itself, a view of it, or a contiguous copy."""
+    if alignment == 1 or _is_aligned(tensor, alignment):
+        return tensor
+    view = _with_aligned_strides(tensor, alignment)
+    return view if _is_aligned(view, alignment) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=4096)
-def _lse_model(shape: torch.Size, index: int) -> Tensor:
-    """What ``torch.empty_like`` makes an lse from: 1 us less than ``torch.empty`` with a shape."""
+def _with_contiguous_rows(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() or (tensor.ndim == 4 and tensor.stride(3) == 1):
+        return tensor
+    return tensor.contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor, workers: int) -> Sizes:
+    batch, query_heads, queries, head_dim = q.shape
+    return Sizes(batch, query_heads, k.shape[1], queries, k.shape[2], head_dim, workers)
+
+
+def _sign_for_queries(scale: float) -> tuple[float, float]:
+    """A sign for the queries and a positive factor that together give the same scores."""
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
+
+
+# --- outputs and scratch ---------------------------------------------------------------------------------
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for position in range(len(shape) - 1, 0, -1):
+        strides[position - 1] = strides[position] * shape[position]
+    return tuple(strides)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
+    if torch.are_deterministic_algorithms_enabled():  # which fills it, if asked to
+        return torch.empty(shape, dtype=dtype, device="cpu" if index < 0 else f"cuda:{index}")
+    return (empty_on_cpu if index < 0 else empty_on_cuda)(shape, _contiguous_strides(shape), dtype)
+
+
+@cache
+def _kept_on_stream(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int, stream: int) -> Tensor:
+    # Made outside of inference mode, because calls outside of it use them as well.
     with torch.inference_mode(False):
         device = "cpu" if index < 0 else f"cuda:{index}"
-        return torch.empty(1, dtype=torch.float32, device=device).expand(shape[:3])
+        return torch.zeros(shape, dtype=getattr(torch, item.dtype), device=device)
 
 
-def _like(result: Tensor, model: Tensor) -> Tensor:
+def _kept(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int) -> Tensor:
+    """The stream's own. A captured graph may be replayed beside that stream's calls, so it gets its own,
+    cleared by each replay.
+    """
+    if index < 0:
+        return _kept_on_stream(abi, item, shape, index, 0)
+    if is_capturing():
+        return torch.zeros(shape, dtype=getattr(torch, item.dtype), device=f"cuda:{index}")
+    return _kept_on_stream(abi, item, shape, index, current_stream(index))
+
+
+def like(result: Tensor, model: Tensor) -> Tensor:
     """The result in the dtype and the strides of ``torch.empty_like(model)``; itself if it has them."""
     if result.dtype == model.dtype and model.is_contiguous() and result.stride() == model.stride():
         return result
     return torch.empty_like(model).copy_(result)
 
 
-@cache
-def _kept_counters(direction: str, index: int, stream: int) -> Tensor:
-    # Made outside of inference mode, because calls outside of it use them as well.
-    with torch.inference_mode(False):
-        return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
+def _buffer(output: Output, model: Tensor | None, sizes: Sizes, index: int) -> Tensor:
+    """What a kernel writes an output to; for most what the caller gets."""
+    if model is None:
+        shape, dtype = output.written(sizes)
+        return _empty(shape, getattr(torch, dtype), index)
+    if not output.per_query_head:
+        return torch.empty_like(model)
+    shape, dtype = output.written(sizes, tuple(model.shape))
+    if model.shape == shape and model.dtype is getattr(torch, dtype) and model.is_contiguous():
+        return torch.empty_like(model)
+    return _empty(shape, getattr(torch, dtype), index)
 
 
-def _tile_counters(direction: str, index: int) -> Tensor:
-    """Two int32 that hand out a Hopper kernel's tiles; each forward finds and leaves them zero.
+def finished(output: Output, written: Tensor, model: Tensor) -> Tensor:
+    """What the caller gets of an output from what the kernel wrote.
 
-    They are kept for each stream, whose calls follow one another. A captured graph may be replayed beside
-    those, so it gets its own, cleared by each replay.
+    Parameters
+    ----------
+    output : Output
+    written : Tensor
+    model : Tensor
+        The input that the output is like.
     """
-    if is_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
-    return _kept_counters(direction, index, current_stream(index))
+    if not output.per_query_head:
+        return written
+    batch, heads, *rows = model.shape
+    if written.shape[1] != heads:
+        written = written.view(batch, heads, written.shape[1] // heads, *rows).sum(2)
+    return like(written, model)
 
 
-def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """Queries and a positive factor that give the same scores, and the sign that went into the queries.
+# --- calls -----------------------------------------------------------------------------------------------
 
-    The Hopper kernels mask and find a row's maximum before they scale, which only a positive factor allows.
+
+def launch(kernel: Kernel, given: Mapping[str, Tensor], scale: float) -> tuple[Tensor, ...]:
+    """Run a kernel of any direction.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        From ``dispatch.find_kernel``.
+    given : mapping of str to Tensor
+        The inputs that its ABI names, of one device. What has four dimensions may have any strides.
+    scale : float
+        Factor of the scores.
+
+    Returns
+    -------
+    tuple of Tensor
+        The ABI's outputs in their order. One that is like an input has its dtype and the strides of
+        ``torch.empty_like`` of it; where its rows are not contiguous, of a contiguous copy.
     """
-    if scale > 0:
-        return q, scale, 1.0
-    sign = -1.0 if scale < 0 else 0.0
-    return q * sign, abs(scale) or 1.0, sign
+    index = given["q"].get_device()
+    if index >= 0 and index != current_device():
+        # A compiled host function makes its tensors' device the current one and leaves it so.
+        with torch.cuda.device(index):
+            return launch(kernel, given, scale)
+    abi, workers = kernel.abi, _workers(index)
+    alignment = abi.alignment
+    models = {name: _with_contiguous_rows(given[name]) for name in abi.inputs}
+    sizes = _sizes(models["q"], models["k"], workers)
+    outputs = [_buffer(output, models.get(output.like), sizes, index) for output in abi.outputs]
+    scratch = [
+        _kept(abi, item, item.shape(sizes), index)
+        if item.kept
+        else _empty(item.shape(sizes), getattr(torch, item.dtype), index)
+        for item in abi.scratch
+    ]
+    inputs, writable, sign = list(models.values()), outputs, 1.0
+    if abi.positive_scale and scale <= 0:
+        sign, scale = _sign_for_queries(scale)
+        inputs[abi.inputs.index("q")] = models["q"] * sign
+    if alignment > 1:
+        inputs = [tensor if tensor.ndim != 4 else _readable(tensor, alignment) for tensor in inputs]
+        writable = [t if t.ndim != 4 else _with_aligned_strides(t, alignment) for t in outputs]
+    kernel.function(*inputs, *writable, *scratch, scale, workers)
+    if abi.writes_results and sign == 1:
+        return tuple(outputs)
+    results = []
+    for output, written in zip(abi.outputs, outputs, strict=True):
+        result = finished(output, written, models[output.like]) if output.like else written
+        results.append(result.mul_(sign) if output.has_sign and sign != 1 else result)
+    return tuple(results)
 
 
 def launch_forward(
@@ -122,31 +235,7 @@ def launch_forward(
     lse : Tensor
         ``(B, Hq, N)`` float32, contiguous.
     """
-    index = q.get_device()
-    if index >= 0 and index != current_device():
-        # A compiled host function makes its tensors' device the current one and leaves it so.
-        with torch.cuda.device(index):
-            return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
-    if not q.is_contiguous() and q.stride(3) != 1:
-        q = q.contiguous()
-    o = torch.empty_like(q)
-    lse = torch.empty_like(_lse_model(q.shape, index))
-    if index < 0:
-        # The short way for calls that take microseconds: 2 us less than the other.
-        k = k if k.is_contiguous() or k.stride(3) == 1 else k.contiguous()
-        v = v if v.is_contiguous() or v.stride(3) == 1 else v.contiguous()
-        kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
-        return o, lse
-    # The usual case at once: rows of a CUDA kernel's head dims are multiples of 16 bytes.
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or not _are_aligned(q, k, v):
-        q, k, v = _readable(q), _readable(k), _readable(v)
-    if kernel.family == "hopper":
-        if scale <= 0:
-            q, scale, _ = _with_positive_scale(q, scale)
-        counters = _tile_counters("forward", index)
-        kernel.function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, _multiprocessors(index))
-    else:
-        kernel.function(q, k, v, bands, cu_seqlens, o, lse, scale, _multiprocessors(index))
+    o, lse = launch(kernel, {"q": q, "k": k, "v": v, "bands": bands, "cu_seqlens": cu_seqlens}, scale)
     return o, lse
 
 
@@ -168,108 +257,61 @@ def ready_forward(
         Takes q, k and v of these shapes, strides, dtypes and device, on the stream that is current now, and
         the factor of the scores; returns o and lse.
     """
-    function, index = kernel.function, q.get_device()
-    is_readable = _has_describable_strides if index >= 0 else lambda tensor: tensor.stride(3) == 1
+    function, abi, index = kernel.function, kernel.abi, q.get_device()
+    alignment = abi.alignment
 
     def launch_with_copies(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
 
-    if not (is_readable(q) and is_readable(k) and is_readable(v)):
+    o_like = torch.empty_like(q)
+    is_usual = (
+        abi.inputs == ("q", "k", "v", "bands", "cu_seqlens")
+        and abi.results == ("o", "lse")
+        and [output.like for output in abi.outputs] == ["q", ""]
+        and abi.writes_results
+        and all(item.kept for item in abi.scratch)
+        and all(_has_aligned_strides(tensor, alignment) for tensor in (q, k, v, o_like))
+    )
+    if not is_usual:
         return launch_with_copies
-    batch, heads, length, head_dim = q.shape
-    o_shape = (batch, heads, length, head_dim)
-    o_strides, dtype = torch.empty_like(q).stride(), q.dtype
-    lse_shape, lse_strides, lse_dtype = (batch, heads, length), (heads * length, length, 1), torch.float32
+    sizes = _sizes(q, k, _workers(index))
+    o_shape, o_strides, dtype = tuple(q.shape), o_like.stride(), q.dtype
+    lse_shape, lse_name = abi.outputs[1].written(sizes)
+    lse_strides, lse_dtype = _contiguous_strides(lse_shape), getattr(torch, lse_name)
+    kept = tuple(_kept(abi, item, item.shape(sizes), index) for item in abi.scratch)
+    any_scale = not abi.positive_scale
+    any_call = any_scale and alignment == 1
 
     def launch_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if not any_call and (
+            not (any_scale or scale > 0) or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % alignment
+        ):
+            return launch_with_copies(q, k, v, scale)
         o = empty_on_cpu(o_shape, o_strides, dtype)
         lse = empty_on_cpu(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, scale, torch.get_num_threads())
+        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, torch.get_num_threads())
         return o, lse
 
     if index < 0:
         return launch_on_cpu
-    processors, stream = _multiprocessors(index), current_stream(index)
+    processors = sizes.workers
+    # CUDA captures no graph on its default stream.
+    may_capture = bool(kept) and current_stream(index) != 0
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if index != current_device() or not _are_aligned(q, k, v):
+        if (
+            index != current_device()
+            or not (any_scale or scale > 0)
+            or (may_capture and is_capturing())
+            or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % alignment
+        ):
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cuda(o_shape, o_strides, dtype)
         lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, scale, processors)
+        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, processors)
         return o, lse
 
-    if kernel.family != "hopper":
-        return launch_on_cuda
-    counters = _kept_counters("forward", index, stream)
-    # CUDA captures no graph on its default stream.
-    may_capture = stream != 0
-
-    def launch_on_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        is_special = index != current_device() or scale <= 0 or (may_capture and is_capturing())
-        if is_special or not _are_aligned(q, k, v):
-            return launch_with_copies(q, k, v, scale)
-        o = empty_on_cuda(o_shape, o_strides, dtype)
-        lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, counters, scale, processors)
-        return o, lse
-
-    return launch_on_hopper
-
-
-def _backward_cpu(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
-    """The kernel writes float32 dk and dv of each query head; heads that share a key head are summed here."""
-    q, k, v = models
-    dq = torch.empty_like(q)
-    is_grouped = q.shape[1] != k.shape[1]
-    if k.dtype is torch.float32 and not is_grouped and k.is_contiguous() and v.is_contiguous():
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        kernel.function(*inputs, dq, dk, dv, scale, torch.get_num_threads())
-        return dq, dk, dv
-    per_head = [torch.empty(q.shape, dtype=torch.float32) for _ in range(2)]
-    kernel.function(*inputs, dq, *per_head, scale, torch.get_num_threads())
-    if is_grouped:
-        batch, kv_heads, length, head_dim = k.shape
-        grouped = (batch, kv_heads, q.shape[1] // kv_heads, length, head_dim)
-        per_head = [gradient.view(grouped).sum(2) for gradient in per_head]
-    dk, dv = (_like(gradient, model) for gradient, model in zip(per_head, (k, v), strict=True))
-    return dq, dk, dv
-
-
-def _query_gradient_sums(kernel: Kernel, dq: Tensor) -> tuple[Tensor, ...]:
-    """The float32 workspace in which a kernel of one pass adds up dq, which it clears itself."""
-    if not kernel.decisions.get("one_pass"):
-        return ()
-    return (dq.new_empty(dq.shape, dtype=torch.float32),)
-
-
-def _backward_mma(kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float) -> Gradients:
-    """The kernel has a workspace for delta, and in one pass one for the sum of dq."""
-    dq, dk, dv = (torch.empty_like(model) for model in models)
-    delta = torch.empty_like(inputs[4])
-    sums = _query_gradient_sums(kernel, dq)
-    kernel.function(*inputs, dq, dk, dv, delta, *sums, scale, _multiprocessors(dq.get_device()))
-    return dq, dk, dv
-
-
-def _backward_hopper(
-    kernel: Kernel, inputs: tuple[Tensor, ...], models: Gradients, scale: float
-) -> Gradients:
-    """The kernel has a workspace for lse and delta, two queries a row, one for two tile counters, and in one
-    pass one for the sum of dq.
-    """
-    dq, dk, dv = (torch.empty_like(model) for model in models)
-    batch, heads, length, _ = dq.shape
-    index = dq.get_device()
-    stats = dq.new_empty((batch, heads, (length + 1) // 2, 4), dtype=torch.float32)
-    counters = _tile_counters("backward", index)
-    q, scale, sign = _with_positive_scale(inputs[0], scale)
-    sums = _query_gradient_sums(kernel, dq)
-    kernel.function(q, *inputs[1:], dq, dk, dv, stats, counters, *sums, scale, _multiprocessors(index))
-    return dq if sign == 1 else dq.mul_(sign), dk, dv
-
-
-_BACKWARD = {"cpu": _backward_cpu, "hopper": _backward_hopper, "mma": _backward_mma}
+    return launch_on_cuda
 
 
 def launch_backward(
@@ -284,7 +326,7 @@ def launch_backward(
     bands: Tensor,
     cu_seqlens: Tensor,
     scale: float,
-) -> Gradients:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a backward kernel.
 
     Parameters
@@ -296,27 +338,13 @@ def launch_backward(
     o, do : Tensor
         ``(B, Hq, N, D)``: the forward's output and the gradient with respect to it.
     lse, dlse : Tensor
-        ``(B, Hq, N)`` float32, contiguous: the forward's log-sum-exp and the gradient with respect to it.
+        ``(B, Hq, N)`` float32: the forward's log-sum-exp and the gradient with respect to it.
 
     Returns
     -------
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
-    index = q.get_device()
-    if index >= 0 and index != current_device():
-        with torch.cuda.device(index):
-            return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
-    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    inputs = (
-        _readable(q),
-        _readable(k),
-        _readable(v),
-        _readable(o),
-        lse,
-        _readable(do),
-        dlse,
-        bands,
-        cu_seqlens,
-    )
-    return _BACKWARD[kernel.family](kernel, inputs, (q, k, v), scale)
+    given = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "do": do, "dlse": dlse}
+    dq, dk, dv = launch(kernel, {**given, "bands": bands, "cu_seqlens": cu_seqlens}, scale)
+    return dq, dk, dv

@@ -19,13 +19,12 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .families import is_deterministic
-from .families.space import FAMILIES
+from .families.kernel import KernelSpec
 from .file_lock import file_lock
 from .problem import AttentionProblem
 from .target import parse_target
@@ -47,15 +46,15 @@ class _FutureFormatError(ValueError):
 
 @dataclass(frozen=True)
 class ScheduleRecord:
-    """The fastest decisions found for one problem by one kernel family, and the evidence for them.
+    """The fastest kernel of one family that was found for one problem, and the evidence for it.
 
     Parameters
     ----------
     problem : AttentionProblem
     target : str
         Folder name of the target that it was measured on (``MachineTarget.folder``).
-    family : str
-    decisions : dict[str, int]
+    kernel : KernelSpec
+        Of the problem's direction, dtype and head dim.
     latency_us : float
         Median time of a call, in microseconds.
     workload_hash : str
@@ -74,8 +73,7 @@ class ScheduleRecord:
 
     problem: AttentionProblem
     target: str
-    family: str
-    decisions: dict[str, int]
+    kernel: KernelSpec
     latency_us: float
     workload_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -85,13 +83,8 @@ class ScheduleRecord:
     resources: str = ""
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
-        if not isinstance(self.decisions, dict) or not all(
-            isinstance(name, str) and isinstance(value, int) and not isinstance(value, bool)
-            for name, value in self.decisions.items()
-        ):
-            raise ValueError(f"decisions must map names to integers, got {self.decisions!r}")
+        if not self.kernel.serves(self.problem):
+            raise ValueError(f"a kernel for {self.kernel} is none for {self.problem.key}")
         # An integer may be too large for a float, and then for every comparison and text made of it.
         if type(self.latency_us) not in (int, float) or not 0 < self.latency_us < 1e18:
             raise ValueError(f"latency_us must be a positive number, got {self.latency_us!r}")
@@ -102,10 +95,13 @@ class ScheduleRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values."""
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "kernel"}
         return {
-            **asdict(self),
             "problem": self.problem.to_json(),
-            "decisions": dict(sorted(self.decisions.items())),
+            "target": facts.pop("target"),
+            "family": self.kernel.family,
+            "decisions": dict(self.kernel.decisions),
+            **{name: value for name, value in facts.items() if name not in ("problem", "versions")},
             "versions": dict(sorted(self.versions.items())),
         }
 
@@ -120,12 +116,12 @@ class ScheduleRecord:
         """
         if not isinstance(data, dict):
             raise ValueError(f"a record is a JSON object, got {data!r}")
-        fields = cls.__dataclass_fields__
         needed = {"problem", "target", "family", "decisions", "latency_us"}
-        if needed - set(data) or set(data) - set(fields):
+        fields = needed | (set(cls.__dataclass_fields__) - {"kernel"})
+        if needed - set(data) or set(data) - fields:
             raise ValueError(
                 f"a record has the fields {sorted(fields)}; missing {sorted(needed - set(data))}, "
-                f"unknown {sorted(set(data) - set(fields))}"
+                f"unknown {sorted(set(data) - fields)}"
             )
         for name in ("target", "family", "workload_hash", "device", "date", "source_log", "resources"):
             if not _is_text(data.get(name, "")):
@@ -134,7 +130,10 @@ class ScheduleRecord:
         if not isinstance(versions, dict) or not all(map(_is_text, [*versions, *versions.values()])):
             raise ValueError(f"versions must map names to strings, got {versions!r}")
         try:
-            return cls(**{**data, "problem": AttentionProblem.from_json(data["problem"])})
+            problem = AttentionProblem.from_json(data["problem"])
+            facts = {name: value for name, value in data.items() if name not in ("family", "decisions")}
+            kernel = KernelSpec.of(data["family"], problem, data["decisions"])
+            return cls(**{**facts, "problem": problem, "kernel": kernel})
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -325,14 +324,14 @@ def _order(record: ScheduleRecord) -> tuple[Any, ...]:
         problem.batch,
         problem.query_heads,
         problem.kv_heads,
-        record.family,
+        record.kernel.family,
         _is_reproducible(record),
     )
 
 
 def _is_reproducible(record: ScheduleRecord) -> bool:
     try:
-        return is_deterministic(record)
+        return record.kernel.is_deterministic
     except (KeyError, ValueError):  # decisions that the family's space doesn't have any more, or not yet
         return False
 
@@ -371,7 +370,7 @@ def save_records(records: Iterable[ScheduleRecord], root: Path | None = None) ->
         with file_lock(path.with_name(f".{path.name}.lock")):
             kept, others, _ = _readable(_items_to_keep(path), path)
             merged = {
-                (record.problem, record.family, _is_reproducible(record)): record
+                (record.problem, record.kernel.family, _is_reproducible(record)): record
                 for record in [*kept, *added]
             }
             ordered = [record.to_json() for record in sorted(merged.values(), key=_order)]

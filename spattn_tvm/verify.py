@@ -7,17 +7,17 @@ as the same attention written as a few PyTorch operations in the inputs' dtype.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .accuracy import judge, plain_attention
 from .bands import BandLayout
-from .families import families_for, find_space, has_space
-from .families.space import DIRECTIONS
+from .families import families_for, find_family, find_space
+from .families.kernel import KernelSpec
 from .reference import attention_mask, reference_attention
 from .target import MachineTarget
 
@@ -117,86 +117,67 @@ def _random_layout(rng: random.Random, heads: int, length: int) -> BandLayout:
 
 
 @dataclass(frozen=True)
-class KernelChoice:
-    """One compiled kernel to check."""
+class CheckedKernel:
+    """A kernel to check, and where it comes from: ``"tuned"`` or ``"untuned"``."""
 
-    family: str
-    direction: str
-    dtype: str
-    head_dim: int
-    decisions: Mapping[str, int]
+    spec: KernelSpec
     origin: str
 
     def __str__(self) -> str:
-        return f"{self.family} {self.direction} {self.dtype} head dim {self.head_dim} ({self.origin})"
+        return f"{self.spec} ({self.origin})"
 
 
-def _distinct(choices: Iterable[KernelChoice]) -> list[KernelChoice]:
-    found: dict[Any, KernelChoice] = {}
-    for choice in choices:
-        key = (
-            *(getattr(choice, n) for n in ("family", "direction", "dtype", "head_dim")),
-            *sorted(choice.decisions.items()),
-        )
-        found.setdefault(key, choice)
+def _distinct(kernels: Iterable[CheckedKernel]) -> list[CheckedKernel]:
+    found: dict[KernelSpec, CheckedKernel] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.spec, kernel)
     return list(found.values())
 
 
-def kernels_of_records(records: Iterable[ScheduleRecord]) -> list[KernelChoice]:
+def kernels_of_records(records: Iterable[ScheduleRecord]) -> list[CheckedKernel]:
     """Each distinct kernel of some records."""
-    return _distinct(
-        KernelChoice(
-            record.family,
-            record.problem.direction,
-            record.problem.dtype,
-            record.problem.head_dim,
-            record.decisions,
-            "tuned",
-        )
-        for record in records
-    )
+    return _distinct(CheckedKernel(record.kernel, "tuned") for record in records)
 
 
-def kernels_of(target: MachineTarget) -> list[KernelChoice]:
+def kernels_of(target: MachineTarget) -> list[CheckedKernel]:
     """Each distinct kernel of the target's shipped records, and untuned ones of some dtypes and head dims:
     the fastest, and the deterministic one where that is another."""
     from .store import load_records
 
-    choices = kernels_of_records(load_records(target.folder))
+    kernels = kernels_of_records(load_records(target.folder))
     for family in families_for(target):
-        for direction in DIRECTIONS:
-            if not has_space(family, direction):
-                continue
+        for direction in find_family(family).spaces:
             space = find_space(family, direction)
             for dtype, head_dim in _UNTUNED:
                 if space.unsupported(head_dim, dtype, target) is not None:
                     continue
                 for deterministic in (False, True):
                     decisions = space.untuned(head_dim, dtype, target, deterministic=deterministic)
-                    choices.append(KernelChoice(family, direction, dtype, head_dim, decisions, "untuned"))
-    return _distinct(choices)
+                    spec = KernelSpec(family, direction, dtype, head_dim, decisions)
+                    kernels.append(CheckedKernel(spec, "untuned"))
+    return _distinct(kernels)
 
 
 def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -> str:
     """How a kernel's results on a problem are wrong; "" when they are right."""
-    from .launch import launch_backward, launch_forward
+    from .launch import launch
 
-    direction = kernel.direction
+    results = kernel.abi.results
+    has_gradients = "dq" in results
     t = problem.tensors(device)
     scale = problem.head_dim**-0.5
     offsets = torch.tensor(problem.offsets or (0, problem.length), dtype=torch.int32)
-    names = ("o", "lse") if direction == "forward" else ("dq", "dk", "dv")
 
     def compute(attend: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-        q, k, v = (t[name].to(dtype, copy=True).requires_grad_(direction == "backward") for name in "qkv")
+        q, k, v = (t[name].to(dtype, copy=True).requires_grad_(has_gradients) for name in "qkv")
         o, lse = attend(q, k, v)
         found = {"o": o.detach(), "lse": lse.detach()}
-        if direction == "backward":
+        if has_gradients:
             # A keyless query's lse is -inf and carries no gradient.
             total = (o * t["do"].to(o.dtype)).sum() + (
                 lse.masked_fill(lse == -torch.inf, 0.0) * t["dlse"]
             ).sum()
-            found |= dict(zip(names, torch.autograd.grad(total, (q, k, v)), strict=True))
+            found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(total, (q, k, v)), strict=True))
         return found
 
     mask = attention_mask(problem.layout, problem.length, offsets, device=device)
@@ -207,18 +188,15 @@ def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -
 
     lengths = [end - begin for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     bands = torch.from_numpy(problem.layout.packed_table(lengths).copy()).to(device)
-    arguments = (bands, offsets.to(device), scale)
+    given = {**t, "bands": bands, "cu_seqlens": offsets.to(device)}
+    given |= {"o": exact["o"].to(t["q"].dtype), "lse": exact["lse"].float()}
     # Fills what the launcher allocates with NaN, so that a place that no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        if direction == "forward":
-            results: tuple[Tensor, ...] = launch_forward(kernel, t["q"], t["k"], t["v"], *arguments)
-        else:
-            o, lse = exact["o"].to(t["q"].dtype), exact["lse"].float()
-            results = launch_backward(kernel, t["q"], t["k"], t["v"], o, lse, t["do"], t["dlse"], *arguments)
+        outputs = launch(kernel, given, scale)
     finally:
         torch.use_deterministic_algorithms(False)
-    return judge(dict(zip(names, results, strict=True)), exact, plain, problem.dtype)[1]
+    return judge(dict(zip(results, outputs, strict=True)), exact, plain, problem.dtype)[1]
 
 
 @dataclass
@@ -235,7 +213,7 @@ def verify(
     *,
     max_length: int = 700,
     seed: int | None = None,
-    choices: Sequence[KernelChoice] | None = None,
+    kernels: Sequence[CheckedKernel] | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Check kernels on their shares of `problems` fresh random problems.
@@ -250,8 +228,8 @@ def verify(
         Longest sequence.
     seed : int, optional
         Of the problems; a fresh one when omitted.
-    choices : sequence of KernelChoice, optional
-        The kernels; those of `kernels_of` by default.
+    kernels : sequence of CheckedKernel, optional
+        Those of `kernels_of` by default.
     report : callable
         Called with a line of progress.
 
@@ -265,41 +243,38 @@ def verify(
         raise ValueError(f"can't verify {target.folder} on this machine: {reason}")
     rng = random.Random(seed)
     device = torch.device(target.kind)
-    choices = kernels_of(target) if choices is None else choices
+    kernels = kernels_of(target) if kernels is None else kernels
     result = Verification()
-    for choice, count in _shares(choices, problems):
-        report(str(choice))
+    for checked, count in _shares(kernels, problems):
+        report(str(checked))
         try:
-            kernel = _load(choice, target)
+            kernel = _load(checked.spec, target)
         except Exception as error:  # the other kernels are still checked
-            result.failures.append(f"{choice}: {type(error).__name__}: {error}")
+            result.failures.append(f"{checked}: {type(error).__name__}: {error}")
             continue
         for _ in range(count):
-            problem = RandomProblem.draw(rng, choice.dtype, choice.head_dim, max_length)
+            problem = RandomProblem.draw(rng, checked.spec.dtype, checked.spec.head_dim, max_length)
             try:
                 wrong = check_kernel(kernel, problem, device)
             except Exception as error:
                 wrong = f"{type(error).__name__}: {error}"
             if wrong:
-                result.failures.append(f"{choice}: {problem}: {wrong}")
+                result.failures.append(f"{checked}: {problem}: {wrong}")
             else:
                 result.passed += 1
     return result
 
 
-def _shares(choices: Sequence[KernelChoice], problems: int) -> Iterator[tuple[KernelChoice, int]]:
-    for index, choice in enumerate(choices):
-        share = problems * (index + 1) // len(choices) - problems * index // len(choices)
-        yield choice, max(1, share)
+def _shares(kernels: Sequence[CheckedKernel], problems: int) -> Iterator[tuple[CheckedKernel, int]]:
+    for index, kernel in enumerate(kernels):
+        share = problems * (index + 1) // len(kernels) - problems * index // len(kernels)
+        yield kernel, max(1, share)
 
 
-def _load(choice: KernelChoice, target: MachineTarget) -> Kernel:
+def _load(spec: KernelSpec, target: MachineTarget) -> Kernel:
     from .build.library_cache import compile_kernel
     from .dispatch import Kernel
     from .runtime import load_library
 
-    path = compile_kernel(
-        choice.family, choice.direction, choice.dtype, choice.head_dim, dict(choice.decisions), target
-    )
-    function = load_library(path, choice.direction, cuda=target.kind == "cuda")
-    return Kernel(function, choice.family, choice.direction, choice.decisions, path=path)
+    path = compile_kernel(spec, target)
+    return Kernel(load_library(path, spec.direction, cuda=target.kind == "cuda"), spec, path=path)

@@ -20,7 +20,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.bundle import MANIFEST, Bundle, BundledKernel, load_bundle
 from spattn_tvm.dispatch import explain, find_kernel
 from spattn_tvm.export import export_bundle
-from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
@@ -246,7 +246,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "decisions": (
         lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(decisions={"a": "b"})),
-        "must be int",
+        "decisions must map names to integers",
     ),
     "problem": (
         lambda folder: change_manifest(folder, lambda m: m["kernels"][0]["problem"].update(length=-1)),
@@ -377,8 +377,7 @@ def test_a_call_that_asks_for_determinism_gets_the_bundled_kernel_that_has_it(tm
     fast, steady = (
         BundledKernel(
             problem,
-            "mma",
-            find_space("mma", "backward").untuned(128, "bfloat16", h200, deterministic=asked),
+            KernelSpec.untuned("mma", problem, h200, deterministic=asked),
             "untuned",
             "",
             tmp_path / f"{asked}.so",

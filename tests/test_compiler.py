@@ -15,6 +15,7 @@ from spattn_tvm.build import library_cache, toolchain
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import CompilerMissingError, compile_obstacle
 from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.target import MachineTarget, detect_cpu, parse_target
 
 HEAD_DIM, DTYPE = 32, "float32"
@@ -24,8 +25,12 @@ def decisions(target: MachineTarget | None = None) -> dict[str, int]:
     return find_space("cpu", "backward").untuned(HEAD_DIM, DTYPE, target or detect_cpu())
 
 
+def kernel(target: MachineTarget | None = None, **changes: int) -> KernelSpec:
+    return KernelSpec("cpu", "backward", DTYPE, HEAD_DIM, {**decisions(target), **changes})
+
+
 def compile_backward(**changes: int) -> Path:
-    return compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, {**decisions(), **changes}, detect_cpu())
+    return compile_kernel(kernel(**changes), detect_cpu())
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     code = (
         "import sys, spattn_tvm.build.library_cache as c; from spattn_tvm.families import find_space;"
+        "from spattn_tvm.families.kernel import KernelSpec;"
         "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
         f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
         "built = []; build = c._build; c._build = lambda r: (built.append(r), build(r));"
-        f"print(c.compile_kernel('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d, t), len(built), sep='|')"
+        f"s = KernelSpec('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d);"
+        "print(c.compile_kernel(s, t), len(built), sep='|')"
     )
     environment = {**os.environ, "SPATTN_CACHE_DIR": str(folder)}
     processes = [
@@ -82,9 +89,11 @@ def test_finding_a_kernel_imports_no_tvm(in_cache: Path) -> None:
     code = (
         "import sys; from spattn_tvm.build.library_cache import compile_kernel;"
         "from spattn_tvm.families import find_space;"
+        "from spattn_tvm.families.kernel import KernelSpec;"
         "from spattn_tvm.target import detect_cpu; t = detect_cpu();"
         f"d = find_space('cpu', 'backward').untuned({HEAD_DIM}, '{DTYPE}', t);"
-        f"compile_kernel('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d, t); assert 'tvm' not in sys.modules"
+        f"compile_kernel(KernelSpec('cpu', 'backward', '{DTYPE}', {HEAD_DIM}, d), t);"
+        "assert 'tvm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -93,13 +102,13 @@ def test_no_space_needs_tvm_before_a_kernel_is_built() -> None:
     # Where only a bundle runs, there is none.
     code = (
         "import sys; sys.modules['tvm'] = None\n"
-        "from spattn_tvm.families import find_space\n"
-        "from spattn_tvm.families.space import FAMILIES\n"
+        "from spattn_tvm.families import family_names, find_family, find_space\n"
         "from spattn_tvm.target import parse_target\n"
-        "for family in FAMILIES:\n"
-        "    target = parse_target('x86-64-v3' if family == 'cpu' else 'nvidia/h200')\n"
-        "    dtype = 'float32' if family == 'cpu' else 'bfloat16'\n"
-        "    for direction in ('forward', 'backward'):\n"
+        "for family in family_names():\n"
+        "    targets = map(parse_target, ('x86-64-v3', 'nvidia/h200'))\n"
+        "    target = next(t for t in targets if find_family(family).runs_on(t))\n"
+        "    dtype = 'float32' if target.kind == 'cpu' else 'bfloat16'\n"
+        "    for direction in find_family(family).spaces:\n"
         "        space = find_space(family, direction)\n"
         "        decisions = space.untuned(64, dtype, target)\n"
         "        assert space.rejection(decisions, 64, dtype, target) is None\n"
@@ -149,7 +158,7 @@ def test_everything_that_shapes_a_kernel_is_in_its_name(
         head_dim = 64
         values = find_space("cpu", "backward").untuned(head_dim, dtype, target)
     with pytest.raises(ReachedTheBuild):
-        compile_kernel("cpu", "backward", dtype, head_dim, values, target)
+        compile_kernel(KernelSpec("cpu", "backward", dtype, head_dim, values), target)
     assert not list((in_cache / "kernels").glob(".build-*"))
 
 
@@ -157,7 +166,7 @@ def test_the_chip_model_is_not_in_its_name(in_cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(library_cache, "_build", forbid_building)
     here = detect_cpu()
     other = MachineTarget(here.kind, here.arch, "some-other-chip")
-    assert compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, decisions(), other) == compile_backward()
+    assert compile_kernel(kernel(), other) == compile_backward()
 
 
 @pytest.mark.parametrize("victim", [".so", ".json"])
@@ -204,8 +213,8 @@ def test_decisions_outside_the_space_are_refused(changes: dict[str, int], messag
 
 
 def test_unknown_families_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"abacus.*known: .*cpu forward"):
-        compile_kernel("abacus", "forward", DTYPE, HEAD_DIM, {}, detect_cpu())
+    with pytest.raises(ValueError, match=r"abacus.*known: cpu"):
+        KernelSpec("abacus", "forward", DTYPE, HEAD_DIM, {})
 
 
 def test_a_missing_linker_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,4 +265,4 @@ def test_another_architecture_needs_a_cross_compiler() -> None:
     assert "cross compiler" in (compile_obstacle(MachineTarget("cpu", other)) or "")
     with pytest.raises(CompilerMissingError, match="name a cross compiler in CXX"):
         target = MachineTarget("cpu", other)
-        compile_kernel("cpu", "backward", DTYPE, HEAD_DIM, decisions(target), target)
+        compile_kernel(kernel(target), target)

@@ -8,6 +8,7 @@ import torch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
 from spattn_tvm.target import detect_cpu
@@ -42,7 +43,9 @@ def build(direction, dtype, head_dim, changes):
     reason = space.rejection(decisions, head_dim, dtype, target)
     if reason is not None:
         pytest.skip(reason)
-    return load_library(compile_kernel("cpu", direction, dtype, head_dim, decisions, target), direction)
+    return load_library(
+        compile_kernel(KernelSpec("cpu", direction, dtype, head_dim, decisions), target), direction
+    )
 
 
 def draw(problem, head_dim, dtype):

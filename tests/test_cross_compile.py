@@ -33,6 +33,7 @@ from spattn_tvm.build.resources import (
 from spattn_tvm.build.toolchain import find_nvcc
 from spattn_tvm.bundle import MANIFEST, Bundle, load_bundle
 from spattn_tvm.families import find_space, has_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget, parse_target, parse_targets
 
@@ -67,7 +68,7 @@ def _compile(case: _Case) -> Path:
     space = find_space(case.family, case.direction)
     assert space.unsupported(HEAD_DIM, case.dtype, target) is None
     decisions = space.untuned(HEAD_DIM, case.dtype, target)
-    return compile_kernel(case.family, case.direction, case.dtype, HEAD_DIM, decisions, target)
+    return compile_kernel(KernelSpec(case.family, case.direction, case.dtype, HEAD_DIM, decisions), target)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,8 @@ def test_one_bundle_for_many_gpus_gives_each_its_own_kernel(
     assert _served(loaded, problem, "rtx4090") == "sm_89"
     assert _served(loaded, problem, "rtx5090") == "sm_120a"
     # It has no code of its own. sm_80's runs there, if the shared memory that it asks for is enough.
-    decisions = next(kernel.decisions for kernel in loaded.kernels if kernel.target.arch == "sm_80")
-    refusal = find_space("mma", "forward").rejection(decisions, HEAD_DIM, "bfloat16", parse_target("rtx3090"))
+    kernel = next(entry.kernel for entry in loaded.kernels if entry.target.arch == "sm_80")
+    refusal = kernel.rejection(parse_target("rtx3090"))
     assert _served(loaded, problem, "rtx3090") == ("sm_80" if refusal is None else None)
     assert _served(loaded, problem, "h200") is None
     assert _served(loaded, problem, "b200") is None
@@ -170,15 +171,14 @@ def _served(loaded: Bundle, problem: AttentionProblem, device: str) -> str | Non
 def test_code_that_asks_for_more_than_a_device_has_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = AttentionProblem("forward", "bfloat16", 1, 4, 4, 256, HEAD_DIM, BandLayout.spattention(4))
     a100, rtx3090 = parse_target("a100"), parse_target("rtx3090")
-    kernel = bundle.BundledKernel(problem, "mma", {}, "untuned", "", Path("k.so"), parse_target("sm_80"))
+    spec = KernelSpec("mma", "forward", "bfloat16", HEAD_DIM, {})
+    kernel = bundle.BundledKernel(problem, spec, "untuned", "", Path("k.so"), parse_target("sm_80"))
     loaded = Bundle(Path("bundle"), (kernel.target,), (kernel,), {}, {})
 
-    class Space:
-        @staticmethod
-        def rejection(decisions: Any, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-            return "100 KiB" if target == rtx3090 else None
+    def rejection(self: KernelSpec, target: MachineTarget) -> str | None:
+        return "100 KiB" if target == rtx3090 else None
 
-    monkeypatch.setattr(bundle, "find_space", lambda *names: Space)
+    monkeypatch.setattr(KernelSpec, "rejection", rejection)
     assert loaded.nearest(problem, a100) is kernel
     assert loaded.nearest(problem, rtx3090) is None
 

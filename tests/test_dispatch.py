@@ -18,7 +18,7 @@ from spattn_tvm import dispatch, store
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.toolchain import CompilerMissingError
 from spattn_tvm.dispatch import FallbackWarning, explain, find_kernel
-from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
@@ -53,12 +53,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuned_record(problem: AttentionProblem = PROBLEM) -> ScheduleRecord:
     target = detect_cpu()
-    decisions = find_space("cpu", "forward").untuned(32, "float32", target)
     return ScheduleRecord(
         problem,
         target.folder,
-        "cpu",
-        decisions,
+        KernelSpec.untuned("cpu", problem, target),
         12.5,
         device="this chip",
         date="2026-11-24",
@@ -69,10 +67,10 @@ def tuned_record(problem: AttentionProblem = PROBLEM) -> ScheduleRecord:
 def test_a_cpu_call_gets_the_cpu_kernel_and_the_right_numbers() -> None:
     q, k, v = query(), query(), query()
     kernel = find_kernel("forward", q, LAYOUT.spec)
-    assert (kernel.family, kernel.status, kernel.direction) == ("cpu", "untuned", "forward")
+    assert (kernel.family, kernel.status) == ("cpu", "untuned")
     assert kernel.path is not None
     assert kernel.path.exists()
-    assert kernel.decisions == find_space("cpu", "forward").untuned(32, "float32", detect_cpu())
+    assert kernel.spec == KernelSpec.untuned("cpu", PROBLEM, detect_cpu())
     torch.testing.assert_close(banded_attention(q, k, v, LAYOUT), reference_attention(q, k, v, LAYOUT)[0])
 
 

@@ -23,6 +23,7 @@ from spattn_tvm.families.hopper.backward_sizes import (
     dq_shared_bytes,
     one_pass_shared_bytes,
 )
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_backward
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.runtime import load_library
@@ -128,7 +129,7 @@ def test_machine_code_neither_spills_nor_waits_for_each_product(
     decisions = SPACE.untuned(head_dim, "bfloat16", h200)
     if one_pass:
         decisions = one_pass_decisions(head_dim, "bfloat16", h200)
-    path = compile_kernel("hopper", "backward", "bfloat16", head_dim, decisions, h200)
+    path = compile_kernel(KernelSpec("hopper", "backward", "bfloat16", head_dim, decisions), h200)
     resources = library_metadata(path)["resources"]
     assert len(resources["kernels"]) == 3
     for kernel in resources["kernels"].values():
@@ -160,8 +161,8 @@ def test_one_pass_gives_the_gradients_of_the_reference(
         pytest.skip(str(compile_obstacle(h200)))
     batch, heads, kv_heads, length, layout_name, documents = ONE_PASS_PROBLEMS[name]
     decisions = one_pass_decisions(head_dim, dtype, h200)
-    path = compile_kernel("hopper", "backward", dtype, head_dim, decisions, h200)
-    kernel = Kernel(load_library(path, "backward"), "hopper", "backward", decisions)
+    spec = KernelSpec("hopper", "backward", dtype, head_dim, decisions)
+    kernel = Kernel(load_library(compile_kernel(spec, h200), "backward"), spec)
     layout = getattr(BandLayout, layout_name)(heads, length)
 
     def draw(count: int) -> torch.Tensor:

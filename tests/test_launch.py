@@ -10,6 +10,7 @@ import torch
 from spattn_tvm import launch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_backward, launch_forward
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.reference import reference_attention
@@ -20,38 +21,61 @@ def half(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "describable"),
+    ("tensor", "is_copied"),
     [
-        (half(2, 3, 5, 64), True),
-        (half(2, 5, 3, 64).transpose(1, 2), True),
-        (half(2, 3, 5, 72)[..., :64], True),
-        (half(2, 3, 5, 66)[..., :64], False),
-        (half(2, 3, 64, 5).transpose(2, 3), False),
-        (half(1, 1, 5, 64).expand(2, 3, 5, 64), True),
-        (half(2 * 3 * 5 * 64 + 8)[8:].view(2, 3, 5, 64), True),
-        (half(2 * 3 * 5 * 64 + 3)[3:].view(2, 3, 5, 64), False),
+        (half(2, 3, 5, 64), False),
+        (half(2, 5, 3, 64).transpose(1, 2), False),
+        (half(2, 3, 5, 72)[..., :64], False),
+        (half(2, 3, 5, 66)[..., :64], True),
+        (half(1, 1, 5, 64).expand(2, 3, 5, 64), False),
+        (half(2 * 3 * 5 * 64 + 8)[8:].view(2, 3, 5, 64), False),
+        (half(2 * 3 * 5 * 64 + 3)[3:].view(2, 3, 5, 64), True),
+        # To PyTorch they are contiguous.
         (half(2, 3, 1, 64).as_strided((2, 3, 1, 64), (192, 64, 7, 1)), False),
+        (half(3 * 5 * 64).as_strided((1, 3, 5, 64), (3, 320, 64, 1)), False),
+        (half(2 * 5 * 64).as_strided((2, 1, 5, 64), (320, 1, 64, 1)), False),
+        (half(3 * 5 * 66).as_strided((1, 3, 5, 64), (3, 330, 66, 1)), True),
     ],
 )
-def test_which_tensors_a_tma_descriptor_can_describe(tensor: torch.Tensor, describable: bool) -> None:
-    assert launch._is_describable(tensor) is describable
+def test_what_a_kernel_reads_is_aligned_and_copied_only_where_it_must_be(
+    tensor: torch.Tensor, is_copied: bool
+) -> None:
+    if 0 not in tensor.stride():
+        tensor.copy_(torch.randn(tensor.shape))
+    found = launch._readable(tensor, 16)
+    assert torch.equal(found, tensor)
+    assert found.data_ptr() % 16 == 0
+    assert found.stride(3) == 1
+    assert all(stride % 8 == 0 for stride in found.stride()[:3])
+    assert (found.data_ptr() != tensor.data_ptr()) is is_copied
+    assert launch._readable(tensor, 1) is tensor
+
+
+def test_what_a_kernel_writes_is_the_result_with_other_strides_of_single_rows() -> None:
+    model = half(3 * 5 * 64).as_strided((1, 3, 5, 64), (3, 320, 64, 1))
+    output = torch.empty_like(model)
+    written = launch._with_aligned_strides(output, 16)
+    written.fill_(1.0)
+    assert all(stride % 8 == 0 for stride in written.stride()[:3])
+    assert torch.equal(output, torch.ones(1, 3, 5, 64, dtype=output.dtype))
 
 
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 def test_a_positive_factor_gives_the_same_scores(scale: float) -> None:
     q = torch.randn(1, 2, 5, 32)
-    scaled, factor, sign = launch._with_positive_scale(q, scale)
+    sign, factor = launch._sign_for_queries(scale)
     assert factor > 0
-    torch.testing.assert_close(scaled * factor, q * scale)
+    torch.testing.assert_close(q * sign * factor, q * scale)
     assert sign == (1 if scale > 0 else math.copysign(1, scale) if scale else 0)
 
 
 class Recorder:
     """A kernel that fills its outputs with ones and keeps its arguments."""
 
-    def __init__(self, direction: str) -> None:
-        self.kernel = Kernel(self, "cpu", direction)
-        self.outputs = slice(5, 7) if direction == "forward" else slice(9, 12)
+    def __init__(self, direction: str, family: str = "cpu", **decisions: int) -> None:
+        self.kernel = Kernel(self, KernelSpec(family, direction, "float32", 32, decisions))
+        first = len(self.kernel.abi.inputs)
+        self.outputs = slice(first, first + len(self.kernel.abi.outputs))
 
     def __call__(self, *arguments: object) -> None:
         self.arguments = arguments

@@ -19,6 +19,7 @@ from spattn_tvm import BandLayout, banded_attention
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.backward import Pass, build_mma_backward, passes
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget, parse_target
@@ -148,7 +149,7 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
         pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     decisions = SPACE.untuned(64, "bfloat16", target, deterministic=deterministic)
-    library = compile_kernel("mma", "backward", "bfloat16", 64, decisions, target)
+    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", 64, decisions), target)
     kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
     assert len(kernels) == 3
     assert all(each["spill_store_bytes"] <= 32 for each in kernels.values())

@@ -20,6 +20,7 @@ from spattn_tvm.build.cubin import cubin_offsets
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.blocks import registers_most, row_pitch, shared_bytes_most
 from spattn_tvm.families.mma.forward import build_mma_forward, registers_needed, shared_bytes
 from spattn_tvm.problem import AttentionProblem
@@ -148,7 +149,7 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
         pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     decisions = SPACE.untuned(64, "bfloat16", target)
-    library = compile_kernel("mma", "forward", "bfloat16", 64, decisions, target)
+    library = compile_kernel(KernelSpec("mma", "forward", "bfloat16", 64, decisions), target)
     (resources,) = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
     assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
     assert resources["registers"] <= registers_most(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_family
 
 pytest.importorskip("tvm")
 pytest.importorskip("xgboost")
@@ -152,8 +153,8 @@ def test_servers_share_a_search_whose_winners_are_right(services: _Services, tmp
     cu_seqlens = torch.tensor([0, 160], dtype=torch.int32)
     kernels = {}
     for direction, record in records.items():
-        path = compile_kernel("cpu", direction, "float32", 32, record.decisions, detect_cpu())
-        kernels[direction] = Kernel(load_library(path, direction), "cpu", direction, record.decisions)
+        path = compile_kernel(record.kernel, detect_cpu())
+        kernels[direction] = Kernel(load_library(path, direction), record.kernel)
     with torch.no_grad():
         actual, actual_lse = launch_forward(kernels["forward"], q, k, v, bands, cu_seqlens, 32**-0.5)
         torch.testing.assert_close(actual, o, rtol=1e-4, atol=1e-5)
@@ -167,11 +168,11 @@ def test_servers_share_a_search_whose_winners_are_right(services: _Services, tmp
 
 def test_a_wrong_kernel_is_found_out_on_a_server(services: _Services) -> None:
     target = detect_cpu()
-    right, wrong = ({"repeats": 1, "label": 10, "fault": fault} for fault in (0, 1))
+    right, wrong = (toy_family.kernel(toy_family.BROKEN_TOY, repeats=1, fault=fault) for fault in (0, 1))
     fleet = Fleet.parse(services.tracker, KEY)
     with (
         Workers(target, fleet=fleet) as workers,
-        ProcessMeter("toy_space:WITH_FAULTS", PROBLEM, target, workers=workers) as meter,
+        ProcessMeter(PROBLEM, target, workers=workers) as meter,
     ):
         outcomes = dict(meter.measure([right, wrong], None))
         assert outcomes[0].error is None and (outcomes[0].latency_us or 0) > 0

@@ -12,7 +12,6 @@ import torch
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import Kernel
-from spattn_tvm.families import find_space, is_deterministic
 from spattn_tvm.runtime import load_library
 from spattn_tvm.store import ScheduleRecord, load_records
 from spattn_tvm.target import detect_cpu, detect_cuda, parse_target
@@ -31,22 +30,21 @@ def test_schedules_are_shipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", RECORDS, ids=lambda record: f"{record.target}-{record.family}-{record.problem.key}"
+    "record", RECORDS, ids=lambda record: f"{record.target}-{record.kernel.family}-{record.problem.key}"
 )
 def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord) -> None:
-    problem, target = record.problem, parse_target(record.target)
-    space = find_space(record.family, problem.direction)
-    assert space.rejection(record.decisions, problem.head_dim, problem.dtype, target) is None
+    problem, target, kernel = record.problem, parse_target(record.target), record.kernel
+    assert kernel.rejection(target) is None
     choice = find_schedule(
         problem,
         target,
-        families=[record.family],
-        deterministic=is_deterministic(record),
+        families=[kernel.family],
+        deterministic=kernel.is_deterministic,
         root=ROOT / "schedules",
     )
-    assert (choice.status, dict(choice.decisions)) == ("tuned", dict(record.decisions))
+    assert (choice.status, choice.kernel) == ("tuned", kernel)
     lines = (ROOT / "autotune_logs" / record.source_log / "measurements.jsonl").read_text().splitlines()
-    measured = [entry for entry in map(json.loads, lines) if entry["decisions"] == dict(record.decisions)]
+    measured = [entry for entry in map(json.loads, lines) if entry["decisions"] == kernel.decisions]
     assert any(entry["error"] is None for entry in measured)
 
 
@@ -56,7 +54,7 @@ def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord
         pytest.param(
             record,
             marks=[pytest.mark.gpu] if parse_target(record.target).kind == "cuda" else [],
-            id=f"{record.target}-{record.family}-{record.problem.key}",
+            id=f"{record.target}-{record.kernel.family}-{record.problem.key}",
         )
         for record in RECORDS
     ],
@@ -64,15 +62,12 @@ def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord
 def test_a_shipped_schedule_computes_the_right_thing(record: ScheduleRecord) -> None:
     problem, kind = record.problem, parse_target(record.target).kind
     target = detect_cpu() if kind == "cpu" else detect_cuda(0)
-    space = find_space(record.family, problem.direction)
-    reason = space.rejection(record.decisions, problem.head_dim, problem.dtype, target)
+    reason = record.kernel.rejection(target)
     if reason is not None:
         pytest.skip(f"tuned for {record.target}: {reason}")
-    path = compile_kernel(
-        record.family, problem.direction, problem.dtype, problem.head_dim, record.decisions, target
-    )
+    path = compile_kernel(record.kernel, target)
     function = load_library(path, problem.direction, cuda=kind == "cuda")
-    kernel = Kernel(function, record.family, problem.direction, record.decisions, path=path)
+    kernel = Kernel(function, record.kernel, path=path)
     rng = random.Random()
     for _ in range(10):
         drawn = RandomProblem.draw(rng, problem.dtype, problem.head_dim, 520)

@@ -26,6 +26,7 @@ from spattn_tvm import dispatch, store
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.choice import Choice, NoKernelError, find_schedule
 from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
@@ -43,11 +44,12 @@ def problem(**changes: object) -> AttentionProblem:
     return dataclasses.replace(BASE, **changes)
 
 
-def legal_decisions(wanted: AttentionProblem, target: MachineTarget = HERE, **changes: int) -> dict[str, int]:
+def legal_kernel(wanted: AttentionProblem, target: MachineTarget = HERE, **changes: int) -> KernelSpec:
     space = find_space("cpu", wanted.direction)
     decisions = {**space.untuned(wanted.head_dim, wanted.dtype, target), **changes}
-    assert space.rejection(decisions, wanted.head_dim, wanted.dtype, target) is None
-    return decisions
+    kernel = KernelSpec.of("cpu", wanted, decisions)
+    assert kernel.rejection(target) is None
+    return kernel
 
 
 def record(
@@ -56,8 +58,7 @@ def record(
     return ScheduleRecord(
         wanted,
         target.folder,
-        "cpu",
-        legal_decisions(wanted, target, **decisions),
+        legal_kernel(wanted, target, **decisions),
         latency_us,
         "abc",
         {"tvm": "0.27"},
@@ -102,7 +103,7 @@ def test_the_very_problem_is_tuned(tmp_path: Path) -> None:
     wanted = record(head_major=0)
     save_records([record(problem(length=2048)), wanted], tmp_path)
     choice = find_schedule(BASE, HERE, root=tmp_path)
-    assert (choice.status, choice.decisions, choice.record) == ("tuned", wanted.decisions, wanted)
+    assert (choice.status, choice.kernel, choice.record) == ("tuned", wanted.kernel, wanted)
     assert "100.0 us" in choice.reason
 
 
@@ -152,7 +153,7 @@ def test_the_default_is_taken_without_a_record_of_this_direction_and_head_dim(tm
     save_records([record(problem(direction="backward")), record(problem(head_dim=128))], tmp_path)
     choice = find_schedule(BASE, HERE, root=tmp_path)
     assert choice.status == "untuned"
-    assert choice.decisions == find_space("cpu", "forward").untuned(64, "float32", HERE)
+    assert choice.kernel == KernelSpec.untuned("cpu", BASE, HERE)
     assert "no record" in choice.reason
 
 
@@ -160,8 +161,8 @@ def test_the_default_is_taken_without_a_record_of_this_direction_and_head_dim(tm
 def test_decisions_that_the_space_no_longer_offers_are_passed_over_visibly(
     tmp_path: Path, decisions: dict[str, int] | None
 ) -> None:
-    stale = {} if decisions is None else {**record().decisions, **decisions}
-    save_records([dataclasses.replace(record(), decisions=stale)], tmp_path)
+    stale = {} if decisions is None else {**record().kernel.decisions, **decisions}
+    save_records([dataclasses.replace(record(), kernel=KernelSpec.of("cpu", BASE, stale))], tmp_path)
     choice = find_schedule(BASE, HERE, root=tmp_path)
     assert choice.status == "untuned"
     assert "ignored" in choice.reason
@@ -514,7 +515,7 @@ def test_no_mutation_of_a_file_stops_a_call(seed: int, tmp_path: Path) -> None:
                 lambda target=target, root=root: find_schedule(BASE, target, root=root)
             )
             assert choice.status in ("tuned", "nearest", "untuned")
-            assert find_space("cpu", "forward").rejection(choice.decisions, 64, "float32", target) is None
+            assert choice.kernel.rejection(target) is None
             if target is HERE:
                 assert all(text.startswith(f"{path}: ") for text in said) and len(said) <= 1, (said, content)
                 reported += len(said)
@@ -542,8 +543,7 @@ def _items(content: bytes) -> list[Any]:
 def test_a_call_runs_beside_broken_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = detect_cpu()
     wanted = dataclasses.replace(BASE, length=77, layout=BandLayout.spattention(16))
-    space = find_space("cpu", "forward")
-    good = ScheduleRecord(wanted, here.folder, "cpu", space.untuned(64, "float32", here), 5.0)
+    good = ScheduleRecord(wanted, here.folder, KernelSpec.untuned("cpu", wanted, here), 5.0)
     (path,) = save_records([good], tmp_path)
     damage_record(path, DAMAGED_RECORDS["family"])
     os.mkfifo(path.with_name("forward-float16-d64.json"))
@@ -563,11 +563,13 @@ import sys
 from pathlib import Path
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.store import ScheduleRecord, save_records
 root, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 for length in range(first, first + count):
     problem = AttentionProblem("forward", "float32", 1, 4, 4, length, 64, BandLayout.spattention(4))
-    save_records([ScheduleRecord(problem, "cpu-x86-64-v4-amd-25-17", "cpu", {"stage": 0}, 1.0)], root)
+    kernel = KernelSpec.of("cpu", problem, {"stage": 0})
+    save_records([ScheduleRecord(problem, "cpu-x86-64-v4-amd-25-17", kernel, 1.0)], root)
 """
 
 
@@ -613,9 +615,8 @@ def test_every_shipped_record_is_readable_and_offered_by_its_space() -> None:
         for item in load_records(folder.name, root):
             from spattn_tvm.target import parse_target
 
-            space = find_space(item.family, item.problem.direction)
             target = parse_target(item.target)
-            reason = space.rejection(item.decisions, item.problem.head_dim, item.problem.dtype, target)
+            reason = item.kernel.rejection(target)
             assert reason is None, f"{folder.name}: {item.problem.key}: {reason}"
             assert find_schedule(item.problem, target, root=root).status == "tuned"
 
@@ -635,18 +636,17 @@ def test_the_reason_says_how_the_other_families_did(tmp_path: Path) -> None:
     h200, h100 = parse_target("nvidia/h200"), parse_target("nvidia/h100")
     wanted = problem(dtype="bfloat16", head_dim=128)
     records = [
-        ScheduleRecord(wanted, h200.folder, family, space.untuned(128, "bfloat16", h200), latency_us)
+        ScheduleRecord(wanted, h200.folder, KernelSpec.untuned(family, wanted, h200), latency_us)
         for family, latency_us in (("hopper", 134.0), ("mma", 209.0))
-        for space in [find_space(family, "forward")]
     ]
     save_records(records[:1], tmp_path)
     assert "mma has no record of it" in find_schedule(wanted, h200, root=tmp_path).reason
     save_records(records[1:], tmp_path)
     for target, status in ((h200, "tuned"), (h100, "nearest")):
         choice = find_schedule(wanted, target, root=tmp_path)
-        assert (choice.family, choice.status) == ("hopper", status)
+        assert (choice.kernel.family, choice.status) == ("hopper", status)
         assert "hopper 134.0 us, mma 209.0 us" in choice.reason
-    assert find_schedule(wanted, h200, families=["mma"], root=tmp_path).family == "mma"
+    assert find_schedule(wanted, h200, families=["mma"], root=tmp_path).kernel.family == "mma"
 
 
 def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
@@ -656,13 +656,13 @@ def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
     fast, steady = (space.untuned(128, "bfloat16", h200, deterministic=asked) for asked in (False, True))
     assert (fast["one_pass"], steady["one_pass"]) == (1, 0)
     records = [
-        ScheduleRecord(wanted, h200.folder, "mma", decisions, latency_us)
+        ScheduleRecord(wanted, h200.folder, KernelSpec.of("mma", wanted, decisions), latency_us)
         for decisions, latency_us in ((fast, 740.0), (steady, 750.0))
     ]
     save_records(records, tmp_path)
     for asked, decisions in ((False, fast), (True, steady)):
         choice = find_schedule(wanted, h200, families=["mma"], deterministic=asked, root=tmp_path)
-        assert (choice.status, choice.decisions) == ("tuned", decisions)
+        assert (choice.status, choice.kernel.decisions) == ("tuned", decisions)
     save_records([dataclasses.replace(records[0], latency_us=700.0)], tmp_path)
     assert sorted(record.latency_us for record in load_records(h200.folder, tmp_path)) == [700.0, 750.0]
 
@@ -670,8 +670,7 @@ def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
 def gpu_record(family: str, latency_us: float, **changes: Any) -> ScheduleRecord:
     wanted = problem(dtype="bfloat16", head_dim=128, **changes)
     h200 = parse_target("nvidia/h200")
-    decisions = find_space(family, "forward").untuned(128, "bfloat16", h200)
-    return ScheduleRecord(wanted, h200.folder, family, decisions, latency_us)
+    return ScheduleRecord(wanted, h200.folder, KernelSpec.untuned(family, wanted, h200), latency_us)
 
 
 def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measured_beside_it(
@@ -679,7 +678,7 @@ def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measur
 ) -> None:
     h200, h100 = parse_target("nvidia/h200"), parse_target("nvidia/h100")
     wanted = problem(dtype="bfloat16", head_dim=128)
-    default = find_space("hopper", "forward").untuned(128, "bfloat16", h200)
+    default = KernelSpec.untuned("hopper", wanted, h200)
 
     def chosen(*records: ScheduleRecord, target: MachineTarget = h200, families: Any = None) -> Choice:
         root = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -689,20 +688,22 @@ def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measur
     alone = gpu_record("mma", 209.0)
     for target in (h200, h100):
         choice = chosen(alone, target=target)
-        assert (choice.family, choice.status, choice.decisions) == ("hopper", "untuned", default)
+        assert (choice.status, choice.kernel) == ("untuned", default)
         assert "hopper is preferred to mma, whose 209.0 us" in choice.reason
     assert chosen(alone, families=["mma"]).status == "tuned"
 
     elsewhere = gpu_record("hopper", 70.0, length=2048)
     choice = chosen(alone, elsewhere)
-    assert (choice.family, choice.status, choice.record) == ("hopper", "nearest", elsewhere)
+    assert (choice.kernel.family, choice.status, choice.record) == ("hopper", "nearest", elsewhere)
 
     for latency_us, family in ((134.0, "hopper"), (300.0, "mma")):
         choice = chosen(alone, gpu_record("hopper", latency_us))
-        assert (choice.family, choice.status) == (family, "tuned"), "both were measured: the faster serves"
+        assert (choice.kernel.family, choice.status) == (family, "tuned"), (
+            "both were measured: the faster serves"
+        )
     # The preferred family needs nobody beside it.
     assert chosen(gpu_record("hopper", 134.0)).status == "tuned"
     # The same where the records are of another problem.
     near, beside = gpu_record("mma", 400.0, length=8192), gpu_record("hopper", 500.0, length=8192)
-    assert chosen(near).family == "hopper"
+    assert chosen(near).kernel.family == "hopper"
     assert chosen(near, beside).record == near

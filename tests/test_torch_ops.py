@@ -359,7 +359,7 @@ def test_what_serves_a_call_is_found_anew_when_kernels_change(monkeypatch: pytes
     assert not found
     dispatch.clear_cache()
     banded_attention(q, k, v, SPATTENTION)
-    assert {kernel.direction for kernel in found} == {"forward"}
+    assert {kernel.spec.direction for kernel in found} == {"forward"}
 
 
 def test_layouts_of_equal_shapes_are_not_confused() -> None:

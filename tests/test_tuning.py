@@ -1,6 +1,6 @@
 """The search: it measures, checks, records, resumes, survives kills, and finds what is there to be found.
 
-Searches that must go wrong take their kernels from :mod:`toy_space`, where the broken ones are known
+Searches that must go wrong take their kernels from :mod:`toy_family`, where the broken ones are known
 beforehand.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_family
 
 pytest.importorskip("tvm")
 pytest.importorskip("xgboost")
@@ -30,6 +31,8 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.resources import describe_resources
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.families import find_space
+from spattn_tvm.families import kernel as kernel_module
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
@@ -57,13 +60,12 @@ distill_module = sys.modules["spattn_tvm.tuning.distill"]
 
 PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
 FAMILY = "cpu"
-TOY = "toy_space:FORWARD"
-CUDA_TOY = "toy_space:ON_CUDA"
+TOY = toy_family.TOY.reference
 RECORDS = "database_tuning_record.json"
 
 
 def _keys(measurements: Sequence[Measurement]) -> list[tuple[Any, ...]]:
-    return [tuple(sorted(m.decisions.items())) for m in measurements]
+    return [tuple(m.kernel.decisions.items()) for m in measurements]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,10 +91,9 @@ def test_search_returns_the_fastest_and_logs_everything(searched: tuple[Path, An
     assert result.log_dir == root / detect_cpu().folder / PROBLEM.key
     measured = read_measurements(result.log_dir)
     assert len(measured) == 7 and len(set(_keys(measured))) == 7
-    untuned = find_space("cpu", "forward").untuned(PROBLEM.head_dim, PROBLEM.dtype, detect_cpu())
-    assert measured[0].decisions == untuned
+    assert measured[0].kernel == KernelSpec.untuned("cpu", PROBLEM, detect_cpu())
     fastest = min(measured, key=lambda m: m.latency_us or math.inf)
-    assert result.decisions == fastest.decisions and result.latency_us == fastest.latency_us
+    assert result.kernel == fastest.kernel and result.latency_us == fastest.latency_us
     session = read_run(result.log_dir)["sessions"][0]
     assert session["ended"] == "budget" and session["seed"] == 0 and session["trials"] == 7
     assert session["versions"]["apache-tvm"] and session["device"]["threads"]
@@ -103,7 +104,7 @@ def test_resume_measures_only_what_is_missing(searched: tuple[Path, Any]) -> Non
     before = (first.log_dir / MEASUREMENTS).read_bytes()
     again = tune(PROBLEM, detect_cpu(), trials=7, log_root=root, progress=False)
     assert (first.log_dir / MEASUREMENTS).read_bytes() == before
-    assert again.decisions == first.decisions and again.trials == 7
+    assert again.kernel == first.kernel and again.trials == 7
     more = tune(PROBLEM, detect_cpu(), trials=9, log_root=root, progress=False)
     assert (first.log_dir / MEASUREMENTS).read_bytes().startswith(before)
     measured = read_measurements(more.log_dir)
@@ -118,7 +119,7 @@ def test_database_replays_in_another_process(searched: tuple[Path, Any]) -> None
     kernel = read_run(result.log_dir)["families"][FAMILY]["kernel"]
     best = min(
         (m for m in read_measurements(result.log_dir)), key=lambda m: m.latency_us or math.inf
-    ).decisions
+    ).kernel.decisions
     script = (
         "import sys, pathlib, json\n"
         "from spattn_tvm.families import find_space\n"
@@ -170,8 +171,8 @@ def test_search_refuses_what_it_can_not_do(tmp_path: Path) -> None:
 
 def test_broken_kernels_are_errors_and_never_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(measure_module.MEASURE_TIMEOUT_S, "cpu", 5.0)
-    faults = [dict(zip(("repeats", "label", "fault"), (2, 10, fault), strict=True)) for fault in range(5)]
-    with ProcessMeter("toy_space:WITH_FAULTS", PROBLEM, detect_cpu()) as meter:
+    faults = [toy_family.kernel(toy_family.BROKEN_TOY, repeats=2, fault=fault) for fault in range(5)]
+    with ProcessMeter(PROBLEM, detect_cpu()) as meter:
         outcomes = dict(meter.measure(faults, None))
         again = dict(meter.measure(faults[:1], None))
     assert outcomes[0].error is None and (outcomes[0].latency_us or 0) > 0
@@ -187,9 +188,9 @@ def test_broken_kernels_are_errors_and_never_win(monkeypatch: pytest.MonkeyPatch
 def test_a_gpu_survives_broken_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an illegal access every later call in that process fails, and a kernel that hangs never ends."""
     monkeypatch.setitem(measure_module.MEASURE_TIMEOUT_S, "cuda", 15.0)
-    faults = [dict(zip(("repeats", "label", "fault"), (2, 10, fault), strict=True)) for fault in range(5)]
+    faults = [toy_family.kernel(toy_family.BROKEN_CUDA_TOY, repeats=2, fault=fault) for fault in range(5)]
     target = detect_cuda()
-    with Workers(target) as workers, ProcessMeter(CUDA_TOY, PROBLEM, target, workers=workers) as meter:
+    with Workers(target) as workers, ProcessMeter(PROBLEM, target, workers=workers) as meter:
         outcomes = dict(meter.measure(faults, None))
         again = dict(meter.measure(faults[:1], None))
     for outcome in (outcomes[0], again[0]):
@@ -206,7 +207,7 @@ def test_search_stops_at_once_when_not_even_the_default_works(tmp_path: Path) ->
     for alone in (True, False):
         session, search = _fake_session(tmp_path / str(alone), "evolutionary", 0, Budget(9, None))
         with pytest.raises(RuntimeError, match="untuned default of cpu fails: planted"):
-            run_search(search, _FakeMeter(), session, "cpu", "fake", unusable, alone)
+            run_search(search, _FakeMeter(), session, "fake", _fake(unusable), alone)
         assert not session.log.measurements
 
 
@@ -214,17 +215,17 @@ def test_search_stops_at_once_when_not_even_the_default_works(tmp_path: Path) ->
 def test_the_deterministic_default_is_measured_too(alone: bool, tmp_path: Path) -> None:
     session, search = _fake_session(tmp_path, "random", 1, Budget(12, None))
     also = {**_FIRST, "order": 2}
-    run_search(search, _FakeMeter(), session, "cpu", "fake", _FIRST, alone, [also, _FIRST])
-    assert [m.decisions for m in session.log.measurements[:2]] == [_FIRST, also]
+    run_search(search, _FakeMeter(), session, "fake", _fake(_FIRST), alone, [_fake(also), _fake(_FIRST)])
+    assert [m.kernel.decisions for m in session.log.measurements[:2]] == [_FIRST, also]
     assert len(set(_keys(session.log.measurements))) == 12
 
 
 def test_the_default_may_be_one_of_the_first_batch(tmp_path: Path) -> None:
     session, search = _fake_session(tmp_path, "evolutionary", 1, Budget(20, None))
     meter = _FakeMeter(reverse=True)
-    assert run_search(search, meter, session, "cpu", "fake", _FIRST, first_alone=False) == "budget"
+    assert run_search(search, meter, session, "fake", _fake(_FIRST), first_alone=False) == "budget"
     assert _FIRST in meter.measured[1:9], "it is not measured together with others"
-    assert session.log.measurements[0].decisions == _FIRST
+    assert session.log.measurements[0].kernel.decisions == _FIRST
     assert len(meter.measured) == 20 == len(set(_keys(session.log.measurements)))
     assert sum(m.error == "planted" for m in session.log.measurements) > 0
 
@@ -295,7 +296,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
 from spattn_tvm.tuning import tune
 problem = AttentionProblem.from_json(sys.argv[1])
-result = tune(problem, detect_cpu(), trials=15, families=["toy_space:FORWARD"], log_root=Path(sys.argv[2]))
+result = tune(problem, detect_cpu(), trials=15, families=["toy_family:TOY"], log_root=Path(sys.argv[2]))
 print("ended", result.ended, result.trials)
 """
 
@@ -399,11 +400,12 @@ class _FakeMeter:
 
     def measure(
         self,
-        batch: Sequence[Mapping[str, int]],
+        batch: Sequence[KernelSpec],
         best_us: float | None,
-        anchor: tuple[Mapping[str, int], float] | None = None,
+        anchor: tuple[KernelSpec, float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        for position, decisions in sorted(enumerate(batch), reverse=self.reverse, key=lambda item: item[0]):
+        for position, kernel in sorted(enumerate(batch), reverse=self.reverse, key=lambda item: item[0]):
+            decisions = kernel.decisions
             self.measured.append(dict(decisions))
             if decisions["rows"] == 256:
                 yield position, Outcome(error="planted")
@@ -426,6 +428,10 @@ _FAKE_SPACE = Space(
 _FIRST = {name: values[0] for name, values in _FAKE_CHOICES.items()}
 
 
+def _fake(decisions: Mapping[str, int]) -> KernelSpec:
+    return KernelSpec.of("cpu", PROBLEM, decisions)
+
+
 def _fake_session(
     folder: Path, strategy: str, seed: int, budget: Budget, space: Space = _FAKE_SPACE
 ) -> tuple[_Session, DecisionSearch]:
@@ -441,7 +447,7 @@ def _fake_search(
 ) -> tuple[str, _FakeMeter, TuningLog]:
     session, search = _fake_session(folder, strategy, seed, budget, space)
     meter = _FakeMeter()
-    ended = run_search(search, meter, session, "cpu", "fake", _FIRST)
+    ended = run_search(search, meter, session, "fake", _fake(_FIRST))
     search.close()
     session.log.end_session(ended, session.elapsed_s)
     return ended, meter, session.log
@@ -525,17 +531,17 @@ def test_distilling_compares_deterministic_candidates_too(
 ) -> None:
     """The two fastest deterministic ones, however many others are faster."""
     space = replace(_FAKE_SPACE, is_deterministic=lambda decisions: decisions["order"] == 0)
-    monkeypatch.setattr(distill_module, "find_space", lambda family, direction: space)
+    monkeypatch.setattr(kernel_module, "find_space", lambda family, direction: space)
     log = TuningLog(tmp_path, PROBLEM, detect_cpu(), "random")
     log.begin_session({"seed": 0})
     log.note_family("cpu", {"kernel": "fake"})
     for position, (order, unroll) in enumerate(itertools.product((1, 2, 0), (0, 1, 2))):
         decisions = {**_FIRST, "order": order, "unroll": unroll}
-        log.append(Measurement("cpu", "fake", decisions, 10.0 + position, None, 0.0))
-        log.append(Measurement("cpu", "fake", {**decisions, "rows": 16}, None, "wrong", 0.0))
-    found = distill_module._contestants([tmp_path], "cpu", PROBLEM, detect_cpu(), top=3)
+        log.append(Measurement(_fake(decisions), "fake", 10.0 + position, None, 0.0))
+        log.append(Measurement(_fake({**decisions, "rows": 16}), "fake", None, "wrong", 0.0))
+    found = distill_module._contestants([tmp_path], "cpu", detect_cpu(), top=3)
     assert [m.latency_us for _, m in found] == [10.0, 11.0, 12.0, 16.0, 17.0]
-    found = distill_module._contestants([tmp_path], "cpu", PROBLEM, detect_cpu(), top=7)
+    found = distill_module._contestants([tmp_path], "cpu", detect_cpu(), top=7)
     assert [m.latency_us for _, m in found] == [*(10.0 + i for i in range(7)), 17.0]
 
 
@@ -562,13 +568,13 @@ def test_distilled_record_is_found_as_tuned(searched: tuple[Path, Any], tmp_path
     assert find_schedule(PROBLEM, target, root=tmp_path).status == "untuned"
     (record,) = distill(root, schedules=tmp_path, top=2, rounds=3)
     logs = (result.log_dir, result.log_dir / "random")
-    measured = [m.decisions for log in logs for m in read_measurements(log) if m.error is None]
-    assert record.decisions in measured
+    measured = [m.kernel for log in logs for m in read_measurements(log) if m.error is None]
+    assert record.kernel in measured
     assert record.problem == PROBLEM and record.target == target.folder and record.latency_us > 0
     assert record.source_log in [log.relative_to(root).as_posix() for log in logs]
     assert record.workload_hash and record.device and record.date and record.versions["apache-tvm"]
     found = find_schedule(PROBLEM, target, root=tmp_path)
-    assert found.status == "tuned" and found.decisions == record.decisions and found.record == record
+    assert found.status == "tuned" and found.kernel == record.kernel and found.record == record
 
 
 def test_distill_needs_a_log_of_this_machine(tmp_path: Path) -> None:

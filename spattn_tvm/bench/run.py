@@ -260,7 +260,7 @@ def _schedules(
             "family": kernel.family,
             "status": kernel.status,
             "reason": kernel.reason,
-            "decisions": dict(kernel.decisions),
+            "decisions": {} if kernel.spec is None else dict(kernel.spec.decisions),
         }
     return chosen
 

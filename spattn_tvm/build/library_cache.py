@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spattn_tvm.families import find_space
+from spattn_tvm.families import resolve_family
+from spattn_tvm.families.family import Family
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.runtime import forbids_tvm
 from spattn_tvm.target import MachineTarget
 
@@ -37,34 +40,34 @@ from .toolchain import (
 _REPORT_SUFFIX = ".resources"
 
 
+def _source_files(module: str) -> list[Path]:
+    """The text of a module, or of a package with all its modules; it is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        return sorted(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.py"))
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ValueError(
+            f"the source text of {module} is not found, and kernels that come from it not cached"
+        )
+    return [Path(spec.origin)]
+
+
 @cache
-def source_hash(family: str) -> str:
-    """Hash of the source text that kernels of a family are made from: its own folder and ``domains/``."""
+def source_hash(family: Family) -> str:
+    """Hash of the source text that kernels of a family are made from."""
     digest = hashlib.sha256(_OPENMP_LAUNCH_SOURCE.encode())
-    package = Path(__file__).parents[1]
-    for folder in (package / "families" / family, package / "domains"):
-        for path in sorted(folder.glob("*.py")):
+    for module in family.sources:
+        for path in _source_files(module):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def _identity(
-    family: str,
-    direction: str,
-    dtype: str,
-    head_dim: int,
-    decisions: Mapping[str, int],
-    target: MachineTarget,
-) -> dict[str, Any]:
+def _identity(spec: KernelSpec, target: MachineTarget) -> dict[str, Any]:
     return {
-        "family": family,
-        "direction": direction,
-        "dtype": dtype,
-        "head_dim": head_dim,
-        "decisions": {name: int(decisions[name]) for name in sorted(decisions)},
+        **spec.to_json(),
         "target": target.tvm_config(),
         "tvm": tvm_version(),
-        "sources": source_hash(family),
+        "sources": source_hash(spec.source),
     }
 
 
@@ -114,9 +117,8 @@ def _compile_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
         reason = lines[-1] if lines else f"the compiling process ended with status {result.returncode}"
         details = "\n".join(lines[-40:])
-        raise RuntimeError(
-            f"compiling {request['family']} {request['direction']} failed: {reason}\n{details}"
-        )
+        kernel = request["kernel"]
+        raise RuntimeError(f"compiling {kernel['family']} {kernel['direction']} failed: {reason}\n{details}")
     report = Path(request["output"]).with_suffix(_REPORT_SUFFIX)
     resources = json.loads(report.read_text(encoding="utf-8"))
     report.unlink()
@@ -125,8 +127,8 @@ def _compile_in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
     target = MachineTarget(**request["target"])
-    space = find_space(request["family"], request["direction"])
-    module = space.build(request["decisions"], request["head_dim"], request["dtype"], target)
+    resolve_family(request["family"])  # one from outside is not registered in this process yet
+    module = KernelSpec.from_json(request["kernel"]).build(target)
     return compile_module(module, target, Path(request["output"]))
 
 
@@ -138,54 +140,40 @@ def _build_apart(request: dict[str, Any]) -> None:
     report.write_text(json.dumps(resources), encoding="utf-8")
 
 
-def compile_kernel(
-    family: str,
-    direction: str,
-    dtype: str,
-    head_dim: int,
-    decisions: Mapping[str, int],
-    target: MachineTarget,
-) -> Path:
+def compile_kernel(spec: KernelSpec, target: MachineTarget) -> Path:
     """The library of a kernel, from the disk cache or compiled now.
 
     Several processes may ask for the same kernel at once: one compiles, the others wait for it.
 
     Parameters
     ----------
-    family : str
-        Kernel family, such as ``"cpu"``.
-    direction : {"forward", "backward"}
-    dtype : str
-        ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-    head_dim : int
-    decisions : mapping
-        A value for each of the space's choices.
+    spec : KernelSpec
     target : MachineTarget
 
     Returns
     -------
     Path
-        A shared library that exports `direction`; its metadata, with the registers and spills of a CUDA
-        kernel, are beside it with the suffix ``.json``.
+        A shared library that exports a function named after the direction; its metadata, with the registers
+        and spills of a CUDA kernel, are beside it with the suffix ``.json``.
 
     Raises
     ------
     ValueError
-        When the space has no such family, or refuses the decisions.
+        When the space refuses the decisions.
     CompilerMissingError
         When TVM, a C++ compiler or nvcc is missing; says how to get it.
     RuntimeError
         When compiling fails.
     """
-    identity = _identity(family, direction, dtype, head_dim, decisions, target)
+    identity = _identity(spec, target)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache_dir() / "kernels"
-    path = folder / f"{family}-{direction}-{dtype}-d{head_dim}-{target.arch}-{digest[:20]}.so"
+    path = folder / f"{spec.name}-{target.arch}-{digest[:20]}.so"
     if _is_intact(path, identity):
         return path
-    reason = find_space(family, direction).rejection(decisions, head_dim, dtype, target)
+    reason = spec.rejection(target)
     if reason is not None:
-        raise ValueError(f"{family} {direction} with {dict(decisions)}: {reason}")
+        raise ValueError(f"{spec} with {spec.decisions}: {reason}")
     obstacle = compile_obstacle(target)
     if obstacle is not None:
         raise CompilerMissingError(obstacle)
@@ -204,11 +192,8 @@ def compile_kernel(
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:
             output = Path(build) / path.name
             request = {
-                "family": family,
-                "direction": direction,
-                "dtype": dtype,
-                "head_dim": head_dim,
-                "decisions": identity["decisions"],
+                "kernel": spec.to_json(),
+                "family": spec.source.reference,
                 "target": {"kind": target.kind, "arch": target.arch, "model": target.model},
                 "output": str(output),
             }

@@ -1,9 +1,8 @@
 """Decision spaces: what may be chosen for a kernel family, what is legal, and how a choice becomes TensorIR.
 
-Each family has one module per space (or one for both directions) with module-level values ``FORWARD`` and
-``BACKWARD`` of type :class:`Space`. :func:`find_space` imports a family's module when it is first asked for,
-and no family module imports TVM before :attr:`Space.build` is called, so dispatch can read choices and
-defaults without the compiler.
+A family names the module-level :class:`Space` of each direction; :func:`spattn_tvm.families.find_space`
+imports that module when it is first asked for, and none imports TVM before :attr:`Space.build` is called, so
+dispatch can read choices and defaults without the compiler.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 
 Decisions = Mapping[str, int]
 
-DIRECTIONS = ("forward", "backward")
-FAMILIES = ("cpu", "mma", "hopper")
-
 
 @dataclass(frozen=True)
 class Space:
@@ -29,8 +25,9 @@ class Space:
     Parameters
     ----------
     family : str
-        One of :data:`FAMILIES`.
-    direction : {"forward", "backward"}
+        Its name.
+    direction : str
+        ``"forward"``, ``"backward"`` or whatever else the family has kernels for.
     choices : (head_dim, dtype) -> dict[str, tuple[int, ...]]
         The values that each decision may take, for a supported head dim and dtype name.
     illegal : (decisions, head_dim, dtype, target) -> str or None
@@ -58,12 +55,6 @@ class Space:
     build: Callable[[Decisions, int, str, MachineTarget], Any]
     unsupported: Callable[[int, str, MachineTarget], str | None]
     is_deterministic: Callable[[Decisions], bool] = lambda decisions: True
-
-    def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction must be 'forward' or 'backward', got {self.direction!r}")
 
     def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
         """Why ``decisions`` can't be used (unsupported, misnamed, not offered or illegal), or None."""

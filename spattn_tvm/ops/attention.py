@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.dispatch import implementations
 from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 
-from .operators import IMPLEMENTATIONS, are_plain, attend_by_operator, is_watched
+from .operators import are_plain, attend_by_operator, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
 from .transforms import attend_transformed
 
@@ -40,8 +41,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
             "layout must be a BandLayout such as BandLayout.spattention(num_heads), "
             f"got {type(layout).__name__}"
         )
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl not in implementations():
+        raise ValueError(f"impl must be one of {', '.join(implementations())}, got {impl!r}")
 
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype:

@@ -28,6 +28,7 @@ from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.launch import (
     launch_backward,
     launch_forward,
+    like,
 )
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.torch_private import (
@@ -43,8 +44,6 @@ from .band_tables import find_bands
 
 # Layout (BandLayout.spec), scale, deterministic, impl.
 Settings = tuple[str, float, bool, str]
-
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "hopper", "mma")
 
 LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 LIBRARY.define(
@@ -73,10 +72,6 @@ def _with_contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _like(result: Tensor, model: Tensor) -> Tensor:
-    return torch.empty_like(model).copy_(result)
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -91,12 +86,12 @@ def _forward(
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
     kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1])
-    if kernel.family == "reference":
+    if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             o, lse = reference_attention(
                 q, k, v, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
             )
-            return _like(o, q), lse.to(_lse_dtype(q.dtype))
+            return like(o, q), lse.to(_lse_dtype(q.dtype))
     bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
     return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
 
@@ -119,12 +114,12 @@ def _backward(
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1])
-    if kernel.family == "reference":
+    if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = reference_gradients(
                 q, k, v, o, lse, do, dlse, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
             )
-            return _like(dq, q), _like(dk, k), _like(dv, v)
+            return like(dq, q), like(dk, k), like(dv, v)
     bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
     return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)

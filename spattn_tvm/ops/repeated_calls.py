@@ -84,7 +84,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
     if q.shape[0] == 0:
         return
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
-    if kernel.family == "reference":
+    if kernel.spec is None:
         return
     serves = guard_inputs(q, k, v)
     if serves is None:
@@ -156,7 +156,7 @@ def attend_again(
     q, k, v
         May be invalid.
     layout, impl : str
-        ``BandLayout.spec``, and what should be one of `IMPLEMENTATIONS`.
+        ``BandLayout.spec``, and what should be one of :func:`~spattn_tvm.dispatch.implementations`.
     scale, deterministic, return_lse
         As in ``banded_attention``.
 
@@ -210,7 +210,7 @@ def attend_eagerly(
         As in ``banded_attention``.
     settings : (str, float, bool, str)
         The operator's further arguments: ``BandLayout.spec``, factor of the scores, whether gradients must
-        be bitwise equal from run to run, and one of `IMPLEMENTATIONS`.
+        be bitwise equal from run to run, and one of :func:`~spattn_tvm.dispatch.implementations`.
 
     Returns
     -------

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spattn_tvm.build.resources import describe_resources
-from spattn_tvm.families import find_space, has_space
-from spattn_tvm.families.space import FAMILIES
+from spattn_tvm.families import family_names, has_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
@@ -39,34 +39,31 @@ _ROUNDS = 9
 
 
 def _best_candidates(
-    logs: Iterable[Path], family: str, problem: AttentionProblem, target: MachineTarget
+    logs: Iterable[Path], family: str, target: MachineTarget
 ) -> list[tuple[Path, Measurement]]:
-    """The different decisions in a problem's logs that were correct and that the space still offers, the
+    """The different kernels in a problem's logs that were correct and that the space still offers, the
     fastest first."""
-    space = find_space(family, problem.direction)
-    found: dict[tuple[tuple[str, int], ...], tuple[Path, Measurement]] = {}
+    found: dict[KernelSpec, tuple[Path, Measurement]] = {}
     for log in logs:
         for measurement in comparable_measurements(log):
-            if measurement.family != family or measurement.latency_us is None:
+            kernel = measurement.kernel
+            if kernel.family != family or measurement.latency_us is None:
                 continue
-            decisions = measurement.decisions
-            if space.rejection(decisions, problem.head_dim, problem.dtype, target) is not None:
+            if kernel.rejection(target) is not None:
                 continue
-            key = tuple(sorted(decisions.items()))
-            known = found.get(key)
+            known = found.get(kernel)
             if known is None or measurement.latency_us < (known[1].latency_us or math.inf):
-                found[key] = (log, measurement)
+                found[kernel] = (log, measurement)
     return sorted(found.values(), key=lambda item: item[1].latency_us or math.inf)
 
 
 def _contestants(
-    logs: Sequence[Path], family: str, problem: AttentionProblem, target: MachineTarget, top: int
+    logs: Sequence[Path], family: str, target: MachineTarget, top: int
 ) -> list[tuple[Path, Measurement]]:
     """The `top` fastest candidates, with the fastest two deterministic ones among them or added."""
-    ranked = _best_candidates(logs, family, problem, target)
-    is_deterministic = find_space(family, problem.direction).is_deterministic
-    deterministic = [item for item in ranked[top:] if is_deterministic(item[1].decisions)]
-    missing = _TOP_DETERMINISTIC - sum(is_deterministic(m.decisions) for _, m in ranked[:top])
+    ranked = _best_candidates(logs, family, target)
+    deterministic = [item for item in ranked[top:] if item[1].kernel.is_deterministic]
+    missing = _TOP_DETERMINISTIC - sum(m.kernel.is_deterministic for _, m in ranked[:top])
     return ranked[:top] + deterministic[: max(0, missing)]
 
 
@@ -81,11 +78,11 @@ def _distill_family(
     workers: Workers,
 ) -> list[ScheduleRecord]:
     """The fastest candidate, and where its results are not bitwise reproducible the fastest whose are."""
-    candidates = _contestants(logs, family, problem, target, top)
+    candidates = _contestants(logs, family, target, top)
     if not candidates:
         return []
-    with ProcessMeter(family, problem, target, workers=workers) as meter:
-        outcomes = meter.compare([measurement.decisions for _, measurement in candidates], rounds)
+    with ProcessMeter(problem, target, workers=workers) as meter:
+        outcomes = meter.compare([measurement.kernel for _, measurement in candidates], rounds)
     correct = [
         (outcome, log, measurement)
         for outcome, (log, measurement) in zip(outcomes, candidates, strict=True)
@@ -97,11 +94,10 @@ def _distill_family(
             f"{outcomes[0].error}"
         )
     correct.sort(key=lambda item: item[0].latency_us or math.inf)
-    is_deterministic = find_space(family, problem.direction).is_deterministic
     winners = correct[:1]
-    if not is_deterministic(winners[0][2].decisions):
-        winners += [item for item in correct if is_deterministic(item[2].decisions)][:1]
-    return [_record(*winner, log_root, family, problem, target, workers) for winner in winners]
+    if not winners[0][2].kernel.is_deterministic:
+        winners += [item for item in correct if item[2].kernel.is_deterministic][:1]
+    return [_record(*winner, log_root, problem, target, workers) for winner in winners]
 
 
 def _record(
@@ -109,7 +105,6 @@ def _record(
     log: Path,
     measurement: Measurement,
     log_root: Path,
-    family: str,
     problem: AttentionProblem,
     target: MachineTarget,
     workers: Workers,
@@ -118,10 +113,9 @@ def _record(
     return ScheduleRecord(
         problem=problem,
         target=target.folder,
-        family=family,
-        decisions=measurement.decisions,
+        kernel=measurement.kernel,
         latency_us=round(outcome.latency_us or math.inf, 3),
-        workload_hash=read_run(log)["families"][family]["workload_hash"],
+        workload_hash=read_run(log)["families"][measurement.kernel.family]["workload_hash"],
         versions=versions() | {name: str(device[name]) for name in ("cuda", "driver") if device.get(name)},
         device=device["name"],
         date=now(),
@@ -168,14 +162,13 @@ def compare_strategies(
     if reason is not None:
         raise ValueError(f"{log_dir} must be measured on its target {target.folder}: {reason}")
     family = family or next(iter(run["families"]))
-    space = find_space(family, problem.direction)
-    contestants = {"untuned": space.untuned(problem.head_dim, problem.dtype, target)}
+    contestants = {"untuned": KernelSpec.untuned(family, problem, target)}
     for log in sorted(logs, key=lambda log: len(log.parts)):  # the search before its controls
-        best = _best_candidates([log], family, problem, target)
+        best = _best_candidates([log], family, target)
         if not best:
             raise ValueError(f"{log} holds no correct candidate of the {family} family")
-        contestants[read_run(log)["strategy"]] = best[0][1].decisions
-    with ProcessMeter(family, problem, target, workers=workers) as meter:
+        contestants[read_run(log)["strategy"]] = best[0][1].kernel
+    with ProcessMeter(problem, target, workers=workers) as meter:
         outcomes = meter.compare(list(contestants.values()), rounds)
     latencies = {}
     for name, outcome in zip(contestants, outcomes, strict=True):
@@ -204,7 +197,9 @@ def write_comparison(
         "family": family,
         "rounds": rounds,
         "trials": {
-            read_run(folder)["strategy"]: sum(m.family == family for m in comparable_measurements(folder))
+            read_run(folder)["strategy"]: sum(
+                m.kernel.family == family for m in comparable_measurements(folder)
+            )
             for folder in find_logs(Path(log_dir))
         },
         "latency_us": compare_strategies(log_dir, family, rounds=rounds, workers=workers),
@@ -278,7 +273,7 @@ def distill(
         if workers is None:
             workers = owned.enter_context(Workers(target))
         for problem, logs in by_problem.items():
-            for family in FAMILIES:
+            for family in family_names():
                 if not has_space(family, problem.direction):
                     continue
                 if not any(family in read_run(log)["families"] for log in logs):

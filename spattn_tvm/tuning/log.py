@@ -18,10 +18,11 @@ import datetime
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.provenance import device_facts, installed_versions
 from spattn_tvm.target import MachineTarget
@@ -46,12 +47,10 @@ class Measurement:
 
     Attributes
     ----------
-    family : str
-        Kernel family.
-    kernel : str
+    kernel : KernelSpec
+    code : str
         Hash of what the family builds from its untuned decisions; results of other kernel code are not
         comparable.
-    decisions : dict[str, int]
     latency_us : float or None
         Median time of one call, None when there is an error. Other programs' share is taken out of it.
     error : str or None
@@ -67,15 +66,33 @@ class Measurement:
         Address of the fleet's server that measured it; None for this machine.
     """
 
-    family: str
-    kernel: str
-    decisions: dict[str, int]
+    kernel: KernelSpec
+    code: str
     latency_us: float | None
     error: str | None
     elapsed_s: float
     slowdown: float = 1.0
     resources: dict[str, Any] | None = None
     server: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values, without what is not known. Direction, dtype and head dim are the log's."""
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del facts["kernel"], facts["code"]
+        always = ("latency_us", "error")
+        return {
+            "family": self.kernel.family,
+            "kernel": self.code,
+            "decisions": dict(self.kernel.decisions),
+            **{name: value for name, value in facts.items() if value is not None or name in always},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], problem: AttentionProblem) -> Measurement:
+        """What `to_json` wrote to the log of a problem."""
+        facts = dict(data)
+        spec = KernelSpec.of(facts.pop("family"), problem, facts.pop("decisions"))
+        return cls(spec, facts.pop("kernel"), **facts)
 
 
 def drop_torn_line(path: Path) -> None:
@@ -93,8 +110,9 @@ def read_measurements(log_dir: Path) -> list[Measurement]:
     path = Path(log_dir) / MEASUREMENTS
     if not path.exists():
         return []
+    problem = AttentionProblem.from_json(read_run(log_dir)["problem"])
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [Measurement(**json.loads(line)) for line in lines if line.strip()]
+    return [Measurement.from_json(json.loads(line), problem) for line in lines if line.strip()]
 
 
 def read_run(log_dir: Path) -> dict[str, Any]:
@@ -113,8 +131,8 @@ def read_run(log_dir: Path) -> dict[str, Any]:
 
 def comparable_measurements(log_dir: Path) -> list[Measurement]:
     """The measurements of a log folder that were made with its latest kernel code."""
-    kernels = {family: facts["kernel"] for family, facts in read_run(log_dir)["families"].items()}
-    return [m for m in read_measurements(log_dir) if m.kernel == kernels.get(m.family)]
+    codes = {family: facts["kernel"] for family, facts in read_run(log_dir)["families"].items()}
+    return [m for m in read_measurements(log_dir) if m.code == codes.get(m.kernel.family)]
 
 
 def curve(log_dir: Path, family: str | None = None) -> tuple[list[int], list[float]]:
@@ -138,7 +156,7 @@ def curve(log_dir: Path, family: str | None = None) -> tuple[list[int], list[flo
     best: list[float] = []
     count = 0
     for measurement in comparable_measurements(log_dir):
-        if family is not None and measurement.family != family:
+        if family is not None and measurement.kernel.family != family:
             continue
         count += 1
         latency = measurement.latency_us
@@ -247,9 +265,7 @@ class TuningLog:
 
     def append(self, measurement: Measurement) -> None:
         """Hand one measurement to the operating system, where a kill of this process can't reach it."""
-        always = ("latency_us", "error")
-        facts = {n: value for n, value in asdict(measurement).items() if value is not None or n in always}
-        line = json.dumps(facts, separators=(",", ":")) + "\n"
+        line = json.dumps(measurement.to_json(), separators=(",", ":")) + "\n"
         with (self.folder / MEASUREMENTS).open("ab") as file:
             file.write(line.encode())
         self.measurements.append(measurement)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -55,27 +56,30 @@ class Meter(Protocol):
 
     def measure(
         self,
-        batch: Sequence[Mapping[str, int]],
+        batch: Sequence[KernelSpec],
         best_us: float | None,
-        anchor: tuple[Mapping[str, int], float] | None = None,
+        anchor: tuple[KernelSpec, float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         """Yield (position in the batch, outcome), each candidate once, as they become known.
 
-        `best_us` is the fastest so far. `anchor` names decisions and their usual latency, which tell the
+        `best_us` is the fastest so far. `anchor` names a kernel and its usual latency, which tell the
         machine's present speed.
         """
         ...
 
 
+def _named(kernel: KernelSpec) -> dict[str, Any]:
+    """A kernel in a request to another process, which may not know its family yet."""
+    return {"kernel": kernel.to_json(), "family": kernel.source.reference}
+
+
 class ProcessMeter:
-    """Builds and measures candidates of one family for one problem, on this machine or a fleet's servers.
+    """Builds and measures kernels for one problem, on this machine or a fleet's servers.
 
     Where this machine's CPU is what measures, nothing is built while something is timed.
 
     Parameters
     ----------
-    family : str
-        Family name, or ``module:ATTRIBUTE`` of a :class:`~spattn_tvm.spaces.Space` outside this package.
     problem : AttentionProblem
     target : MachineTarget
         Of this machine, or of the servers.
@@ -89,7 +93,6 @@ class ProcessMeter:
 
     def __init__(
         self,
-        family: str,
         problem: AttentionProblem,
         target: MachineTarget,
         *,
@@ -97,7 +100,7 @@ class ProcessMeter:
         stopped: Callable[[], bool] = lambda: False,
         workers: Workers | None = None,
     ) -> None:
-        self._family, self._problem, self._target = family, problem, target
+        self._problem, self._target = problem, target
         self._seed, self._stopped = seed, stopped
         self._owns_workers = workers is None
         self._workers = Workers(target) if workers is None else workers
@@ -108,7 +111,6 @@ class ProcessMeter:
         self._refusals: list[str] = []
         self._folder = Path(tempfile.mkdtemp(prefix="spattn-tuning-"))
         self._cache = self._folder / "reference.pt"
-        self._built = 0
 
     @property
     def builders(self) -> int:
@@ -130,9 +132,9 @@ class ProcessMeter:
 
     def measure(
         self,
-        batch: Sequence[Mapping[str, int]],
+        batch: Sequence[KernelSpec],
         best_us: float | None,
-        anchor: tuple[Mapping[str, int], float] | None = None,
+        anchor: tuple[KernelSpec, float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         """See :class:`Meter`; on a CPU, which other programs share, candidates are timed against the anchor.
 
@@ -203,12 +205,12 @@ class ProcessMeter:
                 self._ready -= {runner for runner in self._workers.runners if runner.busy}
                 self._workers.drop_jobs()
 
-    def compare(self, batch: Sequence[Mapping[str, int]], rounds: int) -> list[Outcome]:
+    def compare(self, batch: Sequence[KernelSpec], rounds: int) -> list[Outcome]:
         """Outcome of each candidate; the correct ones are measured in turns by one process or server.
 
         Parameters
         ----------
-        batch : sequence of decisions
+        batch : sequence of KernelSpec
         rounds : int
             Samples of each.
 
@@ -241,7 +243,7 @@ class ProcessMeter:
                         asked = False
                         continue
                     raise RuntimeError(
-                        f"comparing {len(batch)} candidates of {self._family}: {answer['error']}"
+                        f"comparing {len(batch)} candidates of {batch[0].family}: {answer['error']}"
                     )
                 elif job == COMPARING:
                     server = answer.get("server")
@@ -253,31 +255,18 @@ class ProcessMeter:
                     kernels[job] = self._kernel(batch[job], answer)
         raise KeyboardInterrupt
 
-    def _feed_builders(self, waiting: deque[tuple[int, Mapping[str, int]]]) -> None:
+    def _feed_builders(self, waiting: deque[tuple[int, KernelSpec]]) -> None:
         for worker in self._workers.builders:
             if not waiting:
                 return
             if not worker.busy:
-                position, decisions = waiting.popleft()
-                self._built += 1
-                request = {
-                    "do": "build",
-                    "family": self._family,
-                    "problem": self._problem.to_json(),
-                    "target": asdict(self._target),
-                    "decisions": dict(decisions),
-                    "folder": str(self._folder),
-                    "name": f"candidate-{self._built}",
-                }
+                position, kernel = waiting.popleft()
+                request = {"do": "build", **_named(kernel), "target": asdict(self._target)}
                 worker.send(position, request, BUILD_TIMEOUT_S)
 
-    def _kernel(self, decisions: Mapping[str, int], answer: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "family": self._family,
-            "decisions": dict(decisions),
-            "path": answer["path"],
-            "resources": answer.get("resources"),
-        }
+    @staticmethod
+    def _kernel(kernel: KernelSpec, answer: Mapping[str, Any]) -> dict[str, Any]:
+        return {**_named(kernel), "path": answer["path"], "resources": answer.get("resources")}
 
     def _idle_runners(self) -> Iterator[Worker]:
         """Runners that can take a candidate now; the others are told to prepare."""

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spattn_tvm.families.family import Sizes
+from spattn_tvm.launch import finished
 from spattn_tvm.target import MachineTarget, cuda_target, detect_cpu
 
 from .fleet import Fleet, ServerLostError
 
 if TYPE_CHECKING:
+    from spattn_tvm.families.kernel import KernelSpec
+
     from .trial import TrialData
 
 # The server ends a session, and with it a kernel that hangs, after this time; a session that is still of use
@@ -145,15 +149,13 @@ class RemoteDevice:
         except AttributeError:  # a server of TVM's runtime alone
             return "unknown"
 
-    def kernel(
-        self, path: Path, family: str, direction: str, decisions: dict[str, int], data: TrialData
-    ) -> RemoteKernel:
+    def kernel(self, path: Path, spec: KernelSpec, data: TrialData) -> RemoteKernel:
         """Upload a library; its arguments are the data's, which stay on the server between kernels."""
         self._uploads += 1
         name = f"{self._uploads}.so"  # to write over a library that is loaded kills the server
         self._session.upload(str(path), name)
         module = self._session.load_module(name)
-        return RemoteKernel(self, module, family, direction, decisions, data)
+        return RemoteKernel(self, module, spec, data)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, value: Tensor | None = None) -> Any:
         from tvm.runtime import empty
@@ -186,85 +188,56 @@ def _download(remote: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 class RemoteKernel:
     """A kernel on a server: calling it gives its outputs here, `time_us` runs it there."""
 
-    def __init__(
-        self,
-        device: RemoteDevice,
-        module: Any,
-        family: str,
-        direction: str,
-        decisions: dict[str, int],
-        data: TrialData,
-    ) -> None:
-        self._device, self._direction = device, direction
-        self._function = module[direction]
+    def __init__(self, device: RemoteDevice, module: Any, spec: KernelSpec, data: TrialData) -> None:
+        self._device, self._abi = device, spec.abi
+        self._function = module[spec.direction]
         self._timer = module.time_evaluator(
-            direction,
+            spec.direction,
             device.device,
             number=1,
             repeat=1,
             cache_flush_bytes=_L2_FLUSH_BYTES if data.target_kind == "cuda" else 0,
         )
-        names = ("q", "k", "v", "o", "lse", "do", "dlse") if direction == "backward" else ("q", "k", "v")
-        inputs = [device.input(name, getattr(data, name)) for name in (*names, "bands", "cu_seqlens")]
-        self._written = [
-            _Argument(device.tensor(shape, dtype), None, shape, dtype)
-            for shape, dtype in _outputs(family, direction, data)
-        ]
+        given = data.inputs
+        batch, query_heads, queries, head_dim = data.q.shape
+        _, kv_heads, keys, _ = data.k.shape
+        workers = device.workers
+        sizes = Sizes(batch, query_heads, kv_heads, queries, keys, head_dim, workers)
+        self._written = []
+        for output in self._abi.outputs:
+            model = given.get(output.like, data.q)
+            shape, name = output.written(sizes, tuple(model.shape), spec.dtype)
+            dtype = getattr(torch, name)
+            self._written.append(_Argument(device.tensor(shape, dtype), None, shape, dtype))
         self._scratch = []
-        for shape, dtype in _workspaces(family, direction, decisions, data):
-            zeros = torch.zeros(shape, dtype=dtype) if dtype is torch.int32 else None
+        for item in self._abi.scratch:
+            shape, dtype = item.shape(sizes), getattr(torch, item.dtype)
+            zeros = torch.zeros(shape, dtype=dtype) if item.kept else None
             self._scratch.append(_Argument(device.tensor(shape, dtype, zeros), zeros, shape, dtype))
+        inputs = [device.input(name, given[name]) for name in self._abi.inputs]
         written = [argument.remote for argument in (*self._written, *self._scratch)]
-        self._arguments = (*inputs, *written, data.scale, device.workers)
+        # A problem's factor is positive: no ABI wants its sign elsewhere.
+        self._arguments = (*inputs, *written, data.scale, workers)
 
-    def __call__(self, data: TrialData) -> tuple[Tensor, ...]:
+    def __call__(self, data: TrialData) -> dict[str, Tensor]:
         for argument in (*self._written, *self._scratch):
             value = argument.value
             if value is None:
-                value = torch.full(argument.shape, torch.nan, dtype=argument.dtype)
+                value = torch.full(argument.shape, _poison(argument.dtype), dtype=argument.dtype)
             _upload(argument.remote, value)
         self._function(*self._arguments)
         self._device.device.sync()
-        results = [_download(a.remote, a.shape, a.dtype) for a in self._written]
-        if self._direction == "forward":
-            return tuple(results)
-        dq, *gradients = results
-        return (dq, *(_grouped(gradient, data) for gradient in gradients))
+        results = {}
+        for output, argument in zip(self._abi.outputs, self._written, strict=True):
+            written = _download(argument.remote, argument.shape, argument.dtype)
+            model = data.inputs.get(output.like)
+            results[output.name] = written if model is None else finished(output, written, model)
+        return results
 
     def time_us(self) -> float:
         """One run, in microseconds, after one that warms up."""
         return float(self._timer(*self._arguments).mean) * 1e6
 
 
-def _grouped(gradient: Tensor, data: TrialData) -> Tensor:
-    """dk or dv summed over the query heads that share a key head, if the kernel left that to its caller."""
-    batch, heads, length, head_dim = gradient.shape
-    kv_heads = data.k.shape[1]
-    if heads != kv_heads:
-        gradient = gradient.view(batch, kv_heads, heads // kv_heads, length, head_dim).sum(2)
-    return gradient.to(data.k.dtype)
-
-
-_Shapes = list[tuple[tuple[int, ...], torch.dtype]]
-
-
-def _outputs(family: str, direction: str, data: TrialData) -> _Shapes:
-    """Shape and dtype of what a kernel writes; :mod:`spattn_tvm.launch` allocates the same."""
-    rows, keys = tuple(data.q.shape), tuple(data.k.shape)
-    if direction == "forward":
-        return [(rows, data.q.dtype), (rows[:3], torch.float32)]
-    gradient = (rows, torch.float32) if family == "cpu" else (keys, data.k.dtype)
-    return [(rows, data.q.dtype), gradient, gradient]
-
-
-def _workspaces(family: str, direction: str, decisions: dict[str, int], data: TrialData) -> _Shapes:
-    """Shape and dtype of a kernel's workspaces, in order; int32 ones start at zero."""
-    batch, heads, length, head_dim = data.q.shape
-    counters: _Shapes = [((2,), torch.int32)] if family == "hopper" else []
-    if direction == "forward" or family == "cpu":
-        return counters
-    sums: _Shapes = [((batch, heads, length, head_dim), torch.float32)] if decisions.get("one_pass") else []
-    if family == "hopper":
-        stats = (batch, heads, (length + 1) // 2, 4)
-        return [(stats, torch.float32), *counters, *sums]
-    return [((batch, heads, length), torch.float32), *sums]
+def _poison(dtype: torch.dtype) -> float:
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max

@@ -10,19 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, spilled_bytes
-from spattn_tvm.families import families_for
+from spattn_tvm.families import families_for, find_space, resolve_family
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
 from .log import Measurement, TuningLog, log_folder, session_device, versions
 from .measure import Meter, Outcome, ProcessMeter
-from .worker import resolve_space
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TuningResult:
 
     Attributes
     ----------
-    family, decisions, latency_us
+    kernel, latency_us
         The fastest correct candidate of the log folder, this session's or an earlier one's; None without any.
     log_dir : Path
     trials, errors : int
@@ -59,8 +59,7 @@ class TuningResult:
         Correct candidates that spill registers, by what ptxas said; only known for CUDA.
     """
 
-    family: str | None
-    decisions: dict[str, int] | None
+    kernel: KernelSpec | None
     latency_us: float | None
     log_dir: Path
     trials: int
@@ -179,11 +178,11 @@ class _Session:
     def out_of_time(self) -> bool:
         return self.elapsed_s >= self._until_s
 
-    def of_family(self, family: str, kernel: str) -> list[Measurement]:
-        return [m for m in self.log.measurements if m.family == family and m.kernel == kernel]
+    def of_family(self, family: str, code: str) -> list[Measurement]:
+        return [m for m in self.log.measurements if m.kernel.family == family and m.code == code]
 
-    def show(self, family: str, kernel: str) -> None:
-        measured = self.of_family(family, kernel)
+    def show(self, family: str, code: str) -> None:
+        measured = self.of_family(family, code)
         failed = sum(m.error is not None for m in measured)
         of = "" if self.budget.trials is None else f"/{self.budget.trials}"
         text = f"{len(measured)}{of}" + (f", {failed} failed" if failed else "")
@@ -195,45 +194,50 @@ def _best_us(measured: Sequence[Measurement]) -> float | None:
     return min((m.latency_us for m in measured if m.latency_us is not None), default=None)
 
 
-def _key(decisions: dict[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(decisions.items()))
-
-
 def run_search(
     search: DecisionSearch,
     meter: Meter,
     session: _Session,
-    family: str,
-    kernel: str,
-    first: dict[str, int],
+    code: str,
+    first: KernelSpec,
     first_alone: bool = True,
-    also: Sequence[dict[str, int]] = (),
+    also: Sequence[KernelSpec] = (),
 ) -> str:
     """Search one family until the budget is spent; returns why it ended.
 
     Parameters
     ----------
-    first : dict
+    code : str
+        Identifies the kernel code; what other code measured does not count.
+    first : KernelSpec
         The untuned default. It is always measured, so that the result is never slower.
     first_alone : bool
         Whether it is measured before all others, which on a CPU are timed against it. On a GPU the other
         builders would have nothing to do meanwhile, for as long as each later batch takes.
-    also : sequence of dict
-        Decisions to measure right after the default, such as the default with deterministic results.
+    also : sequence of KernelSpec
+        Measured right after the default, such as the default with deterministic results.
 
     Raises
     ------
     DefaultFailedError
         When even the default fails.
     """
-    known = {_key(m.decisions): m.latency_us for m in session.of_family(family, kernel)}
+    family = first.family
+    known = {m.kernel: m.latency_us for m in session.of_family(family, code)}
     batch_size = max(_LEAST_BATCH, getattr(meter, "builders", 1))
+
+    def ask() -> list[tuple[KernelSpec, Any]] | None:
+        proposed = search.ask()
+        if proposed is None:
+            return None
+        return [(replace(first, decisions=decisions), candidate) for decisions, candidate in proposed]
+
     search.start(batch_size)
-    search.restore([(dict(decisions), latency) for decisions, latency in known.items()])
+    search.restore([(dict(kernel.decisions), latency) for kernel, latency in known.items()])
     stale = 0
-    with_first = [] if first_alone or _key(first) in known else (search.ask() or [])
-    proposed: list[tuple[dict[str, int], Any]] | None = [
-        *((decisions, search.candidate(decisions)) for decisions in (first, *also)),
+    with_first = [] if first_alone or first in known else (ask() or [])
+    proposed: list[tuple[KernelSpec, Any]] | None = [
+        *((kernel, search.candidate(kernel.decisions)) for kernel in (first, *also)),
         *with_first[: max(0, batch_size - 1 - len(also))],
     ]
     while True:
@@ -246,23 +250,23 @@ def run_search(
             return "exhausted"
 
         # Random sampling may repeat itself, and a resumed search proposes what an earlier session measured.
-        fresh: list[tuple[dict[str, int], Any]] = []
+        fresh: list[tuple[KernelSpec, Any]] = []
         seen = set(known)
-        for decisions, candidate in proposed:
-            if _key(decisions) not in seen:
-                seen.add(_key(decisions))
-                fresh.append((decisions, candidate))
+        for kernel, candidate in proposed:
+            if kernel not in seen:
+                seen.add(kernel)
+                fresh.append((kernel, candidate))
         fresh = fresh[:left]
         stale = 0 if fresh else stale + 1
 
         told = []
-        best_us = _best_us(session.of_family(family, kernel))
-        usual_us = known.get(_key(first))
+        best_us = _best_us(session.of_family(family, code))
+        usual_us = known.get(first)
         anchor = None if usual_us is None else (first, usual_us)
         waiting: list[tuple[int, Outcome]] = []
-        for measured in meter.measure([decisions for decisions, _ in fresh], best_us, anchor):
+        for measured in meter.measure([kernel for kernel, _ in fresh], best_us, anchor):
             waiting.append(measured)
-            if _key(first) not in known:
+            if first not in known:
                 if fresh[measured[0]][0] != first:
                     continue
                 if measured[1].error is not None:
@@ -271,12 +275,11 @@ def run_search(
                     raise DefaultFailedError(f"the untuned default of {family} fails: {measured[1].error}")
             # The default is the first line of a log: its curve is drawn relative to it.
             for position, outcome in sorted(waiting, key=lambda item: fresh[item[0]][0] != first):
-                decisions, candidate = fresh[position]
+                kernel, candidate = fresh[position]
                 session.log.append(
                     Measurement(
-                        family,
                         kernel,
-                        decisions,
+                        code,
                         outcome.latency_us,
                         outcome.error,
                         round(session.elapsed_s, 3),
@@ -286,17 +289,17 @@ def run_search(
                     )
                 )
                 search.keep(candidate, outcome.latency_us)
-                known[_key(decisions)] = outcome.latency_us
+                known[kernel] = outcome.latency_us
                 told.append((candidate, outcome.latency_us))
             waiting.clear()
-            session.show(family, kernel)
+            session.show(family, code)
             if session.out_of_time():
                 break
         search.tell([candidate for candidate, _ in told], [latency for _, latency in told])
         if session.stopped():
             return "interrupted"
         if not session.out_of_time():
-            proposed = search.ask()
+            proposed = ask()
 
 
 def tune(
@@ -337,7 +340,7 @@ def tune(
         Logs go to ``<log_root>/<target folder>/<problem key>/``.
     families : sequence of str, optional
         Kernel families to search, all that apply by default. ``module:ATTRIBUTE`` names a
-        :class:`~spattn_tvm.spaces.Space` outside this package.
+        :class:`~spattn_tvm.families.family.Family` outside this package, which is then registered.
     progress : bool
         Whether to show a progress bar.
     workers : Workers, optional
@@ -386,10 +389,10 @@ def tune(
         try:
             for position, (family, space) in enumerate(spaces.items()):
                 session.allot(len(spaces) - position)
-                kernel = kernel_hash(space, problem, target)
-                log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": kernel})
-                search = DecisionSearch(space, problem, target, folder, strategy, seed, kernel)
-                done = len(session.of_family(family, kernel))
+                code = kernel_hash(space, problem, target)
+                log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": code})
+                search = DecisionSearch(space, problem, target, folder, strategy, seed, code)
+                done = len(session.of_family(family, code))
                 total = 60.0 * minutes if minutes is not None else float(budget.trials or 0)
                 bar.begin(
                     f"{family} {problem.direction}",
@@ -397,22 +400,17 @@ def tune(
                     session.elapsed_s if minutes is not None else done,
                 )
 
-                def stopped(family: str = family, kernel: str = kernel) -> bool:
+                def stopped(family: str = family, code: str = code) -> bool:
                     # The default at least is measured, however little time there is.
-                    late = session.out_of_time() and bool(session.of_family(family, kernel))
+                    late = session.out_of_time() and bool(session.of_family(family, code))
                     return interrupt.requested or late
 
-                key = (problem.head_dim, problem.dtype, target)
-                first = space.untuned(*key)
-                reproducible = space.untuned(*key, deterministic=True)
+                first = KernelSpec.untuned(family, problem, target)
+                reproducible = KernelSpec.untuned(family, problem, target, deterministic=True)
                 try:
-                    with ProcessMeter(
-                        family, problem, target, seed=seed, stopped=stopped, workers=workers
-                    ) as meter:
+                    with ProcessMeter(problem, target, seed=seed, stopped=stopped, workers=workers) as meter:
                         alone = target.kind == "cpu"
-                        ended = run_search(
-                            search, meter, session, family, kernel, first, alone, [reproducible]
-                        )
+                        ended = run_search(search, meter, session, code, first, alone, [reproducible])
                 except DefaultFailedError as error:
                     failures[family] = str(error)
                 search.close()
@@ -432,8 +430,9 @@ def _supporting_spaces(
 ) -> dict[str, Space]:
     names = families_for(target) if families is None else tuple(families)
     spaces, refused = {}, []
-    for name in names:
-        space = resolve_space(name, problem.direction)
+    for reference in names:
+        name = resolve_family(reference).name
+        space = find_space(name, problem.direction)
         why = space.unsupported(problem.head_dim, problem.dtype, target)
         if why is None:
             spaces[name] = space
@@ -455,8 +454,7 @@ def _result(log: TuningLog, session: _Session, ended: str, failures: dict[str, s
         (m for m in current if m.latency_us is not None), key=lambda m: m.latency_us or 0.0, default=None
     )
     return TuningResult(
-        family=best.family if best else None,
-        decisions=best.decisions if best else None,
+        kernel=best.kernel if best else None,
         latency_us=best.latency_us if best else None,
         log_dir=log.folder,
         trials=len(current),

@@ -108,12 +108,17 @@ class TrialData:
                 expected.update(zip(("dq", "dk", "dv"), gradients, strict=True))
         return expected
 
-    def outputs(self, launch: Callable[[TrialData], tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a kernel of any direction may take, by the names of its ABI."""
+        names = ("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens")
+        return {name: getattr(self, name) for name in names}
+
+    def outputs(self, launch: Callable[[TrialData], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a launch computes, by name, from output buffers that PyTorch fills with NaN first."""
-        names = ("o", "lse") if self.problem.direction == "forward" else ("dq", "dk", "dv")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            return dict(zip(names, launch(self), strict=True))
+            return launch(self)
         finally:
             torch.use_deterministic_algorithms(False)
 

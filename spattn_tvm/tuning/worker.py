@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families import find_space
-from spattn_tvm.families.space import Space
+from spattn_tvm.families import resolve_family
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -33,31 +33,17 @@ if TYPE_CHECKING:
     from .remote import RemoteDevice
     from .trial import TrialData
 
-    Launcher = Callable[[TrialData], tuple[Tensor, ...]]
+    Launcher = Callable[[TrialData], dict[str, Tensor]]
 
 _PR_SET_PDEATHSIG = 1
 # Compilers on all cores must not keep the process waiting that launches what is timed.
 _BUILDER_NICENESS = 10
 
 
-def resolve_space(family: str, direction: str) -> Space:
-    """The space of a family's name, or of ``module:ATTRIBUTE``, which names a space that is not part of
-    this package.
-
-    Raises
-    ------
-    ValueError
-        When there is none, or it is for the other direction.
-    """
-    module, _, attribute = family.partition(":")
-    if not attribute:
-        return find_space(family, direction)
-    space = getattr(importlib.import_module(module), attribute, None)
-    if not isinstance(space, Space):
-        raise ValueError(f"{family} must be a Space, found {space!r}")
-    if space.direction != direction:
-        raise ValueError(f"{family} is a space for {space.direction}, the problem is {direction}")
-    return space
+def _kernel_of(request: Mapping[str, Any]) -> KernelSpec:
+    """The kernel that a request names; its family, which may be one from outside, is registered."""
+    resolve_family(request["family"])
+    return KernelSpec.from_json(request["kernel"])
 
 
 def _warm(request: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +62,6 @@ def _warm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
-    from spattn_tvm.build.compile import compile_module
     from spattn_tvm.build.library_cache import compile_kernel
     from spattn_tvm.build.resources import library_metadata
     from spattn_tvm.build.toolchain import leave_out_torch
@@ -84,17 +69,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     leave_out_torch()
     if os.nice(0) < _BUILDER_NICENESS:
         os.nice(_BUILDER_NICENESS - os.nice(0))
-    problem = AttentionProblem.from_json(request["problem"])
-    target = MachineTarget(**request["target"])
-    family, decisions = request["family"], request["decisions"]
-    key = (problem.direction, problem.dtype, problem.head_dim)
-    if ":" not in family:
-        path = compile_kernel(family, *key, decisions, target)
-        return {"path": str(path), "resources": library_metadata(path).get("resources")}
-    space = resolve_space(family, problem.direction)
-    module = space.build(decisions, problem.head_dim, problem.dtype, target)
-    path = Path(request["folder"]) / f"{request['name']}.so"
-    return {"path": str(path), "resources": compile_module(module, target, path) or None}
+    path = compile_kernel(_kernel_of(request), MachineTarget(**request["target"]))
+    return {"path": str(path), "resources": library_metadata(path).get("resources")}
 
 
 class _Measurer:
@@ -195,9 +171,7 @@ class _Measurer:
         """Whether a GPU kernel that claims to be deterministic is not: a race that the tolerance hides."""
         import torch
 
-        direction = self.data.problem.direction
-        space = resolve_space(request["family"], direction)
-        if self.data.target_kind != "cuda" or not space.is_deterministic(request["decisions"]):
+        if self.data.target_kind != "cuda" or not _kernel_of(request).is_deterministic:
             return None
         first, second = (self.data.outputs(launch) for _ in range(2))
         differ = [name for name in first if not torch.equal(first[name], second[name])]
@@ -218,26 +192,15 @@ class _Measurer:
 
     def _launch(self, request: dict[str, Any]) -> Launcher:
         from spattn_tvm.dispatch import Kernel
-        from spattn_tvm.launch import launch_backward, launch_forward
+        from spattn_tvm.launch import launch
         from spattn_tvm.runtime import load_library
 
-        direction = self.data.problem.direction
-        path = Path(request["path"])
-        family, decisions = resolve_space(request["family"], direction).family, request["decisions"]
+        path, spec = Path(request["path"]), _kernel_of(request)
         if self._server is not None:
-            return self._server.kernel(path, family, direction, decisions, self.data)
-        kernel = Kernel(
-            function=load_library(path, direction),
-            family=family,
-            direction=direction,
-            decisions=decisions,
-            path=path,
-        )
-        if direction == "forward":
-            return lambda d: launch_forward(kernel, d.q, d.k, d.v, d.bands, d.cu_seqlens, d.scale)
-        return lambda d: launch_backward(
-            kernel, d.q, d.k, d.v, d.o, d.lse, d.do, d.dlse, d.bands, d.cu_seqlens, d.scale
-        )
+            return self._server.kernel(path, spec, self.data)
+        kernel = Kernel(load_library(path, spec.direction), spec, path=path)
+        names = kernel.abi.results
+        return lambda data: dict(zip(names, launch(kernel, data.inputs, data.scale), strict=True))
 
 
 def _gpu_is_lost() -> bool:

@@ -1,4 +1,4 @@
-"""A space for tests of the search: a naive forward kernel whose decisions say how slow and how broken it is.
+"""Families for tests of the search: a naive forward kernel whose decisions say how slow and how broken it is.
 
 ``repeats`` computes everything that many times, so that the best decisions are known beforehand. ``fault``
 plants an error: 1 leaves out half of the keys, and so is faster than any correct kernel; 2 reads far
@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from spattn_tvm.families import resolve_family
+from spattn_tvm.families.family import Abi, Family, Output
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
 
 REPEATS = (1, 2, 4, 8)
+UNTUNED = {"repeats": 4, "label": 10, "fault": 0}
 CHOICES = {"repeats": REPEATS, "label": (10, 20, 30, 40), "fault": (0,)}
 
 
@@ -154,14 +158,44 @@ def _illegal(decisions: Mapping[str, int], head_dim: int, dtype: str, target: An
 
 
 FORWARD = Space(
-    family="cpu",
+    family="toy",
     direction="forward",
     choices=lambda head_dim, dtype: dict(CHOICES),
     illegal=_illegal,
     features=lambda decisions, problem: [float(decisions["repeats"] * problem.useful_flops)],
-    untuned=lambda head_dim, dtype, target, deterministic=False: {"repeats": 4, "label": 10, "fault": 0},
+    untuned=lambda head_dim, dtype, target, deterministic=False: dict(UNTUNED),
     build=_build,
     unsupported=lambda head_dim, dtype, target: None if dtype == "float32" else "float32 only",
 )
-WITH_FAULTS = replace(FORWARD, choices=lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3, 4)})
-ON_CUDA = replace(WITH_FAULTS, family="mma", build=_build_cuda)
+BROKEN_FORWARD = replace(
+    FORWARD, family="broken_toy", choices=lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3, 4)}
+)
+BROKEN_CUDA_FORWARD = replace(BROKEN_FORWARD, family="broken_cuda_toy", build=_build_cuda)
+
+
+def _family(name: str, space: str, kind: str) -> Family:
+    abi = Abi(
+        inputs=("q", "k", "v", "bands", "cu_seqlens"),
+        outputs=(
+            Output("o", like="q"),
+            Output("lse", shape=lambda n: (n.batch, n.query_heads, n.queries), dtype="float32"),
+        ),
+    )
+    return Family(
+        name=name,
+        reference=f"toy_family:{name.upper()}",
+        runs_on=lambda target: target.kind == kind,
+        spaces={"forward": f"toy_family:{space}"},
+        abis={"forward": abi},
+    )
+
+
+TOY = _family("toy", "FORWARD", "cpu")
+BROKEN_TOY = _family("broken_toy", "BROKEN_FORWARD", "cpu")
+BROKEN_CUDA_TOY = _family("broken_cuda_toy", "BROKEN_CUDA_FORWARD", "cuda")
+
+
+def kernel(family: Family, **decisions: int) -> KernelSpec:
+    """A toy's forward kernel with some decisions, the rest untuned; the family is registered."""
+    resolve_family(family.reference)
+    return KernelSpec(family.name, "forward", "float32", 32, {**UNTUNED, **decisions})

@@ -1,0 +1,44 @@
+"""The CPU family, and what its functions take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spattn_tvm.families.family import Abi, Family, Output
+
+if TYPE_CHECKING:
+    from spattn_tvm.target import MachineTarget
+
+FORWARD = Abi(
+    inputs=("q", "k", "v", "bands", "cu_seqlens"),
+    outputs=(
+        Output("o", like="q"),
+        Output("lse", shape=lambda n: (n.batch, n.query_heads, n.queries), dtype="float32"),
+    ),
+)
+
+BACKWARD = Abi(
+    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens"),
+    outputs=(
+        Output("dq", like="q"),
+        Output("dk", like="k", per_query_head=True),
+        Output("dv", like="v", per_query_head=True),
+    ),
+)
+
+
+def _runs_on(target: MachineTarget) -> bool:
+    return target.kind == "cpu"
+
+
+FAMILY = Family(
+    name="cpu",
+    reference="spattn_tvm.families.cpu.abi:FAMILY",
+    runs_on=_runs_on,
+    spaces={
+        "forward": "spattn_tvm.families.cpu.space:FORWARD",
+        "backward": "spattn_tvm.families.cpu.space:BACKWARD",
+    },
+    abis={"forward": FORWARD, "backward": BACKWARD},
+    sources=("spattn_tvm.families.cpu", "spattn_tvm.domains"),
+)

@@ -1,0 +1,52 @@
+"""The portable tensor-core family, and what its functions take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
+
+if TYPE_CHECKING:
+    from spattn_tvm.target import MachineTarget
+
+COPY_BYTES = 16  # of one cp.async
+
+
+def _query_rows(n: Sizes) -> tuple[int, ...]:
+    return n.batch, n.query_heads, n.queries
+
+
+FORWARD = Abi(
+    inputs=("q", "k", "v", "bands", "cu_seqlens"),
+    outputs=(Output("o", like="q"), Output("lse", shape=_query_rows, dtype="float32")),
+    alignment=COPY_BYTES,
+)
+
+BACKWARD = Abi(
+    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens"),
+    outputs=(Output("dq", like="q"), Output("dk", like="k"), Output("dv", like="v")),
+    scratch=(
+        Scratch("delta", shape=_query_rows, dtype="float32"),
+        Scratch(
+            "dq_sum", shape=lambda n: (*_query_rows(n), n.head_dim), dtype="float32", only_with="one_pass"
+        ),
+    ),
+    alignment=COPY_BYTES,
+)
+
+
+def _runs_on(target: MachineTarget) -> bool:
+    return target.kind == "cuda"
+
+
+FAMILY = Family(
+    name="mma",
+    reference="spattn_tvm.families.mma.abi:FAMILY",
+    runs_on=_runs_on,
+    spaces={
+        "forward": "spattn_tvm.families.mma.forward_space:FORWARD",
+        "backward": "spattn_tvm.families.mma.backward_space:BACKWARD",
+    },
+    abis={"forward": FORWARD, "backward": BACKWARD},
+    sources=("spattn_tvm.families.mma", "spattn_tvm.domains"),
+)
