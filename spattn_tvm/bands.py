@@ -522,7 +522,31 @@ def _parse_spec(spec: str) -> BandLayout:
         raise ValueError(f"layout {spec!r}: {error}") from error
 
 
-def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor | None:
+def _equal_area_edges_of_each(num_heads: int, contexts: Tensor) -> Tensor:
+    """`_equal_area_edges` of many contexts at once: ``(M, H + 1)`` int64 of ``(M, 1)`` int64."""
+    import torch
+
+    head = torch.arange(num_heads + 1, dtype=torch.int64, device=contexts.device)
+    sharing = contexts.clamp(1, num_heads)
+    target = head * (contexts * (contexts + 1) // 2)
+
+    def pairs_below(edge: Tensor) -> Tensor:
+        return (edge * contexts - edge * (edge - 1) // 2) * sharing
+
+    # The root in floating point is at most one too large, and four steps too small.
+    span = (2 * contexts + 1).double()
+    root = (span - (span * span - 8 * target.double() / sharing).clamp(min=0).sqrt()) / 2
+    below = (root.long() - 2).clamp(min=0)
+    for _ in range(4):
+        below = below + (pairs_below(below + 1) <= target).long()
+    nearest = below + (target - pairs_below(below) > pairs_below(below + 1) - target).long()
+    # At least one distance a head: a running maximum of what an edge is ahead of its head's number.
+    edges = (nearest - head).clamp(min=0).cummax(1).values + head
+    edges = torch.minimum(edges, contexts - sharing + head)
+    return torch.where(head < sharing, edges, contexts).masked_fill(head == 0, 0)
+
+
+def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor:
     """``layout.packed_table`` in tensor operations on the device of `lengths`, without reading them on the
     host.
 
@@ -531,42 +555,49 @@ def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor | None:
     layout : BandLayout
         One whose bands follow the sequence's own length.
     lengths : Tensor
-        ``(M,)`` int32 lengths of documents.
+        ``(M,)`` integer lengths of documents.
 
     Returns
     -------
-    Tensor or None
-        int32 ``(M, H, 4)``; None for ``equal_area``, whose edges take a search.
+    Tensor
+        int32 ``(M, H, 4)``.
+
+    Raises
+    ------
+    ValueError
+        A layout whose bands don't depend on the length.
     """
     import torch
 
-    if layout.name == "equal_area":
-        return None
-    context = lengths[:, None]
-    head = torch.arange(layout.num_heads, dtype=torch.int32, device=lengths.device)
+    if not layout.depends_on_length:
+        raise ValueError(f"the bands of {layout.spec} don't depend on the length: use its table")
+    context = lengths.long()[:, None]
+    head = torch.arange(layout.num_heads, device=lengths.device)
     base = context // layout.num_heads
     extra = context - base * layout.num_heads
     width = base + (head < extra)
     start = head * base + torch.minimum(head, extra)
     last = start + width - 1
+    zero = torch.zeros_like(start)
+    nothing = (torch.full_like(start, EMPTY[0]), torch.full_like(start, EMPTY[1]))
+    near, far = (start, last), nothing
     if layout.name == "causal":
-        near, far = (torch.zeros_like(start), (context - 1).expand_as(start)), None
+        near = (zero, (context - 1).expand_as(start))
     elif layout.name == "local_only":
-        near, far = (torch.zeros_like(start), width), None
-    elif layout.name == "exclusive":
-        near, far = (start, last), None
+        near = (zero, width)
     elif layout.name == "gapped":
-        near, far = (start, start + width // 2 - 1), None
-    else:
-        assert layout.name == "spattention", layout.name
+        near = (start, start + width // 2 - 1)
+    elif layout.name != "exclusive":
+        if layout.name == "equal_area":
+            edges = _equal_area_edges_of_each(layout.num_heads, context)
+            start, last = edges[:, :-1], edges[:, 1:] - 1
+        elif layout.name != "spattention":
+            raise ValueError(f"no tables of many lengths are known for layout {layout.name!r}")
         touches = start <= width + 1
-        near = (torch.zeros_like(start), torch.where(touches, torch.maximum(width, last), width))
+        near = (zero, torch.where(touches, torch.maximum(width, last), width))
         far = (start.masked_fill(touches, EMPTY[0]), last.masked_fill(touches, EMPTY[1]))
-    empty_near = near[0] > near[1]
-    columns = [near[0].masked_fill(empty_near, EMPTY[0]), near[1].masked_fill(empty_near, EMPTY[1])]
-    if far is None:
-        columns += [torch.full_like(start, EMPTY[0]), torch.full_like(start, EMPTY[1])]
-    else:
-        empty_far = far[0] > far[1]
-        columns += [far[0].masked_fill(empty_far, EMPTY[0]), far[1].masked_fill(empty_far, EMPTY[1])]
-    return torch.stack(columns, -1)
+    columns = []
+    for lo, hi in (near, far):
+        is_empty = lo > hi
+        columns += [lo.masked_fill(is_empty, EMPTY[0]), hi.masked_fill(is_empty, EMPTY[1])]
+    return torch.stack(columns, -1).int()

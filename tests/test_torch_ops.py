@@ -683,19 +683,22 @@ def test_changed_boundaries_are_seen() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["spattention", "exclusive", "local_only", "gapped", "causal"])
+@pytest.mark.parametrize(
+    "name", ["spattention", "exclusive", "local_only", "gapped", "causal", "equal_area"]
+)
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 33])
 def test_tables_from_lengths_on_a_device_are_the_layouts_own(name: str, heads: int) -> None:
     layout = BandLayout(name, heads)
     lengths = [*range(130), 4096, 4097, 99991]
     tables = length_tables(layout, torch.tensor(lengths, dtype=torch.int32))
-    assert tables is not None
     assert tables.dtype == torch.int32
     np.testing.assert_array_equal(tables.numpy(), layout.packed_table(lengths))
 
 
-def test_equal_area_has_no_table_from_lengths() -> None:
-    assert length_tables(BandLayout.equal_area(4), torch.tensor([5], dtype=torch.int32)) is None
+def test_layouts_of_one_table_have_none_from_lengths() -> None:
+    for layout in (BandLayout.equal_area(4, 9), BandLayout.sliding_window(4, 3), BandLayout.causal(4, 9)):
+        with pytest.raises(ValueError, match="don't depend on the length"):
+            length_tables(layout, torch.tensor([5], dtype=torch.int32))
 
 
 # --- CUDA ----------------------------------------------------------------------------------------------
