@@ -31,7 +31,7 @@ from spattn_tvm import launch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.ops.attention import banded_attention
-from spattn_tvm.ops.repeated_calls import clear_tables
+from spattn_tvm.ops.band_tables import clear_tables
 from spattn_tvm.reference import attention_mask, reference_attention
 
 PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "1000"))

@@ -22,7 +22,7 @@ from spattn_tvm.bands import BandLayout, length_tables
 from spattn_tvm.ops import operators as torch_ops
 from spattn_tvm.ops import repeated_calls
 from spattn_tvm.ops.attention import banded_attention
-from spattn_tvm.ops.repeated_calls import clear_tables
+from spattn_tvm.ops.band_tables import clear_tables
 from spattn_tvm.reference import reference_attention
 
 FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
@@ -683,9 +683,7 @@ def test_changed_boundaries_are_seen() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    "name", ["spattention", "exclusive", "local_only", "gapped", "causal", "equal_area"]
-)
+@pytest.mark.parametrize("name", ["spattention", "exclusive", "local_only", "gapped", "causal", "equal_area"])
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 33])
 def test_tables_from_lengths_on_a_device_are_the_layouts_own(name: str, heads: int) -> None:
     layout = BandLayout(name, heads)

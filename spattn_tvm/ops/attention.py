@@ -172,13 +172,14 @@ def banded_attention(
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     cu_seqlens : Tensor, optional
-        ``(number of documents + 1,)`` int32 or int64, on the device of q: boundaries ``0 … N`` of
-        documents packed along the length, the same for each batch row. Bands end at a document's first
-        token. If the layout has no context length, each document has the bands of its own length. The
-        values are checked on the CPU only: on a CUDA device they would have to be waited for, and wrong
-        ones give wrong results. For the same reason a CUDA call does not compare the documents' lengths
-        with the layout's context length; and ``equal_area`` without a context length is the one layout
-        that waits for the GPU there.
+        ``(number of documents + 1,)`` int32 or int64, on the device of q: sorted boundaries, from 0 to at
+        most N, of documents packed along the length, the same for each batch row. Bands end at a
+        document's first token. If the layout has no context length, each document has the bands of its own
+        length. Rows behind the last boundary belong to no document: o = 0, lse = -inf, zero gradients. The
+        values are checked on the CPU only, because on a CUDA device they would have to be waited for:
+        there kernels take their running maximum, clamped to ``[0, N]``, and what lies before the first or
+        behind the last boundary belongs to no document. For the same reason a CUDA call does not compare
+        the documents' lengths with the layout's context length.
     return_lse : bool
         Also return the logarithm of the sum of exponentiated scores.
     deterministic : bool

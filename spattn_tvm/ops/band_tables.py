@@ -1,104 +1,267 @@
-"""Band tables on the device of a call, as kernels take them: int32 (M, Hq, 4), for all documents or each."""
+"""Band tables and document boundaries on the device of a call, as kernels take them.
+
+Bands are int32 ``(M, Hq, 4)``, boundaries int32 ``(documents + 1,)``, sorted, from 0 to the length N. A
+packed call's first and last documents are made here, of the rows before the caller's first boundary and
+behind its last one: their bands are empty, so a kernel treats them like any query without keys. M is 1 (one
+row for all), 3 (a row for the first document, one for all between, one for the last) or the number of
+documents.
+
+What is kept is kept for all streams, threads and modes (`make_lasting`), in few pieces: a small block for
+each length, between the large ones that calls free again, would keep the heap from ever shrinking. (1,500
+ascending lengths of up to 3 MiB a tensor took 2.4 GiB.)
+"""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+import threading
+from collections.abc import Callable, Hashable
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spattn_tvm.bands import BandLayout, length_tables
-from spattn_tvm.launch import (
-    current_stream,
-)
+from spattn_tvm.bands import EMPTY, BandLayout, length_tables
+from spattn_tvm.lasting import make_lasting
+from spattn_tvm.torch_private import is_capturing
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    # A cached tensor outlives the mode it is made in, and autograd can't save an inference tensor.
-    with torch.inference_mode(False):
-        tensor = torch.from_numpy(np.array(array, dtype=np.int32))
-        if device.type != "cuda":
-            return tensor
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the band table of this layout and length is not on the GPU yet and can't be copied there "
-                "while a CUDA graph is captured: call banded_attention with them once before, on that stream"
-            )
-        return tensor.pin_memory().to(device, non_blocking=True)
+class _Bands(NamedTuple):
+    """The bands of a layout for one context, for an unpacked call and for a packed one."""
+
+    single: Tensor  # (1, Hq, 4)
+    packed: Tensor  # (3, Hq, 4): empty, the bands, empty
 
 
-# The stream is part of the key because the copy is ordered on that stream and no other. Nothing is
-# evicted: a captured CUDA graph keeps the addresses, and an entry is a few hundred bytes for each length
-# seen.
-@cache
-def _unpacked(spec: str, length: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    table = BandLayout.from_spec(spec).table(length)
-    return _upload(table[None], device), _upload(np.array([0, length]), device)
+# How many tensors are made at once.
+_CHUNK = 64
+# Of lengths and of layouts. Then all are made anew: an entry is 1.5 KiB at 32 heads.
+_MAX_ENTRIES = 2048
+# The tables of all lengths up to a sequence's are kept where they are no larger, which saves a packed call
+# about 30 small operations; together they may be three times as large.
+_LOOKUP_BYTES = 16 * 2**20
+
+_lock = threading.Lock()
+_entries: dict[Hashable, Tensor | _Bands] = {}
+# By the number of heads, 0 for boundaries.
+_unused: dict[tuple[int, torch.device], list[Any]] = {}
+# By layout and device: the tables of the lengths 0 … len - 1.
+_lookups: dict[tuple[str, torch.device], Tensor] = {}
+# Addresses in CUDA graphs, which may be replayed at any time.
+_captured: dict[Hashable, Tensor | _Bands] = {}
+# On CUDA: what was dropped last, because a thread may have found it and not have launched its kernel yet.
+_dropped: list[object] = []
+_listeners: list[Callable[[], None]] = []
 
 
-def _check_offsets(offsets: tuple[int, ...], length: int) -> None:
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start with 0, got {offsets[0]}")
-    for index, (begin, end) in enumerate(pairwise(offsets)):
+def call_when_dropped(function: Callable[[], None]) -> None:
+    """Have a function called when no table that was found before should be used any longer."""
+    _listeners.append(function)
+
+
+def _drop() -> None:
+    for function in _listeners:
+        function()
+    kept: list[object] = [dict(_entries), dict(_unused), dict(_lookups)]
+    devices = {device for _, device in (*_unused, *_lookups) if device.type == "cuda"}
+    for device in devices:
+        torch.cuda.synchronize(device)
+    _dropped[:] = kept if devices else []
+    _entries.clear()
+    _unused.clear()
+    _lookups.clear()
+
+
+def clear_tables() -> None:
+    """Forget the tables, but for those that captured CUDA graphs hold."""
+    with _lock:
+        _drop()
+
+
+# --- one table, one pair of boundaries -------------------------------------------------------------------
+
+
+def _make_ends(device: torch.device) -> list[Tensor]:
+    return list(torch.zeros((_CHUNK, 2), dtype=torch.int32, device=device).unbind(0))
+
+
+def _make_bands(heads: int, device: torch.device) -> list[_Bands]:
+    packed = torch.empty((_CHUNK, 3, heads, 4), dtype=torch.int32, device=device)
+    for column, value in enumerate(EMPTY):
+        packed[..., column::2] = value
+    return [_Bands(*views) for views in zip(packed[:, 1:2].unbind(0), packed.unbind(0), strict=True)]
+
+
+def _fill(target: Tensor, values: np.ndarray) -> None:
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def _new_ends(length: int, device: torch.device) -> Tensor:
+    unused = _unused.setdefault((0, device), [])
+    if not unused:
+        unused.extend(_make_ends(device))
+    ends: Tensor = unused.pop()
+    _fill(ends, np.array([0, length], dtype=np.int32))
+    return ends
+
+
+def _new_bands(table: np.ndarray, device: torch.device) -> _Bands:
+    heads = len(table)
+    unused = _unused.setdefault((heads, device), [])
+    if not unused:
+        unused.extend(_make_bands(heads, device))
+    bands: _Bands = unused.pop()
+    _fill(bands.single[0], np.array(table))
+    return bands
+
+
+def _find(key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+    """What is kept for a key, made if there is none; None if it can't be made because a graph is captured."""
+    found = _entries.get(key)
+    if device.type == "cuda" and is_capturing():
+        return _captured.get(key) if found is None else _captured.setdefault(key, found)
+    if found is None:
+        with _lock:
+            if len(_entries) >= _MAX_ENTRIES:
+                _drop()
+            found = _entries.get(key)
+            if found is None:
+                found = _entries[key] = make_lasting(device, make)
+    return found
+
+
+def _written_by_launches(values: np.ndarray, device: torch.device) -> Tensor:
+    """A new tensor of these values, which travel as arguments of kernels: a graph that is being captured then
+    needs nothing but itself to write them again.
+    """
+    flat = torch.zeros(values.size, dtype=torch.int32, device=device)
+    torch._foreach_add_(list(flat.split(1)), values.ravel().tolist())
+    return flat.view(values.shape)
+
+
+def _find_ends(length: int, device: torch.device) -> Tensor:
+    """int32 ``[0, length]``."""
+    found: Tensor | None = _find((length, device), device, lambda: _new_ends(length, device))
+    if found is None:
+        return torch.arange(0, length + 1, length, dtype=torch.int32, device=device)
+    return found
+
+
+def _find_bands(layout: BandLayout, length: int, device: torch.device) -> _Bands:
+    context = length if layout.depends_on_length else 0
+    key = (layout.spec, context, device)
+    found: _Bands | None = _find(key, device, lambda: _new_bands(layout.table(length), device))
+    if found is None:
+        empty = np.tile(np.array(EMPTY, dtype=np.int32), (layout.num_heads, 2))
+        packed = _written_by_launches(np.stack([empty, layout.table(length), empty]), device)
+        return _Bands(packed[1:2], packed)
+    return found
+
+
+# --- packed documents ------------------------------------------------------------------------------------
+
+
+def _check_boundaries(boundaries: list[int], length: int, layout: BandLayout) -> None:
+    if boundaries[0] != 0:
+        raise ValueError(f"cu_seqlens must start with 0, got {boundaries[0]}")
+    longest = 0
+    for index, (begin, end) in enumerate(pairwise(boundaries)):
         if end < begin:
             raise ValueError(
                 "cu_seqlens must be sorted, "
                 f"got cu_seqlens[{index}] = {begin} and cu_seqlens[{index + 1}] = {end}"
             )
-    if offsets[-1] != length:
-        raise ValueError(f"cu_seqlens must end with the sequence length {length}, got {offsets[-1]}")
+        longest = max(longest, end - begin)
+    if boundaries[-1] > length:
+        raise ValueError(
+            f"cu_seqlens must not exceed the sequence length {length}, got {boundaries[-1]} at its end"
+        )
+    layout.check_length(longest)
 
 
-@lru_cache(maxsize=256)
-def _packed_on_host(spec: str, length: int, offsets: tuple[int, ...]) -> Tensor:
-    _check_offsets(offsets, length)
-    layout = BandLayout.from_spec(spec)
-    lengths = [end - begin for begin, end in pairwise(offsets)]
-    layout.check_length(max(lengths))
-    return _upload(layout.packed_table(lengths), torch.device("cpu"))
+def _covering(cu_seqlens: Tensor, length: int) -> Tensor:
+    """int32 ``[0, c0, …, cn, length]`` of boundaries c: their running maximum, clamped before it is cast."""
+    ends = _find_ends(length, cu_seqlens.device)
+    rising = torch.cat((ends[:1], cu_seqlens, ends[1:])).cummax(0).values
+    covering = torch.empty(rising.shape, dtype=torch.int32, device=rising.device)
+    return torch.minimum(rising, ends[1:], out=covering)
 
 
-# Up to this size the tables of all lengths are kept on the GPU, and a packed call costs two small launches
-# instead of about twenty.
-_LOOKUP_BYTES = 32 * 2**20
+def _tables_of(layout: BandLayout, lengths: Tensor) -> Tensor:
+    """As `length_tables`, but a document without rows has empty bands."""
+    tables = length_tables(layout, lengths)
+    without_rows = (lengths == 0)[:, None, None]
+    for column, value in enumerate(EMPTY):
+        tables[..., column::2].masked_fill_(without_rows, value)
+    return tables
 
 
-@cache
-def _table_of_each_length(spec: str, longest: int, device: torch.device, stream: int) -> Tensor | None:
-    with torch.inference_mode(False), torch.no_grad():
-        lengths = torch.arange(longest + 1, dtype=torch.int32, device=device)
-        return length_tables(BandLayout.from_spec(spec), lengths)
-
-
-def _packed_on_device(spec: str, length: int, cu_seqlens: Tensor, stream: int) -> Tensor:
-    layout = BandLayout.from_spec(spec)
-    if not layout.depends_on_length:
-        return _unpacked(spec, 1, cu_seqlens.device, stream)[0]
-    lengths = cu_seqlens.diff()
+def _find_lookup(layout: BandLayout, length: int, device: torch.device) -> Tensor | None:
+    """`_tables_of` all lengths up to one; None where that would be too large."""
+    key = (layout.spec, device)
+    found = _lookups.get(key)
+    if found is not None and len(found) > length:
+        if device.type == "cuda" and is_capturing():
+            _captured[(*key, len(found))] = found
+        return found
     # Rounded up, so that a new length rarely means new tables.
-    longest = (1 << length.bit_length()) - 1
-    fits = (longest + 1) * layout.num_heads * 16 <= _LOOKUP_BYTES
-    if fits and not torch.cuda.is_current_stream_capturing():
-        tables = _table_of_each_length(spec, longest, cu_seqlens.device, stream)
-        if tables is not None:
-            return tables[lengths]
-    else:
-        tables = length_tables(layout, lengths)
-        if tables is not None:
-            return tables
-    # The documented exception: this copy waits for the GPU.
-    return _upload(layout.packed_table(lengths.tolist()), cu_seqlens.device)
+    count = 1 << length.bit_length()
+    if count * layout.num_heads * 16 > _LOOKUP_BYTES or (device.type == "cuda" and is_capturing()):
+        return None
+    with _lock:
+        kept = sum(lookup.nbytes for other, lookup in _lookups.items() if other != key)
+        if kept > 2 * _LOOKUP_BYTES:
+            _drop()
+        elif key in _lookups and device.type == "cuda":
+            _dropped.append(_lookups[key])
+        lookup = make_lasting(device, lambda: _tables_of(layout, torch.arange(count, device=device)))
+        _lookups[key] = lookup
+    return lookup
+
+
+def _packed(layout: BandLayout, length: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    device = cu_seqlens.device
+    boundaries = _covering(cu_seqlens, length)
+    if not layout.depends_on_length:
+        return _find_bands(layout, 1, device).packed, boundaries
+    # The first and the last document, which are nobody's, count as having no row.
+    lengths = boundaries[1:-1].diff(prepend=boundaries[1:2], append=boundaries[-2:-1])
+    lookup = _find_lookup(layout, length, device)
+    return (_tables_of(layout, lengths) if lookup is None else lookup[lengths]), boundaries
 
 
 def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The band table and the document boundaries, as kernels take them."""
+    """The band table and the document boundaries, as kernels take them.
+
+    Parameters
+    ----------
+    spec : str
+        ``BandLayout.spec``.
+    q : Tensor
+        ``(B, Hq, N, D)``; its length and its device matter.
+    cu_seqlens : Tensor or None
+        ``(documents + 1,)`` int32 or int64 on the device of q. On a CUDA device nothing waits for its
+        values: they are taken as their running maximum, clamped to ``[0, N]``.
+
+    Returns
+    -------
+    bands : Tensor
+        int32 ``(M, Hq, 4)``.
+    boundaries : Tensor
+        int32 ``(documents + 1,)``, of a packed call with two documents more than the caller's.
+
+    Raises
+    ------
+    ValueError
+        On the CPU, boundaries that are not sorted, don't start with 0 or exceed N, and a document that is
+        longer than the layout's context.
+    """
     device, length = q.device, q.shape[2]
-    stream = current_stream(device.index) if q.is_cuda else 0
+    layout = BandLayout.from_spec(spec)
     if cu_seqlens is None:
-        return _unpacked(spec, length, device, stream)
-    cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    if q.is_cuda:
-        return _packed_on_device(spec, length, cu_seqlens, stream), cu_seqlens
-    return _packed_on_host(spec, length, tuple(cu_seqlens.tolist())), cu_seqlens
+        return _find_bands(layout, length, device).single, _find_ends(length, device)
+    if cu_seqlens.is_cpu:
+        _check_boundaries(cu_seqlens.tolist(), length, layout)
+    return _packed(layout, length, cu_seqlens)

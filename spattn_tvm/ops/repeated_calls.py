@@ -21,12 +21,13 @@ from spattn_tvm.torch_private import (
     current_stream,
     guard_inputs,
     has_function_mode,
+    is_capturing,
     is_forward_mode,
     is_profiling,
     keep_for_backward,
 )
 
-from .band_tables import _packed_on_host, _table_of_each_length, _unpacked, find_bands
+from .band_tables import call_when_dropped, find_bands
 from .operators import (
     Settings,
     _forward,
@@ -66,13 +67,7 @@ _MAX_PREPARED = 16
 _MAX_SHAPES = 4096
 
 call_on_change(_prepared.clear)
-
-
-def clear_tables() -> None:
-    """Forget the cached band tables. No captured CUDA graph may still need them."""
-    _prepared.clear()
-    for cached in (_unpacked, _packed_on_host, _table_of_each_length):
-        cached.cache_clear()
+call_when_dropped(_prepared.clear)
 
 
 def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
@@ -181,9 +176,13 @@ def attend_again(
         resembling = _prepared.get((layout, impl, q.shape), ())
     except (TypeError, RuntimeError):  # an impl that can't be hashed, a nested tensor: refused by the checks
         return None
+    # While a graph is captured, what it uses must be kept for it, which the other routes see to.
     for prepared in resembling:
         if prepared.serves(q, k, v) and (
-            prepared.index < 0 or prepared.stream == current_stream(prepared.index)
+            prepared.index < 0
+            or (
+                prepared.stream == current_stream(prepared.index) and not (prepared.stream and is_capturing())
+            )
         ):
             break
     else:
