@@ -6,12 +6,13 @@ said about a layout without running it (pairs, coverage, load, executed work) is
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,6 @@ EMPTY: Interval = (2**30, -1)
 
 LIMIT = 2**30 - 1
 """Largest context length and distance: sums and differences of two stay inside int32."""
-
-_PARTITIONING = ("spattention", "exclusive", "gapped", "equal_area")
-_FROM_CONTEXT = (*_PARTITIONING, "local_only", "causal")
-LAYOUT_NAMES = (*_FROM_CONTEXT, "sliding_window", "custom")
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,155 @@ def _equal_area_edges(num_heads: int, context: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
+def _equal_area_edges_of_each(num_heads: int, contexts: Tensor) -> Tensor:
+    """`_equal_area_edges` of many contexts at once: ``(M, H + 1)`` int64 of ``(M, 1)`` int64."""
+    import torch
+
+    head = torch.arange(num_heads + 1, dtype=torch.int64, device=contexts.device)
+    sharing = contexts.clamp(1, num_heads)
+    target = head * (contexts * (contexts + 1) // 2)
+
+    def pairs_below(edge: Tensor) -> Tensor:
+        return (edge * contexts - edge * (edge - 1) // 2) * sharing
+
+    # The root in floating point is at most one too large, and four steps too small.
+    span = (2 * contexts + 1).double()
+    root = (span - (span * span - 8 * target.double() / sharing).clamp(min=0).sqrt()) / 2
+    below = (root.long() - 2).clamp(min=0)
+    for _ in range(4):
+        below = below + (pairs_below(below + 1) <= target).long()
+    nearest = below + (target - pairs_below(below) > pairs_below(below + 1) - target).long()
+    # At least one distance a head: a running maximum of what an edge is ahead of its head's number.
+    edges = (nearest - head).clamp(min=0).cummax(1).values + head
+    edges = torch.minimum(edges, contexts - sharing + head)
+    return torch.where(head < sharing, edges, contexts).masked_fill(head == 0, 0)
+
+
+# --- the layouts ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What intervals are computed from: arrays of one row a context length and one column a head.
+
+    NumPy's on the host; on a device tensors, whose values the host never reads.
+    """
+
+    layout: BandLayout
+    context: Any  # (M, 1): C
+    width: Any  # (M, H): width(h)
+    begin: Any  # (M, H): the first distance of the head's own share
+    end: Any  # (M, H): the one after its last
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a layout's name stands for.
+
+    Attributes
+    ----------
+    intervals : callable
+        At most two closed intervals (lo, hi) of each head, in any order; lo > hi is empty. Integers or
+        arrays that broadcast to one entry a head.
+    edges : callable, optional
+        ``(num_heads, context)`` to the ``num_heads + 1`` edges of the heads' shares, where these don't have
+        equal widths.
+    edges_of_each : callable, optional
+        The same for tensors, of contexts ``(M, 1)``: ``(M, num_heads + 1)``.
+    partitions : bool
+        Do the heads share the distances out among themselves?
+    parameters : tuple of str
+        The fields of `BandLayout` that the layout needs besides heads and context.
+    from_context : bool
+        Do the bands follow from C?
+    is_autoregressive : bool
+        Without C, does what a query sees depend on no later token?
+    is_uniform : bool
+        Has each head the same bands, however many there are?
+    """
+
+    intervals: Callable[[_Heads], Sequence[tuple[Any, Any]]]
+    edges: Callable[[int, int], tuple[int, ...]] | None = None
+    edges_of_each: Callable[[int, Tensor], Tensor] | None = None
+    partitions: bool = False
+    parameters: tuple[str, ...] = ()
+    from_context: bool = True
+    is_autoregressive: bool = False
+    is_uniform: bool = False
+
+
+def _window_and_share(heads: _Heads) -> Sequence[tuple[Any, Any]]:
+    return (0, heads.width), (heads.begin, heads.end - 1)
+
+
+def _given(heads: _Heads) -> Sequence[tuple[Any, Any]]:
+    bands = heads.layout.intervals or ()
+    ends = np.array([(*head, EMPTY, EMPTY)[:2] for head in bands], dtype=np.int64)
+    return (ends[:, 0, 0], ends[:, 0, 1]), (ends[:, 1, 0], ends[:, 1, 1])
+
+
+_KINDS = {
+    "spattention": _Kind(_window_and_share, partitions=True),
+    "exclusive": _Kind(lambda heads: [(heads.begin, heads.end - 1)], partitions=True),
+    "gapped": _Kind(
+        lambda heads: [(heads.begin, heads.begin + (heads.end - heads.begin) // 2 - 1)], partitions=True
+    ),
+    "equal_area": _Kind(
+        _window_and_share, edges=_equal_area_edges, edges_of_each=_equal_area_edges_of_each, partitions=True
+    ),
+    "local_only": _Kind(lambda heads: [(0, heads.width)]),
+    "causal": _Kind(lambda heads: [(0, heads.context - 1)], is_autoregressive=True, is_uniform=True),
+    "sliding_window": _Kind(
+        lambda heads: [(0, (heads.layout.window or 0) - 1)],
+        parameters=("window",),
+        from_context=False,
+        is_autoregressive=True,
+        is_uniform=True,
+    ),
+    "custom": _Kind(_given, parameters=("intervals",), from_context=False, is_autoregressive=True),
+}
+LAYOUT_NAMES = tuple(_KINDS)
+
+
+def _share_out(xp: Any, total: int, context: Any, head: Any) -> tuple[Any, Any]:
+    """``width(h)`` and ``start(h)`` of the heads ``head`` of `total`."""
+    base = context // total
+    extra = context - base * total
+    return base + (head < extra), head * base + xp.minimum(head, extra)
+
+
+def _tables(xp: Any, heads: _Heads) -> Any:
+    """The merged bands, ``(M, H, 4)``; `xp` is numpy or torch, whichever made the arrays of `heads`."""
+    zeros = xp.zeros_like(heads.begin)
+    ends = []
+    for lo, hi in (*_KINDS[heads.layout.name].intervals(heads), EMPTY, EMPTY)[:2]:
+        lo, hi = lo + zeros, hi + zeros
+        ends.append((xp.where(lo > hi, EMPTY[0], lo), xp.where(lo > hi, EMPTY[1], hi)))
+    (near_lo, near_hi), (far_lo, far_hi) = ends
+    swaps = far_lo < near_lo
+    near_lo, far_lo = xp.where(swaps, far_lo, near_lo), xp.where(swaps, near_lo, far_lo)
+    near_hi, far_hi = xp.where(swaps, far_hi, near_hi), xp.where(swaps, near_hi, far_hi)
+    touches = far_lo <= near_hi + 1
+    columns = (
+        near_lo,
+        xp.where(touches, xp.maximum(near_hi, far_hi), near_hi),
+        xp.where(touches, EMPTY[0], far_lo),
+        xp.where(touches, EMPTY[1], far_hi),
+    )
+    return xp.stack(columns, -1)
+
+
+def _runs(indices: Sequence[int]) -> list[range]:
+    """The indices, in order, as ranges as long as possible."""
+    runs: list[range] = []
+    for index in indices:
+        if runs and index == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs
+
+
 def _require_int(what: str, value: object, least: int, most: int = LIMIT) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
@@ -160,7 +306,8 @@ class BandLayout:
         Number of query heads ``H``.
     context_length : int or None
         ``C``, the length that the layout is made for; None takes the sequence's own length (of packed
-        sequences: each document's own).
+        sequences: each document's own). Then what a token sees depends on how many tokens follow it: fine
+        for training at one length, but such a layout is not autoregressive (see `is_autoregressive`).
     allow_longer : bool
         May a sequence be longer than ``C``? If so, distances from ``C`` on are seen only by a head whose
         interval reaches them.
@@ -168,6 +315,11 @@ class BandLayout:
         The ``w`` of ``sliding_window``.
     intervals : tuple of tuple of (int, int), or None
         The merged intervals of each head of ``custom``.
+    of_heads : int or None
+        Of a part of a layout (see `heads`) whose bands follow from how many heads share the distances: that
+        number, the ``H`` of the whole.
+    head_indices : tuple of int, or None
+        Which of the `of_heads` heads these are, in their order here.
     spec : str
         Text form, such as ``"spattention:heads=16,context=4096"``.
     """
@@ -178,6 +330,8 @@ class BandLayout:
     allow_longer: bool = False
     window: int | None = None
     intervals: tuple[Bands, ...] | None = None
+    of_heads: int | None = None
+    head_indices: tuple[int, ...] | None = None
     # A plain attribute, not a property: it is read on every attention call and traced by torch.compile.
     spec: str = field(init=False, repr=False, compare=False)
 
@@ -185,7 +339,7 @@ class BandLayout:
         def set_field(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        if self.name not in LAYOUT_NAMES:
+        if self.name not in _KINDS:
             raise ValueError(f"unknown layout {self.name!r}; known: {', '.join(LAYOUT_NAMES)}")
         set_field("num_heads", _require_int("num_heads", self.num_heads, 1))
         if self.context_length is not None:
@@ -193,20 +347,52 @@ class BandLayout:
         elif self.allow_longer:
             raise ValueError("allow_longer=True needs a context_length; without one no length is too long")
         set_field("allow_longer", bool(self.allow_longer))
-        if self.name == "sliding_window":
+        parameters = _KINDS[self.name].parameters
+        if "window" in parameters:
+            if self.window is None:
+                raise ValueError(
+                    f"layout {self.name!r} needs a window, the number of distances that each head sees: "
+                    f"BandLayout.{self.name}({self.num_heads}, window=256), "
+                    f"or as text '{self.name}:window=256'"
+                )
             set_field("window", _require_int("window", self.window, 1))
         elif self.window is not None:
             raise ValueError(f"layout {self.name!r} takes no window, got {self.window}")
-        if self.name == "custom":
+        if "intervals" in parameters:
             if self.intervals is None:
-                raise ValueError("a custom layout needs intervals: for each head a sequence of (lo, hi)")
-            set_field("intervals", _check_intervals(self.intervals))
-            assert self.intervals is not None
-            if len(self.intervals) != self.num_heads:
-                raise ValueError(f"{len(self.intervals)} heads have intervals, num_heads is {self.num_heads}")
+                raise ValueError(
+                    f"a {self.name} layout needs intervals: for each head a sequence of (lo, hi), "
+                    f"or as text '{self.name}:bands=0-3+8-15/0-7'"
+                )
+            intervals = _check_intervals(self.intervals)
+            set_field("intervals", intervals)
+            if len(intervals) != self.num_heads:
+                raise ValueError(f"{len(intervals)} heads have intervals, num_heads is {self.num_heads}")
         elif self.intervals is not None:
             raise ValueError(f"layout {self.name!r} takes no intervals; use BandLayout.custom")
+        if self.of_heads is not None or self.head_indices is not None:
+            self._check_part(set_field)
         set_field("spec", self._make_spec())
+
+    def _check_part(self, set_field: Callable[[str, object], None]) -> None:
+        if self.of_heads is None or self.head_indices is None:
+            raise ValueError(
+                f"of_heads and head_indices belong together, got {self.of_heads} and {self.head_indices}"
+            )
+        kind = _KINDS[self.name]
+        if kind.is_uniform or not kind.from_context:
+            raise ValueError(
+                f"a part of a {self.name!r} layout is a {self.name!r} layout of its own, without of_heads "
+                "and head_indices; BandLayout.heads makes it"
+            )
+        set_field("of_heads", _require_int("of_heads", self.of_heads, 1))
+        indices = _check_indices(self.head_indices, self.of_heads)
+        if len(indices) != self.num_heads:
+            raise ValueError(f"head_indices are {len(indices)} heads, num_heads is {self.num_heads}")
+        is_whole = indices == tuple(range(self.of_heads))
+        set_field("head_indices", None if is_whole else indices)
+        if is_whole:
+            set_field("of_heads", None)
 
     def __hash__(self) -> int:
         # A str remembers its hash; hashing 64 heads of nested tuples on each table lookup costs microseconds.
@@ -296,6 +482,11 @@ class BandLayout:
 
     def _make_spec(self) -> str:
         parts = [f"heads={self.num_heads}"]
+        if self.head_indices is not None:
+            runs = (
+                f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in _runs(self.head_indices)
+            )
+            parts += [f"of={self.of_heads}", "take=" + "+".join(runs)]
         if self.window is not None:
             parts.append(f"window={self.window}")
         if self.context_length is not None:
@@ -318,12 +509,96 @@ class BandLayout:
         """
         return _parse_spec(spec)
 
+    # --- parts --------------------------------------------------------------------------------------------
+
+    @overload
+    def heads(self, indices: Iterable[int], /) -> BandLayout: ...
+    @overload
+    def heads(self, start: int, stop: int, /) -> BandLayout: ...
+    def heads(self, indices: Iterable[int] | int, stop: int | None = None, /) -> BandLayout:
+        """The layout of some of the heads, whose bands stay what they are: for tensor parallelism, say.
+
+        Of `n` devices, the one of `rank` holds the heads ``H//n*rank … H//n*(rank+1) - 1`` and calls
+        ``banded_attention`` with ``layout.heads(H//n*rank, H//n*(rank+1))``. A layout *made* for ``H//n``
+        heads has other bands: there fewer heads share the distances. Also without a context length the bands
+        come from the whole layout's heads. Of a part, indices count the part's own heads.
+
+        Parameters
+        ----------
+        indices : iterable of int
+            The heads, in the order in which they are wanted, each at most once; or the first head, with
+            `stop`.
+        stop : int
+            The head after the last.
+
+        Raises
+        ------
+        ValueError
+            No head, one that the layout does not have, or one twice.
+
+        Examples
+        --------
+        >>> BandLayout.spattention(16, 4096).heads(4, 8).spec
+        'spattention:heads=4,of=16,take=4-7,context=4096'
+        """
+        if stop is not None:
+            start = _check_index(indices)
+            indices = range(start, _check_index(stop))
+        elif not isinstance(indices, Iterable):
+            raise TypeError(f"heads takes a sequence of indices, or start and stop; got {indices!r} alone")
+        taken = _check_indices(indices, self.num_heads)
+        kind = _KINDS[self.name]
+        settings = (self.name, len(taken), self.context_length, self.allow_longer, self.window)
+        if kind.is_uniform:
+            return BandLayout(*settings)
+        if self.intervals is not None:
+            return BandLayout(*settings, intervals=tuple(self.intervals[head] for head in taken))
+        of_heads, own = self._whole()
+        return BandLayout(*settings, of_heads=of_heads, head_indices=tuple(own[head] for head in taken))
+
+    def _whole(self) -> tuple[int, Sequence[int]]:
+        """How many heads share the distances, and which of them are these."""
+        if self.of_heads is None or self.head_indices is None:
+            return self.num_heads, range(self.num_heads)
+        return self.of_heads, self.head_indices
+
+    def check_heads(self, query_heads: int) -> None:
+        """Raise ValueError, saying what to do, when q has other than the layout's number of heads."""
+        if query_heads == self.num_heads:
+            return
+        mismatch = f"the layout is made for {self.num_heads} query heads and q has {query_heads}"
+        if query_heads > self.num_heads:
+            raise ValueError(f"{mismatch}: make it with num_heads={query_heads}")
+        raise ValueError(
+            f"{mismatch}: where q holds some of a model's heads (tensor parallelism), pass their bands, "
+            f"layout.heads(start, start + {query_heads}) or layout.heads(indices); a layout made for "
+            f"{query_heads} heads has other bands"
+        )
+
     # --- bands --------------------------------------------------------------------------------------------
 
     @property
     def depends_on_length(self) -> bool:
         """Do the bands follow the sequence's (of packed sequences: each document's) own length?"""
-        return self.context_length is None and self.name in _FROM_CONTEXT
+        return self.context_length is None and _KINDS[self.name].from_context
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Does a query see the same keys however many tokens follow it?
+
+        False for spattention, exclusive, local_only, gapped and equal_area without a context length, whose
+        bands grow with the sequence: a model trained so sees other bands when it decodes token by token.
+        """
+        return self.context_length is not None or _KINDS[self.name].is_autoregressive
+
+    def require_autoregressive(self, purpose: str) -> None:
+        """Raise ValueError unless `is_autoregressive`; `purpose` is what needs it, such as ``"decoding"``."""
+        if not self.is_autoregressive:
+            raise ValueError(
+                f"{purpose} needs bands that don't follow the sequence's length, and those of {self.spec} "
+                "do: make the layout with the context length that the model is trained at, such as "
+                f"BandLayout.{self.name}({self._whole()[0]}, context_length=4096)"
+            )
 
     def check_length(self, length: int) -> None:
         """Raise ValueError when a sequence of `length` is longer than the layout's context allows."""
@@ -336,12 +611,15 @@ class BandLayout:
     def edges(self, length: int) -> tuple[int, ...]:
         """The ``H + 1`` edges of the heads' shares of the distances: head h owns ``[edges[h], edges[h+1])``.
 
-        Defined for the partitioning layouts (spattention, exclusive, gapped, equal_area).
+        Defined for the partitioning layouts (spattention, exclusive, gapped, equal_area), not for a part of
+        one.
         """
-        if self.name not in _PARTITIONING:
+        kind = _KINDS[self.name]
+        if not kind.partitions:
             raise ValueError(f"layout {self.name!r} does not partition the distances among its heads")
-        context = self._context(length)
-        return (_equal_area_edges if self.name == "equal_area" else _balanced_edges)(self.num_heads, context)
+        if self.of_heads is not None:
+            raise ValueError(f"{self.spec} is a part of a layout: only all heads partition the distances")
+        return (kind.edges or _balanced_edges)(self.num_heads, self._context(length))
 
     def bands(self, length: int) -> tuple[Bands, ...]:
         """Merged intervals of each head, near first, at most two, for a sequence of `length`.
@@ -441,36 +719,66 @@ class BandLayout:
         return keys * query_rows
 
 
-@lru_cache(maxsize=4096)
+# Enough for the lengths in use; 64 heads take about 20 KiB here and 1 KiB as a table.
+@lru_cache(maxsize=256)
 def _bands(layout: BandLayout, context: int) -> tuple[Bands, ...]:
-    heads = range(layout.num_heads)
-    if layout.name == "custom":
-        assert layout.intervals is not None
-        return layout.intervals
-    if layout.name == "sliding_window":
-        assert layout.window is not None
-        return tuple(((0, layout.window - 1),) for _ in heads)
-    if layout.name == "causal":
-        return tuple(merge_intervals([(0, context - 1)]) for _ in heads)
-    balanced = _balanced_edges(layout.num_heads, context)
-    width = [balanced[h + 1] - balanced[h] for h in heads]
-    if layout.name == "local_only":
-        return tuple(((0, width[h]),) for h in heads)
-    if layout.name == "gapped":
-        return tuple(merge_intervals([(balanced[h], balanced[h] + width[h] // 2 - 1)]) for h in heads)
-    edges = layout.edges(context)
-    shares = [(edges[h], edges[h + 1] - 1) for h in heads]
-    if layout.name == "exclusive":
-        return tuple(merge_intervals([shares[h]]) for h in heads)
-    return tuple(merge_intervals([(0, width[h]), shares[h]]) for h in heads)
+    return tuple(
+        tuple((lo, hi) for lo, hi in (row[:2], row[2:]) if lo <= hi)
+        for row in _table(layout, context).tolist()
+    )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _table(layout: BandLayout, context: int) -> NDArray[np.int32]:
-    padded = [(*head, EMPTY, EMPTY)[:2] for head in _bands(layout, context)]
-    table = np.array(padded, dtype=np.int32).reshape(layout.num_heads, 4)
+    total, own = layout._whole()
+    head, contexts = np.array(own, dtype=np.int64), np.array([[context]], dtype=np.int64)
+    width, begin = _share_out(np, total, contexts, head)
+    end = begin + width
+    kind = _KINDS[layout.name]
+    if kind.edges is not None:
+        edges = np.array(kind.edges(total, context), dtype=np.int64)
+        begin, end = edges[None, head], edges[None, head + 1]
+    table: NDArray[np.int32] = _tables(np, _Heads(layout, contexts, width, begin, end))[0].astype(np.int32)
     table.flags.writeable = False
     return table
+
+
+def _check_index(value: object) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"a head's index is an integer, got {value!r} of type {type(value).__name__}"
+        ) from None
+
+
+def _check_indices(indices: Iterable[object], num_heads: int) -> tuple[int, ...]:
+    """The heads of a part of `num_heads` heads: at least one, each once, in any order."""
+    taken = tuple(_check_index(index) for index in indices)
+    if not taken:
+        raise ValueError("a part of a layout has at least one head, got none")
+    outside = [index for index in taken if not 0 <= index < num_heads]
+    if outside:
+        raise ValueError(f"the layout has the heads 0 to {num_heads - 1}, got {outside[0]}")
+    if len(set(taken)) < len(taken):
+        twice = next(index for index in taken if taken.count(index) > 1)
+        raise ValueError(f"each head of a layout can be taken once, got head {twice} twice")
+    return taken
+
+
+def _parse_heads(spec: str, text: str, count: int) -> tuple[int, ...]:
+    runs = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
+        if match is None:
+            raise ValueError(f"layout {spec!r}: the heads of a part read like '4-7+12', got {part!r}")
+        runs.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    # Before they are written out: a text of few letters may mean billions.
+    if sum(map(len, runs)) != count:
+        raise ValueError(f"layout {spec!r}: take={text} are {sum(map(len, runs))} heads, heads={count}")
+    return tuple(head for run in runs for head in run)
 
 
 def _parse_bands(spec: str, text: str) -> list[list[Interval]]:
@@ -486,22 +794,24 @@ def _parse_bands(spec: str, text: str) -> list[list[Interval]]:
     return heads
 
 
-@lru_cache(maxsize=4096)
+_SPEC_FIELDS = ("heads", "of", "take", "window", "context", "longer", "bands")
+
+
+@lru_cache(maxsize=1024)
 def _parse_spec(spec: str) -> BandLayout:
     if not isinstance(spec, str):
         raise TypeError(f"a layout's spec is a string, got {spec!r} of type {type(spec).__name__}")
     name, colon, rest = spec.partition(":")
-    if name not in LAYOUT_NAMES or not colon:
+    if name not in _KINDS or not colon:
         raise ValueError(f"layout {spec!r}: expected 'name:heads=…' with a name of {', '.join(LAYOUT_NAMES)}")
     fields: dict[str, str] = {}
     for part in rest.split(","):
         key, equals, value = part.partition("=")
-        if key not in ("heads", "window", "context", "longer", "bands") or not equals or key in fields:
+        if key not in _SPEC_FIELDS or not equals or key in fields:
             raise ValueError(
-                f"layout {spec!r}: expected heads=, window=, context=, longer= or bands=, each at most once, "
-                f"got {part!r}"
+                f"layout {spec!r}: expected {'=, '.join(_SPEC_FIELDS)}=, each at most once, got {part!r}"
             )
-        if key != "bands" and not re.fullmatch(r"[0-9]{1,18}", value):
+        if key not in ("bands", "take") and not re.fullmatch(r"[0-9]{1,18}", value):
             raise ValueError(f"layout {spec!r}: {key} must be a non-negative integer, got {value!r}")
         fields[key] = value
     if "heads" not in fields:
@@ -517,37 +827,15 @@ def _parse_spec(spec: str) -> BandLayout:
             fields.get("longer", "0") == "1",
             int(fields["window"]) if "window" in fields else None,
             None if intervals is None else _check_intervals(intervals),
+            int(fields["of"]) if "of" in fields else None,
+            _parse_heads(spec, fields["take"], int(fields["heads"])) if "take" in fields else None,
         )
     except ValueError as error:
         raise ValueError(f"layout {spec!r}: {error}") from error
 
 
-def _equal_area_edges_of_each(num_heads: int, contexts: Tensor) -> Tensor:
-    """`_equal_area_edges` of many contexts at once: ``(M, H + 1)`` int64 of ``(M, 1)`` int64."""
-    import torch
-
-    head = torch.arange(num_heads + 1, dtype=torch.int64, device=contexts.device)
-    sharing = contexts.clamp(1, num_heads)
-    target = head * (contexts * (contexts + 1) // 2)
-
-    def pairs_below(edge: Tensor) -> Tensor:
-        return (edge * contexts - edge * (edge - 1) // 2) * sharing
-
-    # The root in floating point is at most one too large, and four steps too small.
-    span = (2 * contexts + 1).double()
-    root = (span - (span * span - 8 * target.double() / sharing).clamp(min=0).sqrt()) / 2
-    below = (root.long() - 2).clamp(min=0)
-    for _ in range(4):
-        below = below + (pairs_below(below + 1) <= target).long()
-    nearest = below + (target - pairs_below(below) > pairs_below(below + 1) - target).long()
-    # At least one distance a head: a running maximum of what an edge is ahead of its head's number.
-    edges = (nearest - head).clamp(min=0).cummax(1).values + head
-    edges = torch.minimum(edges, contexts - sharing + head)
-    return torch.where(head < sharing, edges, contexts).masked_fill(head == 0, 0)
-
-
 def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor:
-    """``layout.packed_table`` in tensor operations on the device of `lengths`, without reading them on the
+    """``layout.table`` of each of `lengths` in tensor operations on their device, without reading them on the
     host.
 
     Parameters
@@ -571,33 +859,15 @@ def length_tables(layout: BandLayout, lengths: Tensor) -> Tensor:
 
     if not layout.depends_on_length:
         raise ValueError(f"the bands of {layout.spec} don't depend on the length: use its table")
+    total, own = layout._whole()
+    # Made on the device: a copy of the host's would wait, and can't be captured in a CUDA graph.
+    head = torch.cat([torch.arange(run.start, run.stop, device=lengths.device) for run in _runs(own)])
     context = lengths.long()[:, None]
-    head = torch.arange(layout.num_heads, device=lengths.device)
-    base = context // layout.num_heads
-    extra = context - base * layout.num_heads
-    width = base + (head < extra)
-    start = head * base + torch.minimum(head, extra)
-    last = start + width - 1
-    zero = torch.zeros_like(start)
-    nothing = (torch.full_like(start, EMPTY[0]), torch.full_like(start, EMPTY[1]))
-    near, far = (start, last), nothing
-    if layout.name == "causal":
-        near = (zero, (context - 1).expand_as(start))
-    elif layout.name == "local_only":
-        near = (zero, width)
-    elif layout.name == "gapped":
-        near = (start, start + width // 2 - 1)
-    elif layout.name != "exclusive":
-        if layout.name == "equal_area":
-            edges = _equal_area_edges_of_each(layout.num_heads, context)
-            start, last = edges[:, :-1], edges[:, 1:] - 1
-        elif layout.name != "spattention":
-            raise ValueError(f"no tables of many lengths are known for layout {layout.name!r}")
-        touches = start <= width + 1
-        near = (zero, torch.where(touches, torch.maximum(width, last), width))
-        far = (start.masked_fill(touches, EMPTY[0]), last.masked_fill(touches, EMPTY[1]))
-    columns = []
-    for lo, hi in (near, far):
-        is_empty = lo > hi
-        columns += [lo.masked_fill(is_empty, EMPTY[0]), hi.masked_fill(is_empty, EMPTY[1])]
-    return torch.stack(columns, -1).int()
+    width, begin = _share_out(torch, total, context, head)
+    end = begin + width
+    edges_of_each = _KINDS[layout.name].edges_of_each
+    if edges_of_each is not None:
+        edges = edges_of_each(total, context)
+        begin, end = edges[:, head], edges[:, head + 1]
+    tables: Tensor = _tables(torch, _Heads(layout, context, width, begin, end)).int()
+    return tables

@@ -178,6 +178,8 @@ def plot_layout(layout: BandLayout, path: str | PathLike[str], length: int | Non
     dense, pairs = layout.num_heads * length * (length + 1) // 2, layout.pairs(length)
     less = f" ({dense / pairs:.3g}× less)" if 0 < pairs < dense else ""
     heads = "1 head" if layout.num_heads == 1 else f"{layout.num_heads} heads"
+    if layout.of_heads is not None:
+        heads += f" of {layout.of_heads}"
     context = "" if layout.context_length in (None, length) else f", context {layout.context_length:,}"
     figure.suptitle(
         f"{layout.name}: {heads}, length {length:,}{context} — "
@@ -341,11 +343,9 @@ def plot_benchmark(
     ValueError
         The report has no entries.
     """
-    if isinstance(report, (str, PathLike)):
-        report = json.loads(Path(report).read_text(encoding="utf-8"))
-    assert not isinstance(report, (str, PathLike))
+    read = json.loads(Path(report).read_text("utf-8")) if isinstance(report, (str, PathLike)) else report
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in _benchmark_rows(report):
+    for row in _benchmark_rows(read):
         panels.setdefault((row["shape"], row["pass"]), []).append(row)
     if not panels:
         raise ValueError("nothing to plot: the benchmark report has no entries")

@@ -15,7 +15,9 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def layout_key(layout: BandLayout) -> str:
-    """Short filesystem-safe name of a layout; custom intervals enter as a hash of the layout's spec."""
+    """Short filesystem-safe name of a layout; custom intervals and the heads of a part enter as a hash of the
+    layout's spec.
+    """
     parts = [layout.name]
     if layout.window is not None:
         parts.append(f"w{layout.window}")
@@ -23,7 +25,9 @@ def layout_key(layout: BandLayout) -> str:
         parts.append(f"c{layout.context_length}")
     if layout.allow_longer:
         parts.append("longer")
-    if layout.intervals is not None:
+    if layout.of_heads is not None:
+        parts.append(f"of{layout.of_heads}")
+    if layout.intervals is not None or layout.of_heads is not None:
         parts.append(hashlib.sha256(layout.spec.encode()).hexdigest()[:10])
     return "-".join(parts)
 
@@ -76,10 +80,7 @@ class AttentionProblem:
             )
         if not isinstance(self.layout, BandLayout):
             raise TypeError(f"layout must be a BandLayout, got {type(self.layout).__name__}")
-        if self.layout.num_heads != self.query_heads:
-            raise ValueError(
-                f"the layout has {self.layout.num_heads} heads, the problem {self.query_heads} query heads"
-            )
+        self.layout.check_heads(self.query_heads)
         self.layout.check_length(self.length)
 
     @property

@@ -117,8 +117,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
         raise TypeError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
-    if layout.num_heads != q.shape[1]:
-        raise ValueError(f"the layout has {layout.num_heads} heads, q has {q.shape[1]}")
+    layout.check_heads(q.shape[1])
 
 
 def _promoted(tensor: Tensor) -> Tensor:

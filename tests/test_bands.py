@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spattn_tvm.bands import EMPTY, LIMIT, BandLayout, merge_intervals
+import spattn_tvm
+from spattn_tvm import bands
+from spattn_tvm.bands import EMPTY, LAYOUT_NAMES, LIMIT, BandLayout, length_tables, merge_intervals
 
 CONTEXTS = range(1, 21)
 HEADS = range(1, 25)
@@ -254,7 +262,17 @@ layouts = st.one_of(
 )
 
 
-@given(layouts)
+@st.composite
+def parts(draw):
+    """A layout, or some of its heads, taken up to twice."""
+    layout = draw(layouts)
+    for _ in range(draw(st.integers(0, 2))):
+        heads = draw(st.permutations(range(layout.num_heads)))
+        layout = layout.heads(heads[: draw(st.integers(1, layout.num_heads))])
+    return layout
+
+
+@given(parts())
 def test_spec_round_trip(layout):
     text = json.loads(json.dumps(layout.spec))
     again = BandLayout.from_spec(text)
@@ -263,7 +281,7 @@ def test_spec_round_trip(layout):
     assert pickle.loads(pickle.dumps(layout)) == layout
 
 
-@given(layouts, layouts)
+@given(parts(), parts())
 def test_equal_layouts_are_those_with_equal_specs(a, b):
     assert (a == b) == (a.spec == b.spec)
 
@@ -277,6 +295,8 @@ def test_specs_are_readable():
     assert (
         BandLayout.custom([[(0, 3), (8, 15)], []], 64).spec == "custom:heads=2,context=64,bands=0-3+8-15/none"
     )
+    part = BandLayout.spattention(16, 4096).heads([4, 5, 6, 7, 12, 1])
+    assert part.spec == "spattention:heads=6,of=16,take=4-7+12+1,context=4096"
     assert len({BandLayout.causal(2), BandLayout.causal(2), BandLayout.causal(3)}) == 2
 
 
@@ -308,6 +328,18 @@ def test_specs_are_readable():
         ("custom:heads=1,bands=3-1", "lo > hi"),
         ("custom:heads=1,bands=0-1+3-4+6-7", "3 disjoint intervals"),
         ("custom:heads=1,bands=0-99999999999", "largest distance"),
+        ("sliding_window:heads=4", "needs a window, .* 'sliding_window:window=256'"),
+        ("spattention:heads=2,of=4", "belong together"),
+        ("spattention:heads=2,take=0-1", "belong together"),
+        ("spattention:heads=2,of=4,take=0-2", "take=0-2 are 3 heads, heads=2"),
+        ("spattention:heads=2,of=4,take=0-9999999999", "are 10000000000 heads, heads=2"),
+        ("spattention:heads=2,of=4,take=3-4", "has the heads 0 to 3, got 4"),
+        ("spattention:heads=2,of=4,take=1+1", "head 1 twice"),
+        ("spattention:heads=2,of=4,take=0,1", "each at most once, got '1'"),
+        ("spattention:heads=2,of=4,take=0+-1", "got '-1'"),
+        ("spattention:heads=2,of=4,take=", "got ''"),
+        ("causal:heads=2,of=4,take=0-1", "a 'causal' layout of its own"),
+        ("custom:heads=1,of=4,take=0,bands=0-1", "a 'custom' layout of its own"),
     ],
 )
 def test_malformed_specs_are_refused(spec, message):
@@ -402,3 +434,203 @@ def test_largest_context_stays_inside_int32():
         assert layout.pairs(LIMIT) <= LIMIT * (LIMIT + 1) // 2
     with pytest.raises(ValueError, match="context_length must be between 1"):
         BandLayout.causal(1, LIMIT + 1)
+
+
+# --- parts of a layout ------------------------------------------------------------------------------------
+
+
+@given(layouts, st.data())
+def test_a_part_has_the_bands_of_its_heads(layout, data):
+    order = data.draw(st.permutations(range(layout.num_heads)))
+    taken = order[: data.draw(st.integers(1, layout.num_heads))]
+    length = data.draw(st.integers(1, 300))
+    part = layout.heads(taken)
+    assert part.num_heads == len(taken)
+    assert part.bands(length) == tuple(layout.bands(length)[head] for head in taken)
+    assert (part.table(length) == layout.table(length)[taken]).all()
+    assert (part.packed_table([3, 0, 41]) == layout.packed_table([3, 0, 41])[:, taken]).all()
+    assert part.pairs_per_head(length) == tuple(layout.pairs_per_head(length)[head] for head in taken)
+    assert part.pairs(length) == sum(part.pairs_per_head(length))
+    assert part.coverage(length).seen <= layout.coverage(length).seen
+    assert part.executed_pairs(length, 1, 1) == part.pairs(length)
+    for name in ("name", "context_length", "allow_longer", "depends_on_length", "is_autoregressive"):
+        assert getattr(part, name) == getattr(layout, name)
+    # Of a part, indices count its own heads.
+    again = data.draw(st.permutations(range(len(taken))))
+    assert part.heads(again) == layout.heads([taken[head] for head in again])
+    assert BandLayout.from_spec(part.spec) == part
+
+
+def test_parts_of_all_devices_are_the_whole():
+    for layout in (
+        BandLayout.spattention(6), BandLayout.equal_area(6, 100), BandLayout.gapped(6, 7),
+        BandLayout.custom([[(0, h)] for h in range(6)]), BandLayout.sliding_window(6, 9),
+    ):  # fmt: skip
+        ranks = [layout.heads(start, start + 2) for start in (0, 2, 4)]
+        joined = sum((rank.bands(77) for rank in ranks), ())
+        assert joined == layout.bands(77)
+        assert layout.heads(0, 6) is not layout and layout.heads(0, 6) == layout == layout.heads(range(6))
+        assert layout.heads(2, 4) == layout.heads([2, 3]) == layout.heads(np.arange(2, 4))
+        assert layout.heads(2, 4) == layout.heads(torch.arange(2, 4)) == layout.heads(h for h in (2, 3))
+        assert len({*ranks}) == (1 if layout.name == "sliding_window" else 3)
+
+
+def test_a_part_is_not_a_layout_for_fewer_heads():
+    whole, fewer = BandLayout.spattention(16, 4096), BandLayout.spattention(4, 4096)
+    assert whole.heads(0, 4) != fewer
+    assert whole.heads(0, 4).bands(4096) != fewer.bands(4096)
+    # Where heads are alike, it is.
+    assert BandLayout.causal(16).heads(3, 7) == BandLayout.causal(4)
+    assert BandLayout.sliding_window(16, 9, 20).heads([5]) == BandLayout.sliding_window(1, 9, 20)
+
+
+@pytest.mark.parametrize("layout", [BandLayout.spattention(4), BandLayout.causal(4, 9)], ids=str)
+def test_bad_heads_are_refused(layout):
+    for arguments, error, message in [
+        (([],), ValueError, "at least one head"),
+        ((2, 2), ValueError, "at least one head"),
+        ((3, 1), ValueError, "at least one head"),
+        ((0, 5), ValueError, "heads 0 to 3, got 4"),
+        ((-1, 2), ValueError, "heads 0 to 3, got -1"),
+        (([0, -1],), ValueError, "heads 0 to 3, got -1"),
+        (([1, 2, 1],), ValueError, "head 1 twice"),
+        ((2,), TypeError, "a sequence of indices, or start and stop; got 2 alone"),
+        (([0.0],), TypeError, "index is an integer, got 0.0"),
+        (([True],), TypeError, "index is an integer, got True"),
+        (("01",), TypeError, "index is an integer, got '0'"),
+        ((0, "2"), TypeError, "index is an integer, got '2'"),
+        (([0], 2), TypeError, r"index is an integer, got \[0\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            layout.heads(*arguments)
+
+
+def test_edges_and_parts():
+    with pytest.raises(ValueError, match="only all heads partition the distances"):
+        BandLayout.spattention(4, 8).heads(0, 2).edges(8)
+    with pytest.raises(FrozenInstanceError):
+        BandLayout.spattention(4, 8).heads(0, 2).of_heads = 3
+
+
+def test_heads_that_do_not_fit_name_the_way_out():
+    layout = BandLayout.spattention(16, 64)
+    layout.check_heads(16)
+    with pytest.raises(
+        ValueError, match=r"made for 16 query heads and q has 4: .*layout\.heads\(start, start \+ 4\)"
+    ):
+        layout.check_heads(4)
+    with pytest.raises(ValueError, match="made for 16 query heads and q has 32: make it with num_heads=32"):
+        layout.check_heads(32)
+
+
+def test_autoregressive_layouts():
+    for name in FROM_CONTEXT:
+        make = getattr(BandLayout, name)
+        assert make(4, 64).is_autoregressive and make(4, 64).heads(1, 3).is_autoregressive
+        assert make(4).is_autoregressive == make(4).heads(1, 3).is_autoregressive == (name == "causal")
+        # What the first 20 of 40 tokens see is what 20 tokens see, or it is not.
+        first, alone = make(4).table(40), make(4).table(20)
+        sees_the_same = all(
+            {d for lo, hi in head for d in range(lo, min(hi, 19) + 1)}
+            == {d for lo, hi in other for d in range(lo, min(hi, 19) + 1)}
+            for head, other in zip(make(4).bands(40), make(4).bands(20), strict=True)
+        )
+        assert sees_the_same == make(4).is_autoregressive, (first, alone)
+    assert BandLayout.sliding_window(4, 3).is_autoregressive
+    assert BandLayout.custom([[(0, 3)]]).is_autoregressive
+    BandLayout.causal(4).require_autoregressive("decoding")
+    with pytest.raises(
+        ValueError, match=r"decoding needs .* spattention:heads=4 do: .*spattention\(4, context_length=4096\)"
+    ):
+        BandLayout.spattention(4).require_autoregressive("decoding")
+    with pytest.raises(ValueError, match=r"gapped\(8, context_length=4096\)"):
+        BandLayout.gapped(8).heads(2, 4).require_autoregressive("decoding")
+
+
+# --- one table of layouts ---------------------------------------------------------------------------------
+
+
+@given(parts())
+def test_the_table_of_a_device_is_that_of_the_host(layout):
+    lengths = [*range(1, 45), 128, 300, 4095, 4096, 0]
+    if not layout.depends_on_length:
+        with pytest.raises(ValueError, match="don't depend on the length"):
+            length_tables(layout, torch.tensor(lengths))
+        return
+    tables = length_tables(layout, torch.tensor(lengths, dtype=torch.int32))
+    assert tables.dtype == torch.int32 and tables.shape == (len(lengths), layout.num_heads, 4)
+    expected = np.stack([layout.table(length) for length in lengths])
+    np.testing.assert_array_equal(tables.numpy(), expected)
+
+
+def test_the_largest_length_stays_inside_int32_on_a_device():
+    for name in FROM_CONTEXT:
+        for layout in (getattr(BandLayout, name)(1), getattr(BandLayout, name)(7).heads([6, 0])):
+            length = LIMIT if name != "equal_area" else 2**26
+            tables = length_tables(layout, torch.tensor([length], dtype=torch.int32))
+            np.testing.assert_array_equal(tables[0].numpy(), layout.table(length))
+
+
+def test_a_new_layout_is_one_entry(monkeypatch):
+    """Host, device, spec and parts follow from what one place says of it."""
+    kind = bands._Kind(lambda heads: [(heads.begin, heads.end - 1), (0, 0)])
+    monkeypatch.setitem(bands._KINDS, "own_and_self", kind)
+    layout = BandLayout("own_and_self", 4)
+    assert layout.bands(10) == (((0, 2),), ((0, 0), (3, 5)), ((0, 0), (6, 7)), ((0, 0), (8, 9)))
+    assert BandLayout.from_spec("own_and_self:heads=4") == layout
+    assert layout.heads([3, 1]).bands(10) == (((0, 0), (8, 9)), ((0, 0), (3, 5)))
+    tables = length_tables(layout, torch.tensor([10, 1], dtype=torch.int32))
+    np.testing.assert_array_equal(tables.numpy(), layout.packed_table([10, 1]))
+    assert not layout.is_autoregressive
+
+
+def test_an_unknown_layout_is_refused_without_assertions():
+    code = """
+import torch
+from spattn_tvm import bands
+assert False
+layout = bands.BandLayout.spattention(4)
+object.__setattr__(layout, "name", "nonsense")
+for read in (
+    lambda: bands.length_tables(layout, torch.tensor([5], dtype=torch.int32)),
+    lambda: layout.table(5), lambda: layout.bands(5), lambda: layout.heads(0, 2),
+    lambda: bands.BandLayout("nonsense", 4), lambda: bands.BandLayout.from_spec("nonsense:heads=4"),
+):
+    try:
+        print("accepted", read())
+    except (KeyError, ValueError) as error:
+        print("refused")
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["refused"] * 6, done.stdout
+
+
+def test_no_behaviour_of_the_package_rests_on_an_assertion():
+    """``python -O`` leaves them out. Inside TensorIR an assertion is the kernel's own; that something is not
+    None may be said to a type checker, since a use of None fails by itself.
+    """
+
+    def narrows(test):
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return all(narrows(value) for value in test.values)
+        return isinstance(test, ast.Compare) and ast.unparse(test).endswith(" is not None")
+
+    def is_kernel(node):
+        return any("prim_func" in ast.unparse(d) or "inline" in ast.unparse(d) for d in node.decorator_list)
+
+    def assertions(node):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and is_kernel(node):
+            return
+        if isinstance(node, ast.Assert) and not narrows(node.test):
+            yield node.lineno
+        for child in ast.iter_child_nodes(node):
+            yield from assertions(child)
+
+    root = Path(spattn_tvm.__file__).parent
+    found = [
+        f"{path.relative_to(root)}:{line}"
+        for path in sorted(root.rglob("*.py"))
+        for line in assertions(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+    assert tuple(bands._KINDS) == LAYOUT_NAMES

@@ -25,6 +25,8 @@ LAYOUTS = [
     BandLayout.causal(2, 24),
     BandLayout.custom([[(0, 2), (5, 6)], [], [(6, 90)]], 24),
     BandLayout.sliding_window(2, 100),
+    BandLayout.spattention(6, 24).heads([4, 1, 2]),
+    BandLayout.equal_area(6).heads(3, 6),
 ]
 
 
@@ -83,6 +85,8 @@ def test_layout_picture_says_how_much_work_is_left(figure_of):
     )
     figure = figure_of(plot_layout, BandLayout.causal(1, 64), ..., 10)
     assert figure.get_suptitle() == "causal: 1 head, length 10, context 64 — 100.0% of the dense causal work"
+    figure = figure_of(plot_layout, BandLayout.exclusive(4, 64).heads([0, 3]), ...)
+    assert figure.get_suptitle().startswith("exclusive: 2 heads of 4, length 64 — ")
 
 
 def test_layout_picture_needs_a_length_that_fits(tmp_path):

@@ -30,6 +30,11 @@ layouts = st.one_of(
         lambda heads: BandLayout.custom([[pair] for pair in heads]),
         st.lists(st.tuples(st.integers(0, 9), st.integers(9, 20)), min_size=4, max_size=4),
     ),
+    st.builds(
+        lambda context, order: BandLayout.spattention(7, context).heads(order[:4]),
+        st.none() | st.integers(64, 99),
+        st.permutations(range(7)),
+    ),
 )
 problems = st.builds(
     AttentionProblem,
@@ -88,7 +93,7 @@ def test_min_bytes_count_each_tensor_once():
         ({"batch": True}, TypeError, "batch must be an int, got True"),
         ({"kv_heads": 3}, ValueError, "multiple of kv_heads, got 16 and 3"),
         ({"length": 4097}, ValueError, "4097 is longer than the layout's context_length 4096"),
-        ({"layout": BandLayout.causal(8)}, ValueError, "layout has 8 heads, the problem 16"),
+        ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 query heads and q has 16"),
         ({"layout": "causal:heads=16"}, TypeError, "must be a BandLayout, got str"),
     ],
 )

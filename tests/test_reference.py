@@ -325,7 +325,7 @@ def test_bad_inputs_are_refused():
         reference_attention(q, k[:, [0, 1, 1]], v[:, [0, 1, 1]], layout)
     with pytest.raises(ValueError, match="must agree in batch, length and head_dim"):
         reference_attention(q, k[:, :, 1:], v[:, :, 1:], layout)
-    with pytest.raises(ValueError, match="the layout has 3 heads, q has 4"):
+    with pytest.raises(ValueError, match="made for 3 query heads and q has 4"):
         reference_attention(q, k, v, BandLayout.spattention(3))
     with pytest.raises(ValueError, match="9 is longer than the layout's context_length 8"):
         reference_attention(q, k, v, BandLayout.spattention(4, 8))

@@ -75,10 +75,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
             f"the number of query heads must be a multiple of the kv heads, got {query_heads} and {kv_heads}"
         )
     if query_heads != layout.num_heads:
-        raise ValueError(
-            f"the layout is made for {layout.num_heads} query heads and q has {query_heads}: "
-            f"make it with num_heads={query_heads}"
-        )
+        layout.check_heads(query_heads)
     if impl != "reference" and dtype is not torch.float64 and (head_dim % 8 or not 32 <= head_dim <= 256):
         raise ValueError(
             f"head_dim must be a multiple of 8 from 32 to 256, got {head_dim}; impl='reference' takes any"
@@ -168,7 +165,10 @@ def banded_attention(
         ``(B, Hkv, N, D)``, dtype and device of q. ``Hq % Hkv == 0``: query head h reads head ``h // (Hq //
         Hkv)``.
     layout : BandLayout
-        Bands of the Hq query heads, such as ``BandLayout.spattention(Hq, context_length)``.
+        Bands of the Hq query heads, such as ``BandLayout.spattention(Hq, context_length)``. Without a
+        context length the bands follow N, so that what a token sees depends on how many tokens come after it
+        (``BandLayout.is_autoregressive``). Where q holds some of a model's heads, ``layout.heads(start,
+        stop)`` has their bands.
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     cu_seqlens : Tensor, optional
@@ -205,6 +205,14 @@ def banded_attention(
     ValueError
         Shapes, heads, devices or boundaries that do not fit, a sequence longer than the layout's context
         length, a scale that is not finite, an unknown `impl`.
+
+    Notes
+    -----
+    A NaN or an infinity in q, k, v or a gradient stays within its own document, batch row and head; one in k
+    or v within the query heads that read it. Inside a document it may reach other rows, as it does in dense
+    attention with a mask. A query row that is NaN has o and lse of NaN. A query with no key has zero
+    gradients and adds to nobody's, whatever arrives for its o and lse, NaN included:
+    ``torch.where(lse.isinf(), 0., loss(lse))`` is safe.
 
     Examples
     --------
