@@ -591,6 +591,12 @@ class BandLayout:
         """
         return self.context_length is not None or _KINDS[self.name].is_autoregressive
 
+    def has_bands_of(self, other: BandLayout) -> bool:
+        """Do the heads see the same distances in any sequence that both layouts accept?"""
+        if self.depends_on_length or other.depends_on_length:
+            return self == other
+        return self.num_heads == other.num_heads and bool((self.table(0) == other.table(0)).all())
+
     def require_autoregressive(self, purpose: str) -> None:
         """Raise ValueError unless `is_autoregressive`; `purpose` is what needs it, such as ``"decoding"``."""
         if not self.is_autoregressive:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +38,40 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
 
 
+# A state's entry for the layout has a multiple of so many elements, so that a distributed checkpoint, which
+# is read into tensors of the module's own shapes, reaches the comparison of layouts.
+_STATE_PAGE = 256
+
+
+class _LayoutMismatchError(ValueError):
+    pass
+
+
+def _to_tensor(spec: str) -> Tensor:
+    codes = [*spec.encode("ascii")]
+    # int32, so that averaging the states of several models leaves the text what it is. On the CPU whatever
+    # device is the default, for a module that is made on "meta".
+    return torch.tensor(codes + [0] * (-len(codes) % _STATE_PAGE), dtype=torch.int32, device="cpu")
+
+
+def _to_spec(state: object) -> str | None:
+    """The text in a tensor of `_to_tensor`; None for one without values (meta, fake)."""
+    if not isinstance(state, Tensor):
+        return str(state)
+    try:
+        codes = state.double().round().tolist()
+    except (RuntimeError, NotImplementedError):
+        return None
+    return "".join(chr(int(code)) for code in codes if 0 < code < 128)
+
+
 class BandedAttention(nn.Module):
     """Causal self-attention whose heads attend to bands of distances.
+
+    Its state (``state_dict``) holds the layout beside the weights, as ``_extra_state``, a small int32 tensor.
+    Weights are refused by a module of another layout, with ``strict=False`` too, as other shapes are; a state
+    without the entry, because it was written before there was one or because it was taken out on purpose,
+    loads into any layout.
 
     Parameters
     ----------
@@ -49,7 +84,9 @@ class BandedAttention(nn.Module):
         (``"spattention"``, ``"exclusive"``, ``"local_only"``, ``"gapped"``, ``"causal"``, ``"equal_area"``),
         which is made with `context_length`.
     context_length : int, optional
-        Context length of a layout given by name; None takes each sequence's own length.
+        Context length of a layout given by name; None takes each sequence's own length. Then (but for
+        ``"causal"``) what a token sees depends on how many tokens come after it: fine for training at one
+        length, but to decode give the length trained at. See `BandLayout.is_autoregressive`.
     num_kv_heads : int, optional
         Key and value heads, `num_heads` by default; must divide it.
     bias : bool
@@ -127,6 +164,51 @@ class BandedAttention(nn.Module):
             f"layout={self.layout.spec!r}, rope_theta={self.rope_theta}"
         )
 
+    def get_extra_state(self) -> Tensor:
+        """The layout's spec, as numbers of its letters."""
+        return _to_tensor(self.layout.spec)
+
+    def set_extra_state(self, state: object) -> None:
+        """Compare the layout of a state with the module's own, which stays.
+
+        Raises
+        ------
+        ValueError
+            The heads of the two see different distances.
+        """
+        spec = _to_spec(state)
+        if spec is None or spec == self.layout.spec:
+            return
+        try:
+            is_same = BandLayout.from_spec(spec).has_bands_of(self.layout)
+        except ValueError:
+            is_same = False
+        if not is_same:
+            raise _LayoutMismatchError(
+                f"these weights belong to the layout {spec!r}, the module has {self.layout.spec!r}: give the "
+                "module that layout, or remove the entry '_extra_state' from the state to load them into "
+                "other bands on purpose"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            )
+        except _LayoutMismatchError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+        missing_keys += [key for key in missing if key != f"{prefix}_extra_state"]
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Attend.
 
@@ -154,8 +236,7 @@ class BandedAttention(nn.Module):
 
 def _resolve(layout: BandLayout | str, num_heads: int, context_length: int | None) -> BandLayout:
     if isinstance(layout, BandLayout):
-        if layout.num_heads != num_heads:
-            raise ValueError(f"the layout is made for {layout.num_heads} heads, num_heads is {num_heads}")
+        layout.check_heads(num_heads)
         if context_length is not None and context_length != layout.context_length:
             raise ValueError(
                 f"the layout has the context length {layout.context_length}, "

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from spattn_tvm.bands import BandLayout
@@ -84,7 +94,197 @@ def test_layout_by_name_and_by_value() -> None:
 
 def test_state_dict_names() -> None:
     names = {f"{p}.{n}" for p in ("q_proj", "k_proj", "v_proj", "out_proj") for n in ("weight", "bias")}
-    assert set(BandedAttention(64, 2, bias=True).state_dict()) == names
+    assert set(BandedAttention(64, 2, bias=True).state_dict()) == {*names, "_extra_state"}
+
+
+# --- the layout in the state ------------------------------------------------------------------------------
+
+LONG = BandLayout.custom([[(head, head + 9), (40 + head, 127)] for head in range(64)], 128)
+LOADABLE = [
+    (BandLayout.spattention(2, 64), BandLayout.spattention(2, 64)),
+    (BandLayout.spattention(2), BandLayout.spattention(2)),
+    # The same distances by another name, or for longer sequences.
+    (BandLayout.spattention(2, 64), BandLayout.spattention(2, 64, allow_longer=True)),
+    (BandLayout.sliding_window(2, 9), BandLayout.custom([[(0, 8)]] * 2, 100)),
+    (LONG, LONG),
+]
+REFUSED = [
+    (BandLayout.spattention(2, 64), BandLayout.causal(2, 64)),
+    (BandLayout.spattention(2, 64), BandLayout.spattention(2, 65)),
+    (BandLayout.spattention(2), BandLayout.spattention(2, 64)),
+    (BandLayout.spattention(2, 64), BandLayout.spattention(2)),
+    (BandLayout.spattention(2), BandLayout.equal_area(2)),
+    (BandLayout.spattention(4, 64).heads(0, 2), BandLayout.spattention(4, 64).heads(2, 4)),
+    (BandLayout.spattention(4).heads(0, 2), BandLayout.spattention(2)),
+    (LONG, BandLayout.spattention(64)),
+]
+
+
+def module_of(layout: BandLayout, **options: Any) -> BandedAttention:
+    return BandedAttention(8 * layout.num_heads, layout.num_heads, layout=layout, **options)
+
+
+class Model(nn.Module):
+    """Two attention layers, deeper than the module itself."""
+
+    def __init__(self, layout: BandLayout, **options: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(module_of(layout, **options) for _ in range(2))
+
+
+def refusal(saved: BandLayout, own: BandLayout) -> str:
+    return f"(?s)'{re.escape(saved.spec)}', the module has '{re.escape(own.spec)}'.*_extra_state"
+
+
+def serialised(state: dict[str, Any]) -> dict[str, Any]:
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=True)
+
+
+@pytest.mark.parametrize(("saved", "own"), LOADABLE)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_weights_load_into_the_same_bands(
+    saved: BandLayout, own: BandLayout, strict: bool, assign: bool
+) -> None:
+    source, target = Model(saved), Model(own)
+    keys = target.load_state_dict(serialised(source.state_dict()), strict=strict, assign=assign)
+    assert not keys.missing_keys and not keys.unexpected_keys
+    assert torch.equal(target.layers[1].q_proj.weight, source.layers[1].q_proj.weight)
+    assert target.layers[1].layout == own
+
+
+@pytest.mark.parametrize(("saved", "own"), REFUSED)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_weights_of_another_layout_are_refused(
+    saved: BandLayout, own: BandLayout, strict: bool, assign: bool
+) -> None:
+    state = serialised(Model(saved).state_dict())
+    with pytest.raises(RuntimeError, match=refusal(saved, own)) as refused:
+        Model(own).load_state_dict(state, strict=strict, assign=assign)
+    # Each layer is named, like parameters of other shapes.
+    assert "layers.0: these weights" in str(refused.value) and "layers.1: these" in str(refused.value)
+    with pytest.raises(RuntimeError, match="BandedAttention: these weights"):
+        module_of(own).load_state_dict(module_of(saved).state_dict())
+
+
+def test_a_state_without_the_entry_loads_into_any_layout() -> None:
+    source = Model(BandLayout.spattention(2))
+    state = {key: value for key, value in source.state_dict().items() if not key.endswith("_extra_state")}
+    assert len(state) == 8
+    for layout in (BandLayout.spattention(2), BandLayout.causal(2, 99)):
+        target = Model(layout)
+        keys = target.load_state_dict(state)
+        assert not keys.missing_keys and not keys.unexpected_keys
+        assert torch.equal(target.layers[0].k_proj.weight, source.layers[0].k_proj.weight)
+        assert target.layers[0].layout == layout
+    # What else is missing or too much is still said.
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*layers\.1\.q_proj\.weight"):
+        Model(BandLayout.causal(2)).load_state_dict({k: v for k, v in state.items() if "1.q_proj" not in k})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.0\.more"):
+        Model(BandLayout.causal(2)).load_state_dict({**state, "layers.0.more": torch.zeros(1)})
+
+
+def test_a_damaged_entry_is_refused_and_one_without_values_is_not_compared() -> None:
+    module = module_of(BandLayout.causal(2))
+    state = module.state_dict()
+    for damaged in (torch.full((256,), 77), torch.zeros(256), "nonsense", torch.full((3,), torch.nan)):
+        with pytest.raises(RuntimeError, match="the module has 'causal:heads=2'"):
+            module.load_state_dict({**state, "_extra_state": damaged})
+    module.load_state_dict({**state, "_extra_state": state["_extra_state"].to("meta")})
+    module.load_state_dict({**state, "_extra_state": "causal:heads=2"})
+
+
+def test_the_entry_survives_what_is_done_to_states() -> None:
+    module, other = Model(LONG), Model(LONG)
+    pairs = [(value, other.state_dict()[key]) for key, value in module.state_dict().items()]
+    for blend in (
+        lambda a, b: (a + b) / 2,
+        lambda a, b: 0.999 * a + 0.001 * b,
+        lambda a, b: torch.stack([a] * 9 + [b]).double().mean(0),
+        lambda a, b: a.bfloat16(),
+        lambda a, b: a.half(),
+        lambda a, b: a.clone(),
+    ):
+        blended = [blend(*pair) for pair in pairs]
+        module.load_state_dict(dict(zip(module.state_dict(), blended, strict=True)))
+
+
+def test_a_module_that_is_made_on_meta_takes_a_state() -> None:
+    source = Model(BandLayout.spattention(2, 64), impl="reference")
+    with torch.device("meta"):
+        target = Model(BandLayout.spattention(2, 64), impl="reference")
+        other = Model(BandLayout.causal(2))
+        state = source.state_dict()
+    assert state["layers.0._extra_state"].device.type == "cpu"
+    with pytest.raises(RuntimeError, match="these weights belong to"):
+        other.load_state_dict(state, assign=True)
+    target.load_state_dict(state, assign=True)
+    x = torch.randn(1, 9, 16)
+    assert torch.equal(target.layers[0](x), source.layers[0](x))
+
+
+def test_compiled_modules_have_the_same_states() -> None:
+    source, target = module_of(BandLayout.gapped(2, 64)), module_of(BandLayout.gapped(2, 64))
+    torch.compile(target).load_state_dict(torch.compile(source).state_dict())
+    assert torch.equal(target.out_proj.weight, source.out_proj.weight)
+    with pytest.raises(RuntimeError, match="these weights belong to"):
+        torch.compile(module_of(BandLayout.causal(2))).load_state_dict(torch.compile(source).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    saved = BandLayout.spattention(2, 64)
+    source = Model(saved)
+    distributed_checkpoint.save(source.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    target, other = Model(saved), Model(BandLayout.spattention(2))
+    for model in (target, other):
+        state = model.state_dict()
+        distributed_checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+        if model is target:
+            model.load_state_dict(state)
+        else:
+            with pytest.raises(RuntimeError, match=refusal(saved, BandLayout.spattention(2))):
+                model.load_state_dict(state)
+    assert torch.equal(target.layers[0].v_proj.weight, source.layers[0].v_proj.weight)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "options", [{}, {"full_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}]
+)
+def test_sharded_modules(options: dict[str, bool], tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(layout: BandLayout) -> Model:
+        model = Model(layout)
+        for layer in model.layers:
+            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        return fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+    saved = BandLayout.spattention(2, 64)
+    source, target, other = sharded(saved), sharded(saved), sharded(BandLayout.causal(2))
+    state = get_model_state_dict(source, options=StateDictOptions(**options))
+    distributed_checkpoint.save(state, checkpoint_id=tmp_path / "checkpoint")
+    read = get_model_state_dict(target, options=StateDictOptions(**options))
+    distributed_checkpoint.load(read, checkpoint_id=tmp_path / "checkpoint")
+    loading = StateDictOptions(**options, broadcast_from_rank0="full_state_dict" in options)
+    set_model_state_dict(target, read, options=loading)
+    weights = [model.layers[1].q_proj.weight.full_tensor() for model in (source, target)]
+    assert torch.equal(*weights)
+    with pytest.raises(RuntimeError, match=refusal(saved, BandLayout.causal(2))):
+        set_model_state_dict(other, state, options=StateDictOptions(**options))
 
 
 def test_a_copy_works_like_the_original(tmp_path: Path) -> None:
@@ -93,6 +293,7 @@ def test_a_copy_works_like_the_original(tmp_path: Path) -> None:
     assert torch.equal(copy.deepcopy(module)(x), module(x))
     torch.save(module, tmp_path / "module.pt")
     assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(x), module(x))
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
 
 
 def test_parameters_have_the_device_and_dtype_asked_for() -> None:
@@ -115,7 +316,7 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
         ({"embed_dim": 100, "num_heads": 3}, ValueError, "embed_dim must be a multiple .* 100 and 3"),
         ({"num_kv_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"num_kv_heads": 0}, ValueError, "must be at least 1, got 128, 4 and 0"),
-        ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 heads, num_heads is 4"),
+        ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 query heads and q has 4: .*layout.heads"),
         (
             {"layout": BandLayout.causal(4, 10), "context_length": 12},
             ValueError,
