@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bench.peers import OURS
+from spattn_tvm.bench.peers import is_ours
 from spattn_tvm.families import find_space
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
@@ -81,7 +81,7 @@ def benchmark_block(kind: str) -> str | None:
     rows, notes = [], {}
     for result in report["results"]:
         for entry in result["entries"]:
-            name = f"**{entry['title']}**" if entry["peer"] in OURS else entry["title"]
+            name = f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"]
             cells = [result["shape"], entry["pass"].replace("_", " + "), name]
             if entry["median_ms"] is None:
                 cells += [entry["status"], "", "", ""] + ([""] if cuda else [])

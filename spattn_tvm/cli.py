@@ -107,7 +107,7 @@ def parse_layout(text: str, heads: int, context: int | None) -> BandLayout:
 def parse_problems(
     shapes: list[str], dtype: str, layout: str, context: int | None, direction: str
 ) -> list[AttentionProblem]:
-    """The problems of ``--shape``, one per shape and pass.
+    """The problems of ``--shape``, one per shape and direction.
 
     Raises
     ------
@@ -205,8 +205,8 @@ def tune(
         str,
         typer.Option(
             help="Trials of each search (64), or time for all searches together (8m, 90s), which share it "
-            "equally. There is a search for each shape, pass and kernel family, and for each of them its "
-            "control."
+            "equally. There is a search for each shape, direction and kernel family, and for each of them "
+            "its control."
         ),
     ] = "64",
     strategy: Annotated[
@@ -240,7 +240,7 @@ def tune(
     """Search the fastest decisions for problems, on this machine or a fleet, resuming what autotune_logs/
     holds.
 
-    One search for each shape, pass and kernel family that runs on the target; then the best of each are
+    One search for each shape, direction and kernel family that runs on the target; then the best of each are
     compared side by side, the winners go to schedules/ and are checked on random problems.
     """
     from .tuning.log import log_folder
@@ -467,7 +467,7 @@ def export(
 
 @app.command(
     epilog="Example: spattn bench --shape 1,16,4096,64 --peers ours,sdpa,flex   "
-    "(CUDA: --device cuda --dtype bfloat16 --passes forward,backward --shape 4,16,4096,128)"
+    "(CUDA: --device cuda --dtype bfloat16 --steps forward,backward --shape 4,16,4096,128)"
 )
 def bench(
     shape: Shapes = ["1,16,4096,64"],  # noqa: B006  typer copies it
@@ -481,12 +481,12 @@ def bench(
             help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, flex, fsa, fsa_triton (CUDA)."
         ),
     ] = None,
-    passes: Annotated[
+    steps: Annotated[
         str, typer.Option(help="Comma-separated: forward, backward, forward_backward.")
     ] = "forward,forward_backward",
-    rounds: Annotated[int, typer.Option(help="Timings per peer and pass.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Timings per peer and step.")] = 15,
     budget: Annotated[
-        float, typer.Option(help="Seconds a pass may take; at least 5 rounds are made.")
+        float, typer.Option(help="Seconds a step may take; at least 5 rounds are made.")
     ] = 60.0,
     idle_ms: Annotated[float, typer.Option(help="Idle time before each CPU timing, ms.")] = 80.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.")] = None,
@@ -506,7 +506,7 @@ def bench(
     with Console(stderr=True).status("starting") as status:
         report = benchmark(
             problems,
-            passes=_names(passes),
+            steps=_names(steps),
             peers=None if peers is None else _names(peers),
             device=device,
             rounds=rounds,

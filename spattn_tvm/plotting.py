@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .bands import BandLayout
-from .bench.peers import OURS
+from .bench.peers import is_ours
 
 Points = Sequence[tuple[float, float]]
 Series = Iterable[tuple[str, Points]]
@@ -305,7 +305,7 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(0.01 * longest, position, row.get("status", "not available"), va="center",
                       fontsize=8.5, color=_MUTED, style="italic")  # fmt: skip
             continue
-        axes.barh(position, median, height=0.7, color=_OURS if row.get("peer") in OURS else _PEER)
+        axes.barh(position, median, height=0.7, color=_OURS if is_ours(row.get("peer", "")) else _PEER)
         end = median
         if row.get("p25_ms") is not None:
             end = max(median, row["p75_ms"])

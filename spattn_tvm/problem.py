@@ -1,4 +1,4 @@
-"""An attention problem: the shapes, dtype, pass and layout that a kernel is tuned and measured for."""
+"""An attention problem: the shapes, dtype, direction and layout that a kernel is tuned and measured for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def layout_key(layout: BandLayout) -> str:
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """One pass of banded attention on inputs of one shape.
+    """One direction of banded attention on inputs of one shape.
 
     Attributes
     ----------

@@ -9,6 +9,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from spattn_tvm import launch
+from spattn_tvm.families import family_names, unregister_family
 
 # A first example may compile a kernel, which no per-example deadline allows for.
 settings.register_profile("spattn", deadline=None, print_blob=True)
@@ -22,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _families_of_the_package_alone() -> Iterator[None]:
+    """What a test registers serves no other test."""
+    known = family_names()
+    yield
+    for name in set(family_names()) - set(known):
+        unregister_family(name)
 
 
 @pytest.fixture(scope="module")

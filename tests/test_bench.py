@@ -43,13 +43,13 @@ def quick(problems, **options) -> dict:
 
 def test_right_peers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     add_peer(monkeypatch, "right", right)
-    found = entries(quick([problem()], peers=("right", "sdpa"), passes=bench.PASSES))
+    found = entries(quick([problem()], peers=("right", "sdpa"), steps=bench.STEPS))
     assert len(found) == 6
-    for (peer, pass_name), entry in found.items():
+    for (peer, step_name), entry in found.items():
         assert entry["status"] == "ok", entry
         assert entry["rounds"] == 3
         assert 0 < entry["min_ms"] <= entry["median_ms"]
-        assert set(entry["errors"]) == ({"o"} if pass_name == "forward" else {"o", "dq", "dk", "dv"})
+        assert set(entry["errors"]) == ({"o"} if step_name == "forward" else {"o", "dq", "dk", "dv"})
         assert max(entry["errors"].values()) < 1e-5
         if peer == "sdpa":
             assert entry["ratio_to_dense"] == 1.0
@@ -57,13 +57,13 @@ def test_right_peers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["ratio_to_dense"] == pytest.approx(ours["median_ms"] / dense["median_ms"])
 
 
-@pytest.mark.parametrize("pass_name", bench.PASSES)
-def test_useful_flops_are_of_the_own_mask(monkeypatch: pytest.MonkeyPatch, pass_name: str) -> None:
+@pytest.mark.parametrize("step_name", bench.STEPS)
+def test_useful_flops_are_of_the_own_mask(monkeypatch: pytest.MonkeyPatch, step_name: str) -> None:
     add_peer(monkeypatch, "right", right)
-    found = entries(quick([problem()], peers=("right", "sdpa"), passes=(pass_name,)))
-    operations = {"forward": 4, "backward": 10, "forward_backward": 14}[pass_name]
+    found = entries(quick([problem()], peers=("right", "sdpa"), steps=(step_name,)))
+    operations = {"forward": 4, "backward": 10, "forward_backward": 14}[step_name]
     for peer, layout in (("right", BandLayout.spattention(4)), ("sdpa", BandLayout.causal(4))):
-        entry = found[peer, pass_name]
+        entry = found[peer, step_name]
         pairs = 2 * sum(
             sum(max(0, 70 - d) for lo, hi in head for d in range(lo, min(hi, 69) + 1))
             for head in layout.bands(70)
@@ -105,7 +105,7 @@ def not_a_number(problem: AttentionProblem, device: torch.device):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "pass_name", "output"),
+    ("prepare", "step_name", "output"),
     [
         (wrong_band, "forward", "o"),
         (wrong_gradient, "forward_backward", "dq"),
@@ -113,17 +113,17 @@ def not_a_number(problem: AttentionProblem, device: torch.device):
     ],
 )
 def test_a_wrong_peer_is_never_timed(
-    monkeypatch: pytest.MonkeyPatch, prepare, pass_name: str, output: str
+    monkeypatch: pytest.MonkeyPatch, prepare, step_name: str, output: str
 ) -> None:
     add_peer(monkeypatch, "bad", prepare)
     add_peer(monkeypatch, "right", right)
-    found = entries(quick([problem()], peers=("bad", "right"), passes=(pass_name,)))
-    bad = found["bad", pass_name]
+    found = entries(quick([problem()], peers=("bad", "right"), steps=(step_name,)))
+    bad = found["bad", step_name]
     assert bad["status"] == "wrong"
     assert f"{output} is" in bad["reason"]
     assert bad["median_ms"] is None
     assert bad["rounds"] == 0
-    assert found["right", pass_name]["status"] == "ok"
+    assert found["right", step_name]["status"] == "ok"
 
 
 def test_an_absent_peer_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_an_absent_peer_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     add_peer(monkeypatch, "absent", absent)
     add_peer(monkeypatch, "broken", broken)
     add_peer(monkeypatch, "right", right)
-    found = entries(quick([problem()], peers=("absent", "broken", "cudnn", "right"), passes=("forward",)))
+    found = entries(quick([problem()], peers=("absent", "broken", "cudnn", "right"), steps=("forward",)))
     assert found["absent", "forward"]["reason"] == "the package is not installed"
     assert found["broken", "forward"]["reason"] == "NotImplementedError: no such kernel"
     assert found["cudnn", "forward"]["reason"] == "not made for cpu"
@@ -167,7 +167,7 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         add_peer(monkeypatch, name, named(name))
     monkeypatch.setattr(clocks._CpuClock, "calls", lambda self, step: 1)
-    quick([problem()], peers=tuple("abc"), passes=("forward",))
+    quick([problem()], peers=tuple("abc"), steps=("forward",))
     assert calls[-9:] == list("abc" * 3)
 
 
@@ -183,7 +183,7 @@ def test_times_are_medians() -> None:
 def test_report_survives_json_and_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     add_peer(monkeypatch, "right", right)
     add_peer(monkeypatch, "bad", wrong_band)
-    report = quick([problem(), problem(33)], peers=("right", "bad"), passes=("forward",), threads=1)
+    report = quick([problem(), problem(33)], peers=("right", "bad"), steps=("forward",), threads=1)
     path = reports.write_report(report, tmp_path)
     assert path.parent == tmp_path / report["target"] / "benchmarks"
     again = json.loads(path.read_text())
@@ -205,7 +205,7 @@ def test_report_survives_json_and_prints(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_bad_arguments() -> None:
     for arguments, message in (
         ({"problems": []}, "at least one problem"),
-        ({"problems": [problem()], "passes": ("sideways",)}, "unknown pass 'sideways'"),
+        ({"problems": [problem()], "steps": ("sideways",)}, "unknown step 'sideways'"),
         ({"problems": [problem()], "peers": ("nobody",)}, "unknown peer 'nobody'"),
         ({"problems": [problem()], "rounds": 0}, "rounds must be at least 1"),
     ):
@@ -216,7 +216,7 @@ def test_bad_arguments() -> None:
 def test_threads_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     add_peer(monkeypatch, "right", right)
     before = torch.get_num_threads()
-    quick([problem()], peers=("right",), passes=("forward",), threads=before + 1)
+    quick([problem()], peers=("right",), steps=("forward",), threads=before + 1)
     assert torch.get_num_threads() == before
 
 

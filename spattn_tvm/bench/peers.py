@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.families import families_for, family_names, find_family
 from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.target import MachineTarget
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +64,18 @@ def _dtype(problem: AttentionProblem) -> torch.dtype:
     return getattr(torch, problem.dtype)
 
 
-# What each of our own peers asks `banded_attention` for.
-OURS = {"ours": "auto", "mma": "mma"}
+# The name of what `banded_attention` does of itself. A family that it does not prefer goes by its own name.
+OURS = "ours"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a peer of this name is one of our own."""
+    return name == OURS or name in family_names()
+
+
+def implementation_of(name: str) -> str:
+    """What a peer of our own asks `banded_attention` for."""
+    return "auto" if name == OURS else name
 
 
 def _prepare_ours(impl: str) -> Callable[[AttentionProblem, torch.device], Attention]:
@@ -165,8 +178,7 @@ def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.dev
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("ours", "spattn-tvm", ("cpu", "cuda"), True, _prepare_ours(OURS["ours"])),
-        Peer("mma", "spattn-tvm, portable kernels", ("cuda",), True, _prepare_ours(OURS["mma"])),
+        Peer(OURS, "spattn-tvm", ("cpu", "cuda"), True, _prepare_ours("auto")),
         Peer("sdpa", "PyTorch SDPA, dense causal", ("cpu",), False, _prepare_sdpa(None)),
         Peer("cudnn", "cuDNN SDPA, dense causal", ("cuda",), False, _prepare_sdpa("CUDNN_ATTENTION")),
         Peer("flash", "Flash SDPA, dense causal", ("cuda",), False, _prepare_sdpa("FLASH_ATTENTION")),
@@ -183,6 +195,30 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def peers_for(kind: str) -> tuple[str, ...]:
-    """Names of the peers that exist for a device kind (``"cpu"`` or ``"cuda"``), ours first."""
-    return tuple(name for name, peer in PEERS.items() if kind in peer.kinds)
+def _family_peer(name: str, kind: str) -> Peer:
+    title = f"spattn-tvm, {find_family(name).title or name}"
+    return Peer(name, title, (kind,), True, _prepare_ours(name))
+
+
+def peers_for(target: MachineTarget) -> dict[str, Peer]:
+    """The peers that exist for a device, by name: ours, its families but the preferred one, others."""
+    able = {name: peer for name, peer in PEERS.items() if target.kind in peer.kinds}
+    families = {name: _family_peer(name, target.kind) for name in families_for(target)[1:]}
+    return {OURS: able.pop(OURS), **families, **able}
+
+
+def find_peer(name: str, target: MachineTarget) -> Peer:
+    """A peer by its name, also one that does not exist for the device.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if name in PEERS:
+        return PEERS[name]
+    if name not in family_names():
+        known = ", ".join(dict.fromkeys((*peers_for(target), *PEERS)))
+        raise ValueError(f"unknown peer {name!r}; known: {known}")
+    peer = _family_peer(name, target.kind)
+    return peer if name in families_for(target) else dataclasses.replace(peer, kinds=())

@@ -25,12 +25,12 @@ FORMAT = 1
 
 @dataclass
 class Timing:
-    """Result of one peer on one pass; times in milliseconds, memory in MiB, None where not measured."""
+    """Result of one peer on one step; times in milliseconds, memory in MiB, None where not measured."""
 
     peer: str
     title: str
     same_mask: bool
-    pass_name: str
+    step_name: str
     status: str = "ok"
     reason: str = ""
     samples_ms: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Timing:
         return {
             "peer": self.peer,
             "title": self.title,
-            "pass": self.pass_name,
+            "pass": self.step_name,
             "status": self.status,
             "reason": self.reason,
             "median_ms": self.median_ms,
@@ -76,11 +76,11 @@ def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
     dense: dict[str, float] = {}
     for timing in timings:
         if not timing.same_mask and timing.median_ms is not None:
-            dense[timing.pass_name] = min(timing.median_ms, dense.get(timing.pass_name, float("inf")))
+            dense[timing.step_name] = min(timing.median_ms, dense.get(timing.step_name, float("inf")))
     for timing in timings:
         timing.matmul_tflops = matmul_tflops
-        if timing.median_ms is not None and timing.pass_name in dense:
-            timing.ratio_to_dense = timing.median_ms / dense[timing.pass_name]
+        if timing.median_ms is not None and timing.step_name in dense:
+            timing.ratio_to_dense = timing.median_ms / dense[timing.step_name]
 
 
 def describe(problem: AttentionProblem) -> str:
@@ -113,7 +113,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         table = Table(
             title=f"{result['shape']}, {report['threads']} threads" if not cuda else result["shape"]
         )
-        table.add_column("pass")
+        table.add_column("step")
         table.add_column("peer")
         for title in ("median ms", "p25-p75", f"useful {unit}", "of matmul", "vs dense", "max error"):
             table.add_column(title, justify="right")

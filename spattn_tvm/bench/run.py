@@ -17,9 +17,10 @@ dense peer's TFLOP/s are those of dense causal attention.
 The file that `write_report` makes holds ``format`` (1), ``date``, ``target``, ``device``, ``versions``,
 ``threads``, ``method`` and ``results``: per problem its ``problem`` (``AttentionProblem.to_json``),
 ``shape``, ``schedule`` (what dispatch chose per direction, and why), ``matmul_tflops`` and ``entries``, one
-per pass and peer: ``peer``, ``title``, ``pass``, ``status`` (ok, not available, wrong), ``reason``,
-``median_ms``, ``min_ms``, ``p25_ms``, ``p75_ms``, ``rounds``, ``useful_tflops``, ``matmul_share``,
-``peak_memory_mib`` (CUDA), ``same_mask``, ``errors``, ``ratio_to_dense``. Unmeasured figures are null.
+per step and peer: ``peer``, ``title``, ``pass`` (the step), ``status`` (ok, not available, wrong),
+``reason``, ``median_ms``, ``min_ms``, ``p25_ms``, ``p75_ms``, ``rounds``, ``useful_tflops``,
+``matmul_share``, ``peak_memory_mib`` (CUDA), ``same_mask``, ``errors``, ``ratio_to_dense``. Unmeasured
+figures are null.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import dataclasses
 import datetime
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,17 @@ from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 
 from .clocks import _CpuClock, _CudaClock
-from .peers import OURS, PEERS, PeerUnavailable, _dtype, _first_line, peers_for
+from .peers import (
+    OURS,
+    Peer,
+    PeerUnavailable,
+    _dtype,
+    _first_line,
+    find_peer,
+    implementation_of,
+    is_ours,
+    peers_for,
+)
 from .report import FORMAT, Timing, _fill_ratios, describe
 
 if TYPE_CHECKING:
@@ -56,7 +67,7 @@ _VERSIONED_PACKAGES = (
     "triton",
     "flash-sparse-attn",
 )
-PASSES = ("forward", "backward", "forward_backward")
+STEPS = ("forward", "backward", "forward_backward")
 
 
 # Peers
@@ -158,11 +169,11 @@ def _check(
 
 
 @contextmanager
-def _step_of(pass_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Step]:
-    """The call that a pass times."""
+def _step_of(step_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Step]:
+    """The step itself."""
     import torch
 
-    if pass_name == "forward":
+    if step_name == "forward":
 
         def forward() -> Any:
             with torch.no_grad():
@@ -171,17 +182,17 @@ def _step_of(pass_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Ste
         yield forward
         return
     q, k, v = inputs.leaves()
-    if pass_name == "forward_backward":
+    if step_name == "forward_backward":
         yield lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), inputs.grad)
         return
     o = attend(q, k, v)
     yield lambda: torch.autograd.grad(o, (q, k, v), inputs.grad, retain_graph=True)
 
 
-def _outputs(pass_name: str, attend: Attention, inputs: _Inputs) -> dict[str, torch.Tensor]:
+def _outputs(step_name: str, attend: Attention, inputs: _Inputs) -> dict[str, torch.Tensor]:
     import torch
 
-    if pass_name == "forward":
+    if step_name == "forward":
         with torch.no_grad():
             return {"o": attend(inputs.q, inputs.k, inputs.v)}
     q, k, v = inputs.leaves()
@@ -190,17 +201,18 @@ def _outputs(pass_name: str, attend: Attention, inputs: _Inputs) -> dict[str, to
     return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def _flops(problem: AttentionProblem, layout: BandLayout, pass_name: str) -> int:
-    directions = ("forward", "backward") if pass_name == "forward_backward" else (pass_name,)
+def _flops(problem: AttentionProblem, layout: BandLayout, step_name: str) -> int:
+    directions = ("forward", "backward") if step_name == "forward_backward" else (step_name,)
     return sum(
         int(dataclasses.replace(problem, layout=layout, direction=direction).useful_flops)
         for direction in directions
     )
 
 
-def _time_pass(
+def _time_step(
     problem: AttentionProblem,
-    pass_name: str,
+    step_name: str,
+    peers: Mapping[str, Peer],
     attends: dict[str, Attention],
     inputs: _Inputs,
     clock: _CpuClock | _CudaClock,
@@ -210,19 +222,19 @@ def _time_pass(
     seed: int,
     report: Callable[[str], None],
 ) -> list[Timing]:
-    timings = {name: Timing(name, PEERS[name].title, PEERS[name].same_mask, pass_name) for name in attends}
+    timings = {name: Timing(name, peers[name].title, peers[name].same_mask, step_name) for name in attends}
     steps: dict[str, tuple[Any, Step, int]] = {}
     for name, attend in attends.items():
         timing = timings[name]
-        layout = PEERS[name].layout(problem)
-        timing.useful_flops = _flops(problem, layout, pass_name)
-        report(f"{pass_name}: checking {PEERS[name].title}")
+        layout = peers[name].layout(problem)
+        timing.useful_flops = _flops(problem, layout, step_name)
+        report(f"{step_name}: checking {peers[name].title}")
         try:
-            timing.errors, wrong = _check(_outputs(pass_name, attend, inputs), inputs, layout, problem, seed)
+            timing.errors, wrong = _check(_outputs(step_name, attend, inputs), inputs, layout, problem, seed)
             if wrong:
                 timing.status, timing.reason = "wrong", wrong
                 continue
-            context = _step_of(pass_name, attend, inputs)
+            context = _step_of(step_name, attend, inputs)
             step = context.__enter__()
             steps[name] = (context, step, clock.calls(step))
             timing.peak_memory_mib = clock.peak_memory_mib(step)
@@ -233,7 +245,7 @@ def _time_pass(
     for round_index in range(rounds if steps else 0):
         if round_index >= 5 and time.monotonic() - begin > budget_s:
             break
-        report(f"{pass_name}: round {round_index + 1} of {rounds}")
+        report(f"{step_name}: round {round_index + 1} of {rounds}")
         for name, (_, step, calls) in steps.items():
             timings[name].samples_ms.append(clock.measure_ms(step, calls))
     for context, _, _ in steps.values():
@@ -242,17 +254,18 @@ def _time_pass(
 
 
 def _schedules(
-    problem: AttentionProblem, q: torch.Tensor, passes: Sequence[str], names: Sequence[str]
+    problem: AttentionProblem, q: torch.Tensor, steps: Sequence[str], names: Sequence[str]
 ) -> dict[str, Any]:
     """What dispatch chose for our own calls, and why; nothing more than a lookup once they have run."""
     from spattn_tvm.dispatch import find_kernel
 
     chosen: dict[str, dict[str, Any]] = {}
-    directions = ["forward"] if tuple(passes) == ("forward",) else ["forward", "backward"]
+    directions = ["forward"] if tuple(steps) == ("forward",) else ["forward", "backward"]
     for name, direction in itertools.product(names, directions):
-        key = direction if name == "ours" else f"{name} {direction}"
+        key = direction if name == OURS else f"{name} {direction}"
         try:
-            kernel = find_kernel(direction, q, problem.layout.spec, OURS[name], kv_heads=problem.kv_heads)
+            impl = implementation_of(name)
+            kernel = find_kernel(direction, q, problem.layout.spec, impl, kv_heads=problem.kv_heads)
         except (ValueError, RuntimeError) as error:
             chosen[key] = {"status": "none", "reason": _first_line(error)}
             continue
@@ -267,8 +280,8 @@ def _schedules(
 
 def _benchmark_problem(
     problem: AttentionProblem,
-    passes: Sequence[str],
-    names: Sequence[str],
+    steps: Sequence[str],
+    peers: Mapping[str, Peer],
     device: torch.device,
     target: MachineTarget,
     clock: _CpuClock | _CudaClock,
@@ -281,8 +294,7 @@ def _benchmark_problem(
     inputs = _Inputs.random(problem, device, seed)
     attends: dict[str, Attention] = {}
     timings: list[Timing] = []
-    for name in names:
-        peer = PEERS[name]
+    for name, peer in peers.items():
         report(f"preparing {peer.title}")
         reason = "" if target.kind in peer.kinds else f"not made for {target.kind}"
         if not reason:
@@ -294,13 +306,14 @@ def _benchmark_problem(
             except Exception as error:  # as above: the other peers go on
                 reason = _first_line(error)
         timings += [
-            Timing(name, peer.title, peer.same_mask, pass_name, "not available", reason)
-            for pass_name in passes
+            Timing(name, peer.title, peer.same_mask, step_name, "not available", reason)
+            for step_name in steps
         ]
-    for pass_name in passes:
-        timings += _time_pass(
+    for step_name in steps:
+        timings += _time_step(
             problem,
-            pass_name,
+            step_name,
+            peers,
             attends,
             inputs,
             clock,
@@ -311,12 +324,12 @@ def _benchmark_problem(
         )
     matmul_tflops = clock.matmul_tflops(_dtype(problem), device)
     _fill_ratios(timings, matmul_tflops)
-    order = {name: position for position, name in enumerate(names)}
-    timings.sort(key=lambda timing: (passes.index(timing.pass_name), order[timing.peer]))
+    order = {name: position for position, name in enumerate(peers)}
+    timings.sort(key=lambda timing: (steps.index(timing.step_name), order[timing.peer]))
     return {
         "problem": problem.to_json(),
         "shape": describe(problem),
-        "schedule": _schedules(problem, inputs.q, passes, [name for name in OURS if name in attends]),
+        "schedule": _schedules(problem, inputs.q, steps, [name for name in attends if is_ours(name)]),
         "matmul_tflops": matmul_tflops,
         "entries": [timing.to_json() for timing in timings],
     }
@@ -325,7 +338,7 @@ def _benchmark_problem(
 def benchmark(
     problems: Sequence[AttentionProblem],
     *,
-    passes: Sequence[str] = ("forward", "forward_backward"),
+    steps: Sequence[str] = ("forward", "forward_backward"),
     peers: Sequence[str] | None = None,
     device: str = "cpu",
     rounds: int = 15,
@@ -340,15 +353,15 @@ def benchmark(
     Parameters
     ----------
     problems : sequence of AttentionProblem
-        Their ``direction`` is ignored: ``passes`` says what is timed.
-    passes : sequence of {"forward", "backward", "forward_backward"}
+        Their ``direction`` is ignored: ``steps`` says what is timed.
+    steps : sequence of {"forward", "backward", "forward_backward"}
         ``backward`` alone keeps the forward's graph; ``forward_backward`` is one autograd step.
     peers : sequence of str, optional
-        Names of `PEERS`; all that exist for the device when omitted.
+        Names of peers (see :mod:`.peers`); all that exist for the device when omitted.
     device : str
         A PyTorch device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
     rounds : int
-        Timings per peer and pass, fewer (but 5) once ``budget_s`` seconds have gone into a pass.
+        Timings per peer and step, fewer (but 5) once ``budget_s`` seconds have gone into a step.
     idle_ms : float
         Idle milliseconds before each timing on the CPU.
     threads : int, optional
@@ -366,27 +379,25 @@ def benchmark(
     Raises
     ------
     ValueError
-        For an unknown pass or peer, or no problem.
+        For an unknown step or peer, or no problem.
     """
     import random
 
     import torch
 
-    passes, names = tuple(passes), tuple(peers) if peers is not None else None
+    steps = tuple(steps)
     if not problems:
         raise ValueError("benchmark needs at least one problem")
-    for pass_name in passes:
-        if pass_name not in PASSES:
-            raise ValueError(f"unknown pass {pass_name!r}; known: {', '.join(PASSES)}")
-    for name in names or ():
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
+    for step_name in steps:
+        if step_name not in STEPS:
+            raise ValueError(f"unknown step {step_name!r}; known: {', '.join(STEPS)}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index)
+    chosen = peers_for(target) if peers is None else {name: find_peer(name, target) for name in peers}
     clock: _CpuClock | _CudaClock = _CpuClock(idle_ms) if place.type == "cpu" else _CudaClock(place)
     seed = random.randrange(2**31) if seed is None else seed
     threads_before = torch.get_num_threads()
@@ -397,8 +408,8 @@ def benchmark(
             results = [
                 _benchmark_problem(
                     problem,
-                    passes,
-                    names if names is not None else peers_for(target.kind),
+                    steps,
+                    chosen,
                     place,
                     target,
                     clock,

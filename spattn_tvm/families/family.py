@@ -183,6 +183,8 @@ class Family:
         :class:`~spattn_tvm.families.space.Space`, imported when it is first asked for.
     abis : mapping of str to Abi
         For each of the same directions.
+    title : str
+        What a benchmark's table says of it; its name by default.
     sources : tuple of str
         Modules, and packages with all their modules, from whose text the kernels come: a library in the cache
         is of use as long as none has changed. By default the module of `reference` alone.
@@ -193,6 +195,7 @@ class Family:
     runs_on: Callable[[MachineTarget], bool]
     spaces: Mapping[str, str]
     abis: Mapping[str, Abi]
+    title: str = ""
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -185,9 +185,10 @@ def banded_attention(
     deterministic : bool
         Ask for gradients that are bitwise equal from run to run; ``torch.use_deterministic_algorithms``
         asks as well. CPU kernels always are.
-    impl : {"auto", "reference", "cpu", "hopper", "mma"}
+    impl : str
         ``"auto"`` takes the device's preferred kernel family, the eager reference for float64, and the
-        reference with a warning where no kernel can serve. A family asked for by name is used or the call
+        reference with a warning where no kernel can serve. ``"reference"`` is that one; any other is the name
+        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"`` or a registered one), which is used or the call
         fails.
 
     Returns

@@ -41,6 +41,7 @@ def _runs_on(target: MachineTarget) -> bool:
 
 FAMILY = Family(
     name="mma",
+    title="portable kernels",
     reference="spattn_tvm.families.mma.abi:FAMILY",
     runs_on=_runs_on,
     spaces={
