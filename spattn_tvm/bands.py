@@ -734,7 +734,7 @@ def _bands(layout: BandLayout, context: int) -> tuple[Bands, ...]:
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _table(layout: BandLayout, context: int) -> NDArray[np.int32]:
     total, own = layout._whole()
     head, contexts = np.array(own, dtype=np.int64), np.array([[context]], dtype=np.int64)

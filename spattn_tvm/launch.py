@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .families.family import Abi, Output, Scratch, Sizes
+from .lasting import make_lasting
 from .torch_private import current_device, current_stream, empty_on_cpu, empty_on_cuda, is_capturing
 
 if TYPE_CHECKING:
@@ -99,10 +100,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
 
 @cache
 def _kept_on_stream(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int, stream: int) -> Tensor:
-    # Made outside of inference mode, because calls outside of it use them as well.
-    with torch.inference_mode(False):
-        device = "cpu" if index < 0 else f"cuda:{index}"
-        return torch.zeros(shape, dtype=getattr(torch, item.dtype), device=device)
+    device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
+    return make_lasting(device, lambda: torch.zeros(shape, dtype=getattr(torch, item.dtype), device=device))
 
 
 def _kept(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,13 @@ _prepared: dict[tuple[str, str, torch.Size], list[_Prepared]] = {}
 
 # What else such calls differ in by turns: keys' shapes, strides, dtypes, streams.
 _MAX_PREPARED = 16
-
-
-_MAX_SHAPES = 4096
+# The first that were prepared go first. Each has guards on the heap, amid what calls allocate and free: 600
+# lengths of up to 1.2 MiB a tensor, three calls and a backward pass each, kept 32 MiB with 64 of them, 209
+# with 256.
+_MAX_SHAPES = 64
+# What was called once: a length that doesn't come again is not worth preparing.
+_called_once: set[tuple[str, str, torch.Size]] = set()
+_MAX_CALLED_ONCE = 4096
 
 call_on_change(_prepared.clear)
 call_when_dropped(_prepared.clear)
@@ -77,6 +82,12 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
     if (index >= 0 and torch.cuda.is_current_stream_capturing()) or q is k or k is v or v is q:
         return
     if q.shape[0] == 0:
+        return
+    key = (layout, impl, q.shape)
+    if key not in _prepared and key not in _called_once:
+        if len(_called_once) >= _MAX_CALLED_ONCE:
+            _called_once.clear()
+        _called_once.add(key)
         return
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
     if kernel.spec is None:
@@ -92,9 +103,10 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
-    if len(_prepared) >= _MAX_SHAPES:
-        _prepared.clear()
-    key = (layout, impl, q.shape)
+    _called_once.discard(key)
+    if key not in _prepared and len(_prepared) >= _MAX_SHAPES:
+        with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
+            del _prepared[next(iter(_prepared))]
     _prepared[key] = [prepared, *_prepared.get(key, ())[: _MAX_PREPARED - 1]]
 
 
