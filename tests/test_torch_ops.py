@@ -743,60 +743,6 @@ def test_packed_documents_on_cuda(layout: BandLayout) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("packed", [False, True])
-def test_cuda_graph_replays_with_new_data_and_new_boundaries(packed: bool) -> None:
-    layout = BandLayout.spattention(4)
-    q, k, v = draw_cuda(length=200)
-    cu_seqlens = torch.tensor([0, 60, 200], device="cuda", dtype=torch.int32) if packed else None
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        banded_attention(q, k, v, layout, cu_seqlens=cu_seqlens)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        o = banded_attention(q, k, v, layout, cu_seqlens=cu_seqlens)
-    for boundary in (150, 1, 200):
-        for tensor in (q, k, v):
-            tensor.copy_(torch.randn_like(tensor))
-        if cu_seqlens is not None:
-            cu_seqlens[1] = boundary
-        graph.replay()
-        torch.cuda.synchronize()
-        expected = banded_attention(q, k, v, layout, cu_seqlens=cu_seqlens)
-        assert torch.equal(o, expected)
-
-
-@gpu
-def test_capture_of_a_new_length_is_refused_clearly() -> None:
-    q, k, v = draw_cuda(length=201)
-    banded_attention(q, k, v, SPATTENTION)
-    clear_tables()
-    graph = torch.cuda.CUDAGraph()
-    with (
-        pytest.raises(RuntimeError, match="call banded_attention with them once before"),
-        torch.cuda.graph(graph),
-    ):
-        banded_attention(q, k, v, SPATTENTION)
-
-
-@gpu
-def test_streams_do_not_share_unordered_tables() -> None:
-    q, k, v = draw_cuda(length=257)
-    expected = banded_attention(q, k, v, SPATTENTION)
-    torch.cuda.synchronize()
-    clear_tables()
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    results = []
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            results.append(banded_attention(q, k, v, SPATTENTION))
-    torch.cuda.synchronize()
-    assert all(torch.equal(result, expected) for result in results)
-
-
-@gpu
 def test_opcheck_on_cuda() -> None:
     q, k, v = requiring_grad(*draw_cuda(length=70))
     torch.library.opcheck(FORWARD, (q, k, v, None, SPATTENTION.spec, 0.2, False, "auto"))

@@ -229,7 +229,7 @@ def _packed(layout: BandLayout, length: int, cu_seqlens: Tensor) -> tuple[Tensor
     # The first and the last document, which are nobody's, count as having no row.
     lengths = boundaries[1:-1].diff(prepend=boundaries[1:2], append=boundaries[-2:-1])
     lookup = _find_lookup(layout, length, device)
-    return (_tables_of(layout, lengths) if lookup is None else lookup[lengths]), boundaries
+    return (_tables_of(layout, lengths) if lookup is None else lookup.index_select(0, lengths)), boundaries
 
 
 def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
