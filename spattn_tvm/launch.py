@@ -7,7 +7,7 @@ that :func:`ready_forward` serves those that are called again and again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 # (q, k, v, scale) -> (o, lse)
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+# What a caller of each direction has, in the order in which families without other needs take it.
+_FORWARD_INPUTS = ("q", "k", "v", "bands", "cu_seqlens")
+_BACKWARD_INPUTS = ("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens")
 
 
 @cache
@@ -64,17 +69,6 @@ def _readable(tensor: Tensor, alignment: int) -> Tensor:
     return view if _is_aligned(view, alignment) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _with_contiguous_rows(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() or (tensor.ndim == 4 and tensor.stride(3) == 1):
-        return tensor
-    return tensor.contiguous()
-
-
-def _sizes(q: Tensor, k: Tensor, workers: int) -> Sizes:
-    batch, query_heads, queries, head_dim = q.shape
-    return Sizes(batch, query_heads, k.shape[1], queries, k.shape[2], head_dim, workers)
-
-
 def _sign_for_queries(scale: float) -> tuple[float, float]:
     """A sign for the queries and a positive factor that together give the same scores."""
     if scale > 0:
@@ -92,27 +86,60 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
-    if torch.are_deterministic_algorithms_enabled():  # which fills it, if asked to
-        return torch.empty(shape, dtype=dtype, device="cpu" if index < 0 else f"cuda:{index}")
-    return (empty_on_cpu if index < 0 else empty_on_cuda)(shape, _contiguous_strides(shape), dtype)
+# Shape, strides and dtype of a tensor to allocate.
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _layout(shape: tuple[int, ...], dtype: str) -> _Layout:
+    return shape, _contiguous_strides(shape), getattr(torch, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _layouts(
+    abi: Abi, q_shape: torch.Size, k_shape: torch.Size, workers: int
+) -> tuple[tuple[_Layout | None, ...], tuple[_Layout, ...]]:
+    """Of the outputs that a kernel does not write in the shape of an input, and of the scratch."""
+    batch, query_heads, queries, head_dim = q_shape
+    sizes = Sizes(batch, query_heads, k_shape[1], queries, k_shape[2], head_dim, workers)
+    outputs = (
+        None if output.like and not output.per_query_head else _layout(*output.written(sizes))
+        for output in abi.outputs
+    )
+    return tuple(outputs), tuple(_layout(item.shape(sizes), item.dtype) for item in abi.scratch)
+
+
+def _filled_on_cpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+def _filled_on_cuda(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+def _allocator(index: int) -> Callable[..., Tensor]:
+    """Allocates a layout on the current device. The quick ways leave out what
+    ``torch.use_deterministic_algorithms`` fills."""
+    if torch.are_deterministic_algorithms_enabled():
+        return _filled_on_cpu if index < 0 else _filled_on_cuda
+    return empty_on_cpu if index < 0 else empty_on_cuda
 
 
 @cache
-def _kept_on_stream(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int, stream: int) -> Tensor:
+def _kept_on_stream(abi: Abi, item: Scratch, layout: _Layout, index: int, stream: int) -> Tensor:
+    shape, _, dtype = layout
     device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
-    return make_lasting(device, lambda: torch.zeros(shape, dtype=getattr(torch, item.dtype), device=device))
+    return make_lasting(device, lambda: torch.zeros(shape, dtype=dtype, device=device))
 
 
-def _kept(abi: Abi, item: Scratch, shape: tuple[int, ...], index: int) -> Tensor:
+def _kept(abi: Abi, item: Scratch, layout: _Layout, index: int) -> Tensor:
     """The stream's own. A captured graph may be replayed beside that stream's calls, so it gets its own,
     cleared by each replay.
     """
     if index < 0:
-        return _kept_on_stream(abi, item, shape, index, 0)
+        return _kept_on_stream(abi, item, layout, index, 0)
     if is_capturing():
-        return torch.zeros(shape, dtype=getattr(torch, item.dtype), device=f"cuda:{index}")
-    return _kept_on_stream(abi, item, shape, index, current_stream(index))
+        return torch.zeros(layout[0], dtype=layout[2], device=f"cuda:{index}")
+    return _kept_on_stream(abi, item, layout, index, current_stream(index))
 
 
 def like(result: Tensor, model: Tensor) -> Tensor:
@@ -120,19 +147,6 @@ def like(result: Tensor, model: Tensor) -> Tensor:
     if result.dtype == model.dtype and model.is_contiguous() and result.stride() == model.stride():
         return result
     return torch.empty_like(model).copy_(result)
-
-
-def _buffer(output: Output, model: Tensor | None, sizes: Sizes, index: int) -> Tensor:
-    """What a kernel writes an output to; for most what the caller gets."""
-    if model is None:
-        shape, dtype = output.written(sizes)
-        return _empty(shape, getattr(torch, dtype), index)
-    if not output.per_query_head:
-        return torch.empty_like(model)
-    shape, dtype = output.written(sizes, tuple(model.shape))
-    if model.shape == shape and model.dtype is getattr(torch, dtype) and model.is_contiguous():
-        return torch.empty_like(model)
-    return _empty(shape, getattr(torch, dtype), index)
 
 
 def finished(output: Output, written: Tensor, model: Tensor) -> Tensor:
@@ -174,37 +188,55 @@ def launch(kernel: Kernel, given: Mapping[str, Tensor], scale: float) -> tuple[T
         The ABI's outputs in their order. One that is like an input has its dtype and the strides of
         ``torch.empty_like`` of it; where its rows are not contiguous, of a contiguous copy.
     """
-    index = given["q"].get_device()
+    return tuple(_launch(kernel, [given[name] for name in kernel.abi.inputs], scale))
+
+
+def _launch(kernel: Kernel, inputs: list[Tensor], scale: float) -> list[Tensor]:
+    """`launch` with the inputs in the ABI's order."""
+    index = inputs[0].get_device()
     if index >= 0 and index != current_device():
         # A compiled host function makes its tensors' device the current one and leaves it so.
         with torch.cuda.device(index):
-            return launch(kernel, given, scale)
-    abi, workers = kernel.abi, _workers(index)
-    alignment = abi.alignment
-    models = {name: _with_contiguous_rows(given[name]) for name in abi.inputs}
-    sizes = _sizes(models["q"], models["k"], workers)
-    outputs = [_buffer(output, models.get(output.like), sizes, index) for output in abi.outputs]
+            return _launch(kernel, inputs, scale)
+    abi, workers, sign = kernel.abi, _workers(index), 1.0
+    for position, tensor in enumerate(inputs):
+        if not tensor.is_contiguous() and (tensor.ndim != 4 or tensor.stride(3) != 1):
+            inputs[position] = tensor.contiguous()
+    q, k = abi.positions
+    layouts, scratch_layouts = _layouts(abi, inputs[q].shape, inputs[k].shape, workers)
+    allocate = _allocator(index)
+    outputs, unfinished = [], []
+    for position, layout in zip(abi.models, layouts, strict=False):
+        if layout is None:
+            outputs.append(torch.empty_like(inputs[position]))
+            continue
+        if position >= 0:
+            model = inputs[position]
+            if model.dtype is layout[2] and model.shape == layout[0] and model.is_contiguous():
+                outputs.append(torch.empty_like(model))
+                continue
+            unfinished.append(len(outputs))
+        outputs.append(allocate(*layout))
     scratch = [
-        _kept(abi, item, item.shape(sizes), index)
-        if item.kept
-        else _empty(item.shape(sizes), getattr(torch, item.dtype), index)
-        for item in abi.scratch
+        _kept(abi, item, layout, index) if item.kept else allocate(*layout)
+        for item, layout in zip(abi.scratch, scratch_layouts, strict=False)
     ]
-    inputs, writable, sign = list(models.values()), outputs, 1.0
+    readable, writable = inputs, outputs
     if abi.positive_scale and scale <= 0:
         sign, scale = _sign_for_queries(scale)
-        inputs[abi.inputs.index("q")] = models["q"] * sign
+        readable = [*inputs[:q], inputs[q] * sign, *inputs[q + 1 :]]
+    alignment = abi.alignment
     if alignment > 1:
-        inputs = [tensor if tensor.ndim != 4 else _readable(tensor, alignment) for tensor in inputs]
+        readable = [t if t.ndim != 4 else _readable(t, alignment) for t in readable]
         writable = [t if t.ndim != 4 else _with_aligned_strides(t, alignment) for t in outputs]
-    kernel.function(*inputs, *writable, *scratch, scale, workers)
-    if abi.writes_results and sign == 1:
-        return tuple(outputs)
-    results = []
-    for output, written in zip(abi.outputs, outputs, strict=True):
-        result = finished(output, written, models[output.like]) if output.like else written
-        results.append(result.mul_(sign) if output.has_sign and sign != 1 else result)
-    return tuple(results)
+    kernel.function(*readable, *writable, *scratch, scale, workers)
+    for place in unfinished:
+        outputs[place] = finished(abi.outputs[place], outputs[place], inputs[abi.models[place]])
+    if sign != 1:
+        for place, output in enumerate(abi.outputs):
+            if output.has_sign:
+                outputs[place].mul_(sign)
+    return outputs
 
 
 def launch_forward(
@@ -234,7 +266,10 @@ def launch_forward(
     lse : Tensor
         ``(B, Hq, N)`` float32, contiguous.
     """
-    o, lse = launch(kernel, {"q": q, "k": k, "v": v, "bands": bands, "cu_seqlens": cu_seqlens}, scale)
+    if kernel.abi.inputs == _FORWARD_INPUTS:
+        o, lse = _launch(kernel, [q, k, v, bands, cu_seqlens], scale)
+    else:
+        o, lse = launch(kernel, dict(zip(_FORWARD_INPUTS, (q, k, v, bands, cu_seqlens), strict=True)), scale)
     return o, lse
 
 
@@ -264,7 +299,7 @@ def ready_forward(
 
     o_like = torch.empty_like(q)
     is_usual = (
-        abi.inputs == ("q", "k", "v", "bands", "cu_seqlens")
+        abi.inputs == _FORWARD_INPUTS
         and abi.results == ("o", "lse")
         and [output.like for output in abi.outputs] == ["q", ""]
         and abi.writes_results
@@ -273,11 +308,13 @@ def ready_forward(
     )
     if not is_usual:
         return launch_with_copies
-    sizes = _sizes(q, k, _workers(index))
+    workers = _workers(index)
+    layouts, scratch_layouts = _layouts(abi, q.shape, k.shape, workers)
     o_shape, o_strides, dtype = tuple(q.shape), o_like.stride(), q.dtype
-    lse_shape, lse_name = abi.outputs[1].written(sizes)
-    lse_strides, lse_dtype = _contiguous_strides(lse_shape), getattr(torch, lse_name)
-    kept = tuple(_kept(abi, item, item.shape(sizes), index) for item in abi.scratch)
+    assert layouts[1] is not None
+    lse_shape, lse_strides, lse_dtype = layouts[1]
+    pairs = zip(abi.scratch, scratch_layouts, strict=True)
+    kept = tuple(_kept(abi, item, layout, index) for item, layout in pairs)
     any_scale = not abi.positive_scale
     any_call = any_scale and alignment == 1
 
@@ -293,7 +330,6 @@ def ready_forward(
 
     if index < 0:
         return launch_on_cpu
-    processors = sizes.workers
     # CUDA captures no graph on its default stream.
     may_capture = bool(kept) and current_stream(index) != 0
 
@@ -307,7 +343,7 @@ def ready_forward(
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cuda(o_shape, o_strides, dtype)
         lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, processors)
+        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, workers)
         return o, lse
 
     return launch_on_cuda
@@ -344,6 +380,9 @@ def launch_backward(
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
-    given = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "do": do, "dlse": dlse}
-    dq, dk, dv = launch(kernel, {**given, "bands": bands, "cu_seqlens": cu_seqlens}, scale)
+    inputs = [q, k, v, o, lse, do, dlse, bands, cu_seqlens]
+    if kernel.abi.inputs == _BACKWARD_INPUTS:
+        dq, dk, dv = _launch(kernel, inputs, scale)
+    else:
+        dq, dk, dv = launch(kernel, dict(zip(_BACKWARD_INPUTS, inputs, strict=True)), scale)
     return dq, dk, dv

@@ -122,6 +122,86 @@ def test_backward_sums_the_heads_of_a_group_and_keeps_dtype_and_strides(
         assert accumulator.is_contiguous()
 
 
+@pytest.mark.parametrize("one_pass", [0, 1])
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
+    """Scratch only where the decision asks for it, what is kept once for all calls, the sign apart."""
+    q, k, v = (torch.randn(2, heads, 7, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    lse = torch.zeros(2, 4, 7)
+    recorder = Recorder("backward", "hopper", one_pass=one_pass)
+    given = [launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, *TABLES, scale) for _ in range(2)]
+    arguments = recorder.arguments
+    stats, next_tile = arguments[12:14]
+    assert isinstance(stats, torch.Tensor) and isinstance(next_tile, torch.Tensor)
+    assert (stats.shape, stats.dtype) == ((2, 4, 4, 4), torch.float32)
+    assert (next_tile.tolist(), next_tile.dtype) == ([0, 0], torch.int32)
+    first = recorder.arguments
+    launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, *TABLES, scale)
+    assert recorder.arguments[13] is first[13] and recorder.arguments[12] is not first[12]
+    sums = arguments[14:-2]
+    assert [(s.shape, s.dtype) for s in sums] == [((2, 4, 7, 64), torch.float32)] * one_pass  # type: ignore[attr-defined]
+    sign = 1.0 if scale > 0 else math.copysign(1.0, scale) if scale else 0.0
+    assert arguments[-2:] == (abs(scale) or 1.0, torch.get_num_threads())
+    assert torch.equal(arguments[0], q * sign)  # type: ignore[arg-type]
+    dq, dk, dv = given[-1]
+    assert torch.equal(dq, torch.full_like(q, sign))
+    assert torch.equal(dk, torch.ones_like(k)) and torch.equal(dv, torch.ones_like(v))
+
+
+def test_calls_again_get_what_the_first_call_got() -> None:
+    q, k, v = (torch.randn(2, heads, 7, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    recorder = Recorder("forward", "hopper")
+    launch_forward(recorder.kernel, q, k, v, *TABLES, 0.5)
+    first = recorder.arguments
+    again = launch.ready_forward(recorder.kernel, q, k, v, *TABLES)
+    for scale in (0.5, -0.5, 0.0):
+        o, lse = again(q, k, v, scale)
+        assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 7), torch.float32)
+        assert torch.equal(o, torch.ones_like(q))
+        assert recorder.arguments[7] is first[7]
+        assert recorder.arguments[-2] == (abs(scale) or 1.0)
+    # What is read must lie at a multiple of 16 bytes.
+    shifted = torch.randn(2 * 4 * 7 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 7, 64)
+    again(shifted, k, v, 0.5)
+    assert recorder.arguments[0].data_ptr() % 16 == 0  # type: ignore[attr-defined]
+    assert torch.equal(recorder.arguments[0], shifted)  # type: ignore[arg-type]
+
+
+def test_nothing_is_kept_for_each_length() -> None:
+    """What lengths leave behind is a bounded number of shapes, and no tensor."""
+    recorder = Recorder("forward")
+    launch._layouts.cache_clear()
+    for length in range(1, 1500):
+        q = torch.empty(1, 1, length, 32)
+        launch_forward(recorder.kernel, q, q, q, *TABLES, 0.5)
+    assert launch._layouts.cache_info().currsize <= 1024
+    kept = [value for value in vars(launch).values() if hasattr(value, "cache_info")]
+    assert kept and all(value.cache_info().currsize <= 1024 for value in kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [BandLayout.spattention(8), BandLayout.causal(8)])
+@pytest.mark.parametrize("impl", ["auto", "mma"])
+def test_a_size_of_one_may_have_any_stride(layout: BandLayout, impl: str) -> None:
+    """To PyTorch such a tensor is contiguous; a TMA descriptor refuses the stride."""
+    models = [torch.randn(8 * 256 * 64, device="cuda").to(torch.bfloat16) for _ in range(4)]
+    q, k, v, do = (model.as_strided((1, 8, 256, 64), (3, 16384, 64, 1)) for model in models)
+    one_head = torch.randn(2 * 256 * 64, device="cuda").to(torch.bfloat16)
+    for tensors in (
+        (q, k, v, do),
+        (q, *(one_head[:16384].as_strided((1, 1, 256, 64), (5, 3, 64, 1)),) * 2, do),
+    ):
+        q, k, v = (tensor.detach().requires_grad_() for tensor in tensors[:3])
+        wanted, _ = reference_attention(q, k, v, layout)
+        wanted_gradients = torch.autograd.grad(wanted, (q, k, v), do.to(wanted.dtype))
+        for _ in range(2):
+            o = banded_attention(q, k, v, layout, impl=impl)
+            found = (o, *torch.autograd.grad(o, (q, k, v), do))
+            for result, expected in zip(found, (wanted, *wanted_gradients), strict=True):
+                error = (result.float() - expected.float()).norm()
+                assert error <= 2e-2 * expected.float().norm()
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_factors_of_zero_and_below(scale: float, device: str) -> None:

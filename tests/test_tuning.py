@@ -30,7 +30,7 @@ pytest.importorskip("xgboost")
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.resources import describe_resources
 from spattn_tvm.choice import find_schedule
-from spattn_tvm.families import find_space
+from spattn_tvm.families import find_space, resolve_family
 from spattn_tvm.families import kernel as kernel_module
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
@@ -307,6 +307,7 @@ def _environment() -> dict[str, str]:
 
 def _start_search(root: Path, least_lines: int) -> tuple[subprocess.Popen[str], Path]:
     """A search in a process of its own, once it has logged some measurements."""
+    resolve_family(TOY)  # this process reads the log
     process = subprocess.Popen(
         [sys.executable, "-c", _SEARCH, json.dumps(PROBLEM.to_json()), str(root)],
         env=_environment(),

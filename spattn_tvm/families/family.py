@@ -52,7 +52,7 @@ class Output:
     shape : (Sizes) -> tuple of int
     dtype : str
     per_query_head : bool
-        The kernel writes a contiguous float32 ``(batch, query_heads, rows, head_dim)``; whoever launches it
+        The kernel writes a contiguous float32 ``(batch, query_heads, keys, head_dim)``; whoever launches it
         sums the query heads of a group and casts the sum.
     has_sign : bool
         Of an ABI that takes positive factors only: it is to be multiplied by the sign of the factor.
@@ -78,7 +78,7 @@ class Output:
         if self.shape is not None:
             return self.shape(sizes), self.dtype
         if self.per_query_head:
-            return (sizes.batch, sizes.query_heads, *model[2:]), "float32"
+            return (sizes.batch, sizes.query_heads, sizes.keys, sizes.head_dim), "float32"
         return model, dtype
 
 
@@ -148,6 +148,16 @@ class Abi:
     def results(self) -> tuple[str, ...]:
         """Names of the outputs."""
         return tuple(output.name for output in self.outputs)
+
+    @cached_property
+    def positions(self) -> tuple[int, int]:
+        """Of q and k among the inputs."""
+        return self.inputs.index("q"), self.inputs.index("k")
+
+    @cached_property
+    def models(self) -> tuple[int, ...]:
+        """Of each output, the position of the input that it is like, or -1."""
+        return tuple(self.inputs.index(output.like) if output.like else -1 for output in self.outputs)
 
     @cached_property
     def writes_results(self) -> bool:
