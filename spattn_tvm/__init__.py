@@ -27,6 +27,7 @@ __all__ = [
     "banded_attention",
     "load_bundle",
     "reference_attention",
+    "register_operators",
 ]
 
 _MODULE_OF = {
@@ -37,6 +38,23 @@ _MODULE_OF = {
     "load_bundle": "bundle",
     "reference_attention": "reference",
 }
+
+
+def register_operators() -> None:
+    """Register ``spattn_tvm::banded_attention_forward`` and its backward with PyTorch.
+
+    A process that loads a model which was exported (``torch.export.load``) or compiled ahead of time
+    (AOTInductor) calls this first. Otherwise PyTorch could not know the operators by name and would say
+    "could not find schema" or that an operator does not exist. Whoever uses ``banded_attention`` has them
+    registered already; to call it again does nothing.
+
+    Examples
+    --------
+    >>> import spattn_tvm
+    >>> spattn_tvm.register_operators()
+    >>> model = torch.export.load("model.pt2").module()  # doctest: +SKIP
+    """
+    importlib.import_module(".ops.attention", __name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -102,6 +103,25 @@ _listeners: list[Callable[[], None]] = []
 def implementations() -> tuple[str, ...]:
     """What ``impl`` may be: ``"auto"``, ``"reference"`` and the registered kernel families."""
     return ("auto", "reference", *family_names())
+
+
+# Files whose frames lie between the caller and a call: ours, PyTorch's and those of its traced graphs.
+_INSIDE = (
+    os.path.dirname(__file__) + os.sep,
+    os.path.dirname(torch.__file__) + os.sep,
+    "<eval_with_key>",
+)
+
+
+def caller_stacklevel() -> int:
+    """The `stacklevel` with which a warning by the calling function names the line that called us.
+
+    In a backward pass that line called ``backward``, in a module the module.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _no_function(*arguments: object) -> None:
@@ -261,7 +281,9 @@ def _find(
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"banded attention runs on the slow eager reference: {reason}", FallbackWarning, stacklevel=4
+            f"banded attention runs on the slow eager reference: {reason}",
+            FallbackWarning,
+            caller_stacklevel(),
         )
     return _reference(reason)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import linecache
 import math
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from attention_inputs import Recorder
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from spattn_tvm import dispatch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops.attention import banded_attention
 
@@ -106,10 +112,63 @@ GOOD = tensors()
         (tensors(head_dim=264), ValueError, "multiple of 8 from 32 to 256, got 264"),
         ({"layout": "spattention"}, TypeError, "layout must be a BandLayout .* got str"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference, cpu, hopper, mma, got 'fast'"),
+        ({"impl": ["cpu"]}, ValueError, r"impl must be one of .*, got \['cpu'\]"),
+        ({"impl": None}, ValueError, "impl must be one of .*, got None"),
+        ({"impl": {}}, ValueError, r"impl must be one of .*, got \{\}"),
+        ({"layout": [1]}, TypeError, "layout must be a BandLayout .* got list"),
+        *(
+            (
+                {name: torch.nested.nested_tensor([GOOD[name][0]] * 2, layout=layout)},
+                TypeError,
+                f"{name} is a nested tensor: pack its sequences along the length .* cu_seqlens",
+            )
+            for name in "qkv"
+            for layout in (torch.strided, torch.jagged)
+        ),
+        *(
+            ({name: change(GOOD[name])}, TypeError, f"{name} must be a dense tensor, got layout {layout}")
+            for name in "qkv"
+            for change, layout in (
+                (Tensor.to_sparse, "torch.sparse_coo"),
+                (Tensor.to_mkldnn, "torch._mkldnn"),
+                (lambda tensor: tensor[0, 0].to_sparse_csr(), "torch.sparse_csr"),
+            )
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 16]).to_sparse()},
+            TypeError,
+            "cu_seqlens must be a dense tensor, got layout torch.sparse_coo",
+        ),
+        (
+            {"cu_seqlens": torch.nested.nested_tensor([torch.tensor([0, 16])])},
+            TypeError,
+            "cu_seqlens is a nested tensor",
+        ),
+        (
+            {name: tensor.cfloat() for name, tensor in GOOD.items()},
+            TypeError,
+            "dtype must be one of .*, got torch.complex64",
+        ),
+        (
+            {name: tensor > 0 for name, tensor in GOOD.items()},
+            TypeError,
+            "dtype must be one of .*, got torch.bool",
+        ),
+        (
+            {name: torch.quantize_per_tensor(GOOD[name], 0.1, 0, torch.qint8) for name in "qkv"},
+            TypeError,
+            "dtype must be one of .*, got torch.qint8",
+        ),
+        ({"scale": "0.1"}, TypeError, "scale must be a float, got '0.1' of type str"),
+        ({"scale": 1j}, TypeError, "scale must be a float, got 1j of type complex"),
         ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
         ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
-        ({"scale": torch.tensor(0.1)}, TypeError, "scale must be a float, got Tensor"),
-        ({"scale": True}, TypeError, "scale must be a float, got bool"),
+        (
+            {"scale": torch.tensor(0.1)},
+            TypeError,
+            r"scale must be a float, got tensor\(0.1000\) of type Tensor",
+        ),
+        ({"scale": True}, TypeError, "scale must be a float, got True of type bool"),
         ({"k": GOOD["k"].to("meta")}, ValueError, "must be on one device, got cpu, meta and cpu"),
         ({"cu_seqlens": [0, 16]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
         (
@@ -156,14 +215,71 @@ def test_message(changes: dict[str, Any], error: type[Exception], message: str) 
     # A good call of the same shapes before must not make a bad one pass.
     banded_attention(**GOOD, layout=LAYOUT)
     arguments = {**GOOD, "layout": LAYOUT, **changes}
-    with pytest.raises(error, match=message):
-        banded_attention(**arguments)
+    for watching in (nullcontext, Recorder, torch.inference_mode, torch.profiler.profile):
+        with pytest.raises(error, match=message), watching():
+            banded_attention(**arguments)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_values_of_cu_seqlens_are_checked_by_every_implementation(impl: str) -> None:
     with pytest.raises(ValueError, match="cu_seqlens must"):
         banded_attention(**GOOD, layout=LAYOUT, cu_seqlens=torch.tensor([0, 9, 8, 16]), impl=impl)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": GOOD["q"].to_sparse()},
+        {"k": torch.nested.nested_tensor([GOOD["k"][0]] * 2)},
+        {"v": GOOD["v"].to_mkldnn()},
+        {"impl": ["cpu"]},
+    ],
+    ids=["sparse", "nested", "mkldnn", "impl"],
+)
+def test_what_is_wrong_with_one_call_is_not_remembered(changes: dict[str, Any]) -> None:
+    expected = banded_attention(**GOOD, layout=LAYOUT)
+    for _ in range(3):
+        with pytest.raises((TypeError, ValueError)):
+            banded_attention(**{**GOOD, "layout": LAYOUT, **changes})
+        assert torch.equal(banded_attention(**GOOD, layout=LAYOUT), expected)
+
+
+class Module(torch.nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return banded_attention(*inputs, LAYOUT)
+
+
+@pytest.mark.parametrize("caller", ["function", "module", "backward", "checkpoint", "vmap"])
+def test_the_fallback_warning_names_the_callers_line(caller: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_schedule(problem: Any, *arguments: Any, **options: Any) -> Any:
+        if problem.direction == ("backward" if caller == "backward" else "forward"):
+            raise dispatch.NoKernelError("none for a test")
+        return original(problem, *arguments, **options)
+
+    original = dispatch.find_schedule
+    monkeypatch.setattr(dispatch, "find_schedule", find_schedule)
+    dispatch.clear_cache()
+    leaves = tuple(tensor.requires_grad_() for tensor in tensors().values())
+    module = Module()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if caller == "function":
+            banded_attention(*leaves, LAYOUT)  # function
+        elif caller == "module":
+            module(*leaves)  # not this line, but the module's own call
+        elif caller == "backward":
+            o = module(*leaves)
+            o.sum().backward()  # backward
+        elif caller == "checkpoint":
+            checkpoint(banded_attention, *leaves, LAYOUT, use_reentrant=False)  # checkpoint
+        elif caller == "vmap":
+            torch.func.vmap(banded_attention, (0, 0, 0, None))(*(t[None] for t in leaves), LAYOUT)  # vmap
+    dispatch.clear_cache()
+    (warning,) = [w for w in caught if issubclass(w.category, dispatch.FallbackWarning)]
+    line = linecache.getline(warning.filename, warning.lineno)
+    expected = "return banded_attention(*inputs, LAYOUT)" if caller == "module" else f"# {caller}\n"
+    assert warning.filename == __file__
+    assert expected in line
 
 
 @pytest.mark.parametrize("impl", ["hopper", "mma"])

@@ -37,8 +37,8 @@ def check(function, length, layout=LAYOUT, tolerance=2e-5, **options):
 """
 
 
-def run(code: str) -> None:
-    program = PRELUDE + textwrap.dedent(code)
+def run(code: str, prelude: str = PRELUDE) -> None:
+    program = prelude + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=280
@@ -201,12 +201,184 @@ def test_export_runs_at_other_lengths_and_after_saving(tmp_path: Path) -> None:
     )
     run(
         f"""
-        import spattn_tvm.ops.operators  # registers the operators
+        import spattn_tvm
 
+        spattn_tvm.register_operators()
+        spattn_tvm.register_operators()
         loaded = torch.export.load({str(program)!r}).module()
         for x, expected in torch.load({str(program)!r} + ".data"):
             with torch.no_grad():
                 torch.testing.assert_close(loaded(x), expected)
+        """
+    )
+
+
+def test_registering_the_operators_is_one_call_in_a_fresh_process(tmp_path: Path) -> None:
+    """AOTInductor's model runs past Python's dispatch, by the operator's schema alone."""
+    package = tmp_path / "attention.pt2"
+    run(
+        f"""
+        class Model(torch.nn.Module):
+            def forward(self, q, k, v):
+                return banded_attention(q, k, v, LAYOUT, scale=0.3) * 2
+
+        inputs = draw(30, grad=False)
+        exported = torch.export.export(Model(), inputs)
+        torch._inductor.aoti_compile_and_package(exported, package_path={str(package)!r})
+        torch.save((inputs, Model()(*inputs)), {str(package)!r} + ".data")
+        """
+    )
+    program = f"""
+        import sys
+        import spattn_tvm
+        assert "torch" not in sys.modules
+        spattn_tvm.register_operators()
+        spattn_tvm.register_operators()
+        import torch
+        model = torch._inductor.aoti_load_package({str(package)!r})
+        inputs, expected = torch.load({str(package)!r} + ".data")
+        torch.testing.assert_close(model(*inputs), expected)
+        """
+    run(program, prelude="")
+
+
+SCALES = """
+def attend_with(scale, **options):
+    return torch.compile(
+        lambda q, k, v, *rest: banded_attention(q, k, v, layout, scale=scale(q, *rest)),
+        fullgraph=True, **options,
+    )
+
+class Scaled(torch.nn.Module):
+    factor = 1.0
+    def forward(self, q, k, v):
+        return banded_attention(q, k, v, LAYOUT, scale=self.factor * 0.5)
+
+class Dynamic(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+    def forward(self, q, k, v):
+        return banded_attention(q, k, v, LAYOUT, scale=self.scale(q))
+
+def check_dims(function, scale, layout=LAYOUT):
+    for length, head_dim in ((31, 32), (64, 64), (17, 40), (90, 96)):
+        q, k, v = draw(length, head_dim=head_dim)
+        o = function(q, k, v)
+        expected, _ = reference_attention(q, k, v, layout, scale=scale(q))
+        torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-4)
+        do = torch.randn_like(o)
+        ours, theirs = (torch.autograd.grad(each, (q, k, v), do) for each in (o, expected))
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+"""
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_scale_may_be_a_symbol(backend: str) -> None:
+    run(
+        f"""
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        layouts = (LAYOUT, BandLayout.spattention(4, 4096), BandLayout.equal_area(4), BandLayout.causal(4))
+        for layout in layouts[: 4 if {backend!r} == "aot_eager" else 1]:
+            for scale in (
+                lambda q: q.shape[-1] ** -0.5, lambda q: 2 / q.shape[-1], lambda q: q.shape[-1] // 32
+            ):
+                torch._dynamo.reset()
+                counter = CompileCounterWithBackend({backend!r})
+                check_dims(attend_with(scale, backend=counter, dynamic=True), scale, layout)
+                assert counter.frame_count == 1, counter.frame_count
+
+        layout = LAYOUT
+        module = Scaled()
+        # PyTorch compiles anew for each value of a float that is not made of sizes, as for SDPA's scale.
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend={backend!r})
+        for factor in (1.0, 0.3, -0.2, 0.0, 0.7, 1.5):
+            module.factor = factor
+            check(compiled, 30, scale=factor * 0.5, tolerance=1e-4)
+        for factor in (float("inf"), float("nan")):
+            module.factor = factor
+            try:
+                compiled(*draw(30))
+                raise SystemExit("a scale that is not finite was accepted")
+            except ValueError as error:
+                assert "scale must be finite" in str(error), error
+        """,
+        prelude=PRELUDE + SCALES,
+    )
+
+
+def test_a_scale_may_be_read_from_a_tensor() -> None:
+    run(
+        """
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            layout = LAYOUT
+            attend = attend_with(lambda q, scale: scale.item(), backend="aot_eager")
+            for scale in (0.5, 0.25, -0.125):
+                check(lambda q, k, v: attend(q, k, v, torch.tensor(scale)), 30, scale=scale, tolerance=1e-4)
+        """,
+        prelude=PRELUDE + SCALES,
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_head_dim_and_length_unknown(strict: bool) -> None:
+    run(
+        f"""
+        from torch.export import Dim
+
+        for scale in (lambda q: None, lambda q: q.shape[-1] ** -0.5, lambda q: 3 / q.shape[-1]):
+            for length, head_dim in ((Dim("length", min=2, max=512), 8 * Dim("eighth", min=4, max=32)),
+                                     (Dim.AUTO, Dim.AUTO)):
+                sizes = {{2: length, 3: head_dim}}
+                exported = torch.export.export(
+                    Dynamic(scale), draw(24, head_dim=64, grad=False),
+                    dynamic_shapes=dict(q=sizes, k=sizes, v=sizes), strict={strict},
+                )
+                check_dims(exported.module(), scale)
+        """,
+        prelude=PRELUDE + SCALES,
+    )
+
+
+def test_compiled_calls_refuse_what_eager_ones_do() -> None:
+    run(
+        """
+        q, k, v = draw(30, grad=False)
+        for change, message in (
+            (dict(scale=True), "scale must be a float, got True"),
+            (dict(scale="0.1"), "scale must be a float, got '0.1'"),
+            (dict(scale=torch.tensor(0.1)), "scale must be a float"),
+            (dict(scale=float("nan")), "scale must be finite"),
+            (dict(impl=["cpu"]), "impl must be one of"),
+            (dict(k=k.to_sparse()), "k must be a dense tensor"),
+        ):
+            torch._dynamo.reset()
+            arguments = {"q": q, "k": k, "v": v, "layout": LAYOUT, **change}
+            try:
+                torch.compile(banded_attention, backend="aot_eager")(**arguments)
+                raise SystemExit(f"{change} was accepted")
+            except Exception as error:
+                assert message in str(error), (change, error)
+        """
+    )
+
+
+def test_compiled_autograd() -> None:
+    run(
+        """
+        q, k, v = draw(30)
+        expected = torch.autograd.grad(reference_attention(q, k, v, LAYOUT)[0].square().sum(), (q, k, v))
+
+        for _ in range(3):
+            for leaf in (q, k, v):
+                leaf.grad = None
+            loss = banded_attention(q, k, v, LAYOUT).square().sum()
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+                loss.backward()
+            for leaf, gradient in zip((q, k, v), expected):
+                torch.testing.assert_close(leaf.grad, gradient, rtol=1e-3, atol=1e-3)
         """
     )
 

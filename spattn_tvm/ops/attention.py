@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -12,17 +11,29 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import implementations
 from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 
-from .operators import are_plain, attend_by_operator, is_watched
+from . import flops  # noqa: F401  (registers formulas)
+from .operators import are_plain, attend_by_operator, check_finite, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
 from .transforms import attend_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pack its sequences along the length and give their boundaries as "
+            "cu_seqlens"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: use {name}.to_dense()")
+
+
 def _check_ranks(q: Any, k: Any, v: Any) -> None:
     for name, tensor, heads in (("q", q, "query heads"), ("k", k, "kv heads"), ("v", v, "kv heads")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, {heads}, length, head_dim), "
@@ -33,6 +44,8 @@ def _check_ranks(q: Any, k: Any, v: Any) -> None:
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str) -> None:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         _check_ranks(q, k, v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_dense(name, tensor)
     q_shape, k_shape = q.shape, k.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or v.dim() != 4:
         _check_ranks(q, k, v)
@@ -83,10 +96,13 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
 
 
 def _check_scale(scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if isinstance(scale, Tensor) and torch.jit.is_tracing():
+        scale = float(scale)  # made of a tensor's size, which is a tensor while torch.jit traces
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a float, got {scale!r} of type {type(scale).__name__}")
+    if torch.compiler.is_dynamo_compiling() or isinstance(scale, (torch.SymInt, torch.SymFloat)):
+        return scale  # a symbol has no value yet; the operator checks it
+    check_finite(scale)
     return float(scale)
 
 
@@ -100,6 +116,7 @@ def _autocast(tensor: Any, device_type: str) -> Any:
 def _check_cu_seqlens(cu_seqlens: Any, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    _check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -239,7 +256,7 @@ def banded_attention(
     else:
         _check_cu_seqlens(cu_seqlens, q.device)
     if scale is None:
-        scale = q.shape[3] ** -0.5
+        scale = _check_scale(q.shape[3] ** -0.5)
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
     settings = (layout.spec, scale, deterministic, impl)
     if not is_watched() and are_plain((q, k, v, cu_seqlens)):

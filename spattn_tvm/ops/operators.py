@@ -15,6 +15,7 @@ An eager call that resembles an earlier one is recognised as a whole and launche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +48,13 @@ Settings = tuple[str, float, bool, str]
 
 LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 LIBRARY.define(
-    "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, float scale, "
+    "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, Scalar scale, "
     "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    "Tensor? cu_seqlens, str layout, float scale, bool deterministic, str impl) "
+    "Tensor? cu_seqlens, str layout, Scalar scale, bool deterministic, str impl) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -72,6 +73,11 @@ def _with_contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def check_finite(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -82,6 +88,7 @@ def _forward(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    check_finite(scale)
     q = _with_contiguous_rows(q)
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
@@ -111,6 +118,8 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
+    # Hooks on saved tensors may have given them other strides, or another precision.
+    o, lse, do = o.to(q.dtype), lse.to(_lse_dtype(q.dtype)).contiguous(), do.to(q.dtype)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1])

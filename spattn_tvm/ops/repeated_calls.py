@@ -185,8 +185,9 @@ def attend_again(
     if type(q) is not Tensor and type(q) is not Parameter:
         return None
     try:
-        resembling = _prepared.get((layout, impl, q.shape), ())
-    except (TypeError, RuntimeError):  # an impl that can't be hashed, a nested tensor: refused by the checks
+        # A nested tensor has no shape; the guard would end the process over it.
+        resembling = () if k.is_nested or v.is_nested else _prepared.get((layout, impl, q.shape), ())
+    except (TypeError, RuntimeError, AttributeError):  # an `impl`, a nested q or no tensors: see the checks
         return None
     # While a graph is captured, what it uses must be kept for it, which the other routes see to.
     for prepared in resembling:
