@@ -38,14 +38,20 @@ def _workers(index: int) -> int:
     return torch.get_num_threads() if index < 0 else _multiprocessors(index)
 
 
+# Elements. A TMA descriptor takes strides below 2**40 bytes; only a dimension of size 1 can have larger ones.
+_TOO_LARGE_STRIDE = 2**37
+
+
 # --- inputs ----------------------------------------------------------------------------------------------
 
 
 def _has_aligned_strides(tensor: Tensor, alignment: int) -> bool:
-    """Whether rows are contiguous and every stride, also of a dimension of size 1, is a multiple."""
+    """Whether rows are contiguous and every stride, also of a dimension of size 1, is a multiple and not
+    larger than a TMA descriptor takes.
+    """
     step = alignment // tensor.element_size() or 1
     b, h, n, d = tensor.stride()
-    return d == 1 and not (b % step or h % step or n % step)
+    return d == 1 and not (b % step or h % step or n % step) and max(b, h, n) < _TOO_LARGE_STRIDE
 
 
 def _with_aligned_strides(tensor: Tensor, alignment: int) -> Tensor:

@@ -346,7 +346,8 @@ def test_forward_mode_derivatives_are_refused() -> None:
 
 def test_what_serves_a_call_is_found_anew_when_kernels_change(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw()
-    banded_attention(q, k, v, SPATTENTION)
+    for _ in range(2):
+        banded_attention(q, k, v, SPATTENTION)
     found = []
     find_kernel = torch_ops.find_kernel
 
@@ -399,6 +400,11 @@ def test_empty_batch() -> None:
 
 # --- calls like an earlier one -------------------------------------------------------------------------
 
+
+def with_stride_of_one_row(t: Tensor, stride: int) -> Tensor:
+    return t.as_strided(t.shape, (stride, *t.stride()[1:]))
+
+
 ARRANGEMENTS = {
     "bhnd": lambda t: t.contiguous(),
     "bnhd": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
@@ -406,6 +412,8 @@ ARRANGEMENTS = {
     "expanded": lambda t: t[:1, :1].expand(t.shape),
     "padded rows": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
     "odd rows": lambda t: torch.cat((t, t[..., :3]), -1)[..., : t.shape[-1]],
+    "odd stride of one row": lambda t: with_stride_of_one_row(t[:1].contiguous(), 3),
+    "huge stride of one row": lambda t: with_stride_of_one_row(t[:1].contiguous(), 2**50),
 }
 
 

@@ -26,6 +26,7 @@ LAYOUTS = [
     BandLayout.exclusive(HEADS),
     BandLayout.equal_area(HEADS),
     BandLayout.sliding_window(HEADS, 9),
+    BandLayout.spattention(7).heads(2, 6),
     BandLayout.custom([[(0, 3), (9, 20)], [], [(2, 5)], [(0, 500)]]),
 ]
 gpu = pytest.mark.gpu
