@@ -154,6 +154,15 @@ empty_on_cuda: Callable[..., Tensor] = _find_or(
     "_C._dynamo.guards._empty_strided_cuda",
     lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda"),
 )
+
+
+def _add_one_by_one(tensors: list[Tensor], values: list[int]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.add_(value)
+
+
+# Adds a number to each of many tensors, in place and with few launches, whose arguments the numbers are.
+add_to_each: Callable[[list[Tensor], list[int]], object] = _find_or("_foreach_add_", _add_one_by_one)
 # A CPU build of PyTorch has none of the following, and no CUDA tensor to ask them for.
 current_device: Callable[[], int] = _find_or(
     "_C._cuda_getDevice", lambda: torch.cuda.current_device() if torch.cuda.is_available() else -1

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spattn_tvm.bands import EMPTY, BandLayout, length_tables
 from spattn_tvm.lasting import make_lasting
-from spattn_tvm.torch_private import is_capturing
+from spattn_tvm.torch_private import add_to_each, is_capturing
 
 
 class _Bands(NamedTuple):
@@ -137,7 +137,7 @@ def _written_by_launches(values: np.ndarray, device: torch.device) -> Tensor:
     needs nothing but itself to write them again.
     """
     flat = torch.zeros(values.size, dtype=torch.int32, device=device)
-    torch._foreach_add_(list(flat.split(1)), values.ravel().tolist())
+    add_to_each(list(flat.split(1)), values.ravel().tolist())
     return flat.view(values.shape)
 
 
