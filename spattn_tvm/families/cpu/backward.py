@@ -18,7 +18,7 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
+from spattn_tvm.domains.key_range import crosses_edge, first_query_with_keys, in_band, key_range
 from spattn_tvm.domains.tiles import table_row
 
 from .exponential import exp
@@ -151,17 +151,17 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                     begin: T.let[T.int32] = cu_seqlens[document]
                     end: T.let[T.int32] = cu_seqlens[document + 1]
                     table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
+                    keyed: T.let[T.int32] = first_query_with_keys(
+                        begin, bands[table, h, 0], bands[table, h, 2]
+                    )
                     for tile in T.serial((end - begin + R - 1) // R):
                         query_begin: T.let[T.int32] = begin + tile * R
                         query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
-                        # Lanes past the end, and queries without keys (lse = -inf) whatever arrives for their
-                        # o and lse, hold zeros and lse = inf, so that they add nothing anywhere.
+                        # Lanes past the end, and queries without keys whatever arrives for their o and lse,
+                        # hold zeros and lse = inf, so that they add nothing anywhere.
                         for r in T.serial(R):
                             i: T.let[T.int32] = T.min(query_begin + r, query_last)
-                            # Not `lse != -inf`, which is false for NaN in LLVM's ordered comparison.
-                            is_nobody: T.let[T.bool] = (query_begin + r > query_last) | (
-                                lse[b, h, i] == T.float32(-math.inf)
-                            )
+                            is_nobody: T.let[T.bool] = (query_begin + r > query_last) | (i < keyed)
                             row_lse[r] = T.Select(is_nobody, T.float32(math.inf), lse[b, h, i])
                             delta[r] = T.Select(is_nobody, T.float32(0), T.float32(0) - dlse[b, h, i])
                             for d in T.serial(D):
@@ -173,7 +173,9 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                                     is_nobody, T.float32(0), T.cast(do[b, h, i, d], "float32")
                                 )
                                 doutput[d, r] = doutput_rows[r, d]
-                                delta[r] = delta[r] + doutput_rows[r, d] * T.cast(o[b, h, i, d], "float32")
+                                delta[r] = delta[r] + doutput_rows[r, d] * T.Select(
+                                    is_nobody, T.float32(0), T.cast(o[b, h, i, d], "float32")
+                                )
                         for d in T.serial(D):
                             fill(dquery, d, 1, R, lambda u, r: T.float32(0))
 
@@ -262,6 +264,9 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
 
                         for r in T.serial(query_last - query_begin + 1):
                             for d in T.serial(D):
-                                dq[b, h, query_begin + r, d] = T.cast(dquery[d, r], dtype)
+                                # Selected, because a key's infinity times a query's zero is NaN.
+                                dq[b, h, query_begin + r, d] = T.Select(
+                                    query_begin + r < keyed, T.cast(0, dtype), T.cast(dquery[d, r], dtype)
+                                )
 
     return IRModule({"backward": backward})

@@ -216,14 +216,17 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                 )  # fmt: skip
                                 fill(output, chunk * DU, DU, R, lambda u, r: output_tile[u, r])
 
-                    # A query with no key has row_sum 0: its output is 0 and its lse -inf. NaN stays NaN.
+                    # A query with no key has row_sum 0: its output is 0, also where a value that it doesn't
+                    # see is NaN, and its lse -inf. A query that is NaN stays NaN.
                     for r in T.vectorized(R):
-                        rescale[r] = T.Select(
-                            row_sum[r] == T.float32(0), T.float32(0), T.float32(1) / row_sum[r]
-                        )
+                        rescale[r] = T.float32(1) / row_sum[r]
                     for r in T.serial(query_last - query_begin + 1):
                         for d in T.serial(D):
-                            o[b, h, query_begin + r, d] = T.cast(output[d, r] * rescale[r], dtype)
+                            o[b, h, query_begin + r, d] = T.Select(
+                                row_sum[r] == T.float32(0),
+                                T.cast(0, dtype),
+                                T.cast(output[d, r] * rescale[r], dtype),
+                            )
                         lse[b, h, query_begin + r] = row_max[r] + T.log2(row_sum[r]) * T.float32(LN2)
 
     return IRModule({"forward": forward})
