@@ -26,6 +26,14 @@ def query_range(key_begin, key_last, low, high, document_end):
     return key_begin + low, minimum(document_end, key_last + high + 1)
 
 
+def first_query_with_keys(document_begin, near_low, far_low):
+    """The first query of a document that has a key, wherever the document ends: all behind it have one too.
+
+    The lower bound of an interval that is missing lies behind every document.
+    """
+    return document_begin + minimum(near_low, far_low)
+
+
 def crosses_edge(query_begin, query_last, key_begin, key_last, low, high):
     """Whether some pair of a tile lies outside the band, so that its scores need the mask."""
     return (query_last - key_begin > high) | (query_begin - key_last < low)

@@ -74,3 +74,14 @@ def test_tiles_of_keys_meet_exactly_the_queries_that_attend_to_them(rows, query_
             for query, key in itertools.product(range(length), repeat=2):
                 expected[query, key] = any(low <= query - key <= high for low, high in bands)
             np.testing.assert_array_equal(visits, expected, err_msg=f"{layout.spec} head {head}")
+
+
+def test_the_first_query_with_keys_and_all_behind_it_have_some():
+    for layout in layouts():
+        length = layout.context_length
+        table = layout.table(length)
+        for head, bands in enumerate(layout.bands(length)):
+            first = key_range.first_query_with_keys(0, int(table[head, 0]), int(table[head, 2]))
+            for query in range(length):
+                has_key = any(low <= query - key <= high for low, high in bands for key in range(length))
+                assert has_key == (query >= first), (layout.spec, head, query)

@@ -11,7 +11,8 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.mma import backward as kernel
+from spattn_tvm.families.mma import backward_sizes as sizes
+from spattn_tvm.families.mma.backward import build_mma_backward
 from spattn_tvm.families.space import Decisions, Space
 
 from .support import MULTIPROCESSORS, unsupported
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
-    wide = head_dim * kernel.ELEMENT_BYTES[dtype] > 256
+    wide = head_dim * sizes.ELEMENT_BYTES[dtype] > 256
     strips = (16, 32) if wide else (16, 32, 64)
     warps = (1, 2, 4) if wide else (2, 4, 8)
     rows, stages, heads = (16, 32), (1, 2, 3), (1, 4, 8, 16, 64)
@@ -52,7 +53,7 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
 
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    return kernel.conflict(decisions, head_dim, dtype, target.arch)
+    return sizes.conflict(decisions, head_dim, dtype, target.arch)
 
 
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
@@ -62,7 +63,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     layout, length = problem.layout, problem.length
     useful = max(1, layout.pairs(length))
     features = [math.log2(value) if value else -1.0 for _, value in sorted(decisions.items())]
-    for part in kernel.passes(decisions, problem.head_dim, problem.dtype):
+    for part in sizes.passes(decisions, problem.head_dim, problem.dtype):
         # By symmetry the queries of a key tile are counted like the keys of a query tile.
         features.append(layout.executed_pairs(length, part.rows, part.strip) / useful)
         features.append(layout.executed_pairs(length, part.tile, part.chunk) / useful)
@@ -114,7 +115,7 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     0.54 ms with those, 0.65 with adds of two floats, and about 0.4 more with single ones, which is more than
     a dQ pass.
     """
-    vectors = target.arch not in kernel.SINGLE_ATOMICS
+    vectors = target.arch not in sizes.SINGLE_ATOMICS
     one_pass = int(vectors and not deterministic)
     shared = {
         "one_pass": one_pass,
@@ -140,7 +141,7 @@ def _is_deterministic(decisions: Decisions) -> bool:
 
 
 def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
-    return kernel.build_mma_backward(decisions, head_dim, dtype, target.arch)
+    return build_mma_backward(decisions, head_dim, dtype, target.arch)
 
 
 BACKWARD = Space(

@@ -5,10 +5,13 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
 - `shared_bytes_most`, `row_pitch`: what a chip's blocks may allocate, and how tiles lie in it: rows of
   ``row_pitch`` elements, an odd number of 16-byte units, so that eight rows of one column, or of one pair of
   columns, are in different banks, wherever a tile's first row is.
-- `locate_macro`: from a block's number to its document, head and first row.
+- `locate_macro`: from a tile's number to its document, head, first row and bands.
+- `scalar`: a variable of a kernel that is written as a class with inline parts.
 - `wait_macro`: waits at an mbarrier.
-- `row_loader_macro`: rows of a (B, H, N, D) tensor to shared memory by ``cp.async``.
-- `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, and the product.
+- `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start.
+- `row_loader_macro`: rows of such a tensor to shared memory by ``cp.async``.
+- `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, the product, and the
+  way of an accumulator's rows to global memory.
 
 A product ``C += A B`` of blocks (A is m x k, B is k x n) keeps C in eight floats of each thread: element
 ``4 * tile + 2 * r + e`` is row ``lane // 4 + 8 * r``, of the block's left (tile 0) or right half. Its column
@@ -76,53 +79,53 @@ def registers_most(threads: int, blocks: int = 1) -> int:
 
 
 def locate_macro(rows: int, group: int) -> Callable[..., None]:
-    """The macro ``locate(words, block, bands, cu, batches, heads, length, documents, tables)``.
+    """The macro ``locate(words, number, bands, boundaries, batches, heads, length, documents, tables)``.
 
-    It finds tile `block` of ``slots * batches * heads``, where the slots of a sequence number
-    ``tile_slots``, and writes `LOCATION_WORDS` words. There is nothing to do in a tile whose ROW0 is not
-    below its DOC_END.
+    It finds tile `number` of all (`domains/tiles.py`) and writes `LOCATION_WORDS` words. There is nothing to
+    do in a tile whose ROW0 is not below its DOC_END.
 
-    A group of ``group`` (batch, head) pairs is finished before the next one starts, so that its keys and
-    values are still in the L2 cache when the far band reads them again. In a group the last rows come first:
-    they have the most keys, so the longest tiles lead and the multiprocessors end together.
+    The last rows come first: they have the most keys, so the longest tiles lead and the multiprocessors end
+    together.
     """
     from tvm.script import tirx as T
 
-    from spattn_tvm.domains.tiles import first_slot, table_row
+    from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
 
     @T.inline
-    def locate(words, block, bands, cu, batches, heads, length, documents, tables):
+    def locate(words, number, bands, boundaries, batches, heads, length, documents, tables):
         slots: T.int32 = tile_slots(length, documents, rows)
-        which: T.int32 = block // (slots * group)
-        members: T.int32 = T.min(group, batches * heads - which * group)
-        inside: T.int32 = block - which * (slots * group)
-        slot: T.int32 = slots - 1 - inside // members
-        pair: T.int32 = which * group + inside % members
-        # Head 0 last: its two bands coincide in the paper's layout, so it is the lightest.
-        head: T.int32 = (pair // batches + 1) % heads
-        # The document of a slot: the last one whose first slot, cu[m] // rows + m, is not behind it.
+        slot: T.int32 = 0
+        batch: T.int32 = 0
+        head: T.int32 = 0
         document: T.int32 = 0
-        beyond: T.int32 = documents
-        while beyond - document > 1:
-            middle: T.int32 = (document + beyond) // 2
-            if first_slot(cu[middle], middle, rows) <= slot:
-                document = middle
-            else:
-                beyond = middle
-        doc_begin: T.int32 = cu[document]
-        first: T.int32 = T.Select(documents == 1, 0, first_slot(doc_begin, document, rows))
+        begin: T.int32 = 0
+        end: T.int32 = 0
+        row0: T.int32 = 0
+        locate_head(number, slots, batches, heads, group, slot, batch, head)
+        # Head 0 last: its two bands coincide in the paper's layout, so it is the lightest.
+        head = T.Select(head == heads - 1, 0, head + 1)
+        locate_rows(slots - 1 - slot, rows, boundaries, documents, document, begin, end, row0)
         table: T.int32 = table_row(document, documents, tables)
-        words[BATCH] = pair % batches
+        words[BATCH] = batch
         words[HEAD] = head
-        words[ROW0] = doc_begin + (slot - first) * rows
-        words[DOC_BEGIN] = doc_begin
-        words[DOC_END] = cu[document + 1]
+        words[ROW0] = row0
+        words[DOC_BEGIN] = begin
+        words[DOC_END] = end
         words[NEAR_LO] = bands[table, head, 0]
         words[NEAR_HI] = bands[table, head, 1]
         words[FAR_LO] = bands[table, head, 2]
         words[FAR_HI] = bands[table, head, 3]
 
     return locate
+
+
+def scalar(dtype: str, value: Any) -> Any:
+    """A variable with a first value, in the function that is being parsed."""
+    from tvm.script import tirx as T
+
+    variable = T.local_scalar(dtype).scalar
+    T.buffer_store(variable.source, value, [0])
+    return variable
 
 
 def wait_macro(arch: str) -> Callable[..., None]:
@@ -145,19 +148,63 @@ def wait_macro(arch: str) -> Callable[..., None]:
     return spin if arch in BEFORE_HOPPER else sleep
 
 
-def tile_slots(length: Any, documents: Any, rows: int) -> Any:
-    """TensorIR: slots of tiles of one (batch, head) pair; one document has no slot without a row."""
-    from tvm.script import tirx as T
+class StridedTensor:
+    """A (B, H, N, D) argument of the function that is being parsed; its last dimension is contiguous.
 
-    return T.Select(documents == 1, (length + (rows - 1)) // rows, length // rows + documents)
+    Parameters
+    ----------
+    handle : the argument
+    shape : of B, H, N (int64 variables or expressions) and D
+    dtype : str
+
+    Attributes
+    ----------
+    strides : three int64, of B, H and N, in elements
+    flat : a buffer of one dimension: indexing the tensor itself would ignore its strides
+    """
+
+    def __init__(self, handle: Any, shape: tuple[Any, Any, Any, int], dtype: str) -> None:
+        from tvm.script import tirx as T
+
+        self._T = T
+        # 64-bit, because a stride is bound in the type of its buffer's shape.
+        self.strides = (T.int64(), T.int64(), T.int64())
+        self._shape = (shape[0] * self.strides[0],)
+        self._tensor = T.match_buffer(handle, shape, dtype, strides=(*self.strides, 1), align=16)
+        self._dtype = dtype
+
+    def flatten(self) -> None:
+        self.flat = self._T.decl_buffer(self._shape, self._dtype, data=self._tensor.data)
+
+    @property
+    def row_stride(self) -> Any:
+        return self.strides[2]
+
+    def origin(self, batch: Any, head: Any) -> Any:
+        """Element (int64) where the rows of a head start."""
+        T = self._T
+        return T.cast(batch, "int64") * self.strides[0] + T.cast(head, "int64") * self.strides[1]
+
+    def row(self, batch: Any, head: Any, row: Any) -> Any:
+        """Element (int64) where a row starts."""
+        return self.origin(batch, head) + self._T.cast(row, "int64") * self.strides[2]
 
 
-def row_loader_macro(rows: int, columns: int, dtype: str, threads: int) -> Callable[..., None]:
+def flatten(*tensors: StridedTensor) -> None:
+    """Declare their `flat` buffers: behind all arguments of the function."""
+    for tensor in tensors:
+        tensor.flatten()
+
+
+def row_loader_macro(
+    rows: int, columns: int, dtype: str, threads: int, whole: bool = True
+) -> Callable[..., None]:
     """The macro ``load_rows(target, at, source, origin, stride, row0, first, end, thread)``.
 
     All `threads` copy rows ``row0 ... row0 + rows - 1`` of ``source`` (a flat buffer; row r starts at
     element ``origin + r * stride``, both int64) to element ``at`` of the shared buffer ``target`` on. Rows
     outside of ``first <= r < end`` become zeros without being read. The caller commits the group and waits.
+    ``whole`` says whether tiles that lie inside have instructions of their own.
     """
     from tvm.script import tirx as T
 
@@ -178,7 +225,7 @@ def row_loader_macro(rows: int, columns: int, dtype: str, threads: int) -> Calla
         place: T.int32 = at + mine * PITCH + left
         start: T.int64 = origin + T.cast(row0 + mine, "int64") * stride + T.cast(left, "int64")
         # A test for each row costs half of what its copies cost, and most tiles need none.
-        if T.And(row0 >= first, row0 + rows <= end):
+        if T.And(whole, T.And(row0 >= first, row0 + rows <= end)):
             for i in T.unroll(PASSES):
                 for j in T.unroll(UNITS // ABREAST):
                     if T.Or(not RAGGED, mine + i * HIGH < rows):
@@ -340,69 +387,44 @@ class Blocks:
 
     def store_row(
         self,
-        target: Any,
-        start: Any,
-        inside: Any,
         sums: Any,
         sums_at: Any,
         r: Any,
         count: int,
         factor: Any,
         lane: Any,
+        to: Callable[[Any], Any],
+        is_inside: Callable[[Any], Any],
     ) -> None:
-        """Row ``lane // 4 + 8 * r`` of `count` blocks side by side, times `factor`, to element `start` of the
-        flat global buffer `target` on, if `inside`; C was made with a B that was not transposed.
+        """Row ``lane // 4 + 8 * r`` of `count` blocks side by side, times `factor`, to global memory.
 
-        Four lanes hold a row. All lanes take part: 16-byte stores of two-byte types need a 4 x 4 transpose
-        of words among the four.
+        C was made with a B that was not transposed. ``to(column)`` is the address of a column,
+        ``is_inside(column)`` says whether columns from there on may be written. All lanes take part.
         """
         T = self._T
 
-        def store(words: list[Any], column: Any) -> None:
-            with T.If(inside), T.Then():
-                suffix = f"v{len(words)}.b32" if len(words) > 1 else "b32"
-                to = target.ptr_to([start + T.cast(column, "int64")])
-                T.evaluate(T.ptx[f"st.global.{suffix}"](to, *words))
+        def scaled(n: Any, offset: Any) -> Any:
+            return sums[sums_at + 8 * n + 2 * r + offset] * factor
 
-        def scaled(n: int, tile: int, e: int) -> Any:
-            return sums[sums_at + 8 * n + 4 * tile + 2 * r + e] * factor
+        if not self.is_split:
+            from spattn_tvm.domains.row_store import store_row
 
-        if self.is_split:
-            for n in range(count):
-                words = T.alloc_local((4,), "uint32")
-                for i in range(4):
-                    T.buffer_store(words, T.reinterpret("uint32", scaled(n, i % 2, i // 2)), [i])
-                store([words[i] for i in range(4)], BLOCK * n + lane % 4 * 4)
+            store_row(
+                lambda n, e: scaled(n // 2, n % 2 * 4 + e), BLOCK * count, to, is_inside, self.pack, lane
+            )
             return
-        odd, upper = lane % 2 == 1, lane % 4 >= 2
-        for n in range(0, count - 1, 2):
-            words = T.alloc_local((4,), "uint32")
-            half = T.alloc_local((4,), "uint32")
-            for i in range(4):
-                pair = (scaled(n + i // 2, i % 2, 1), scaled(n + i // 2, i % 2, 0))
-                T.evaluate(T.ptx[self.pack](words[i], *pair))
-            for i in range(2):
-                even_word, odd_word = words[2 * i], words[2 * i + 1]
-                got = self._swap(T.Select(odd, even_word, odd_word), 1)
-                T.buffer_store(half, T.Select(odd, got, even_word), [2 * i])
-                T.buffer_store(half, T.Select(odd, odd_word, got), [2 * i + 1])
-            for i in range(2):
-                got = self._swap(T.Select(upper, half[i], half[i + 2]), 2)
-                T.buffer_store(words, T.Select(upper, got, half[i]), [i])
-                T.buffer_store(words, T.Select(upper, half[i + 2], got), [i + 2])
-            store([words[i] for i in range(4)], BLOCK * n + lane % 4 * 8)
-        if count % 2:
-            words = T.alloc_local((2,), "uint32")
-            for tile in range(2):
-                pair = (scaled(count - 1, tile, 1), scaled(count - 1, tile, 0))
-                T.evaluate(T.ptx[self.pack](words[tile], *pair))
-                store([words[tile]], BLOCK * (count - 1) + 8 * tile + lane % 4 * 2)
+        for n in range(count):
+            column = BLOCK * n + lane % 4 * 4
+            words = [T.reinterpret("uint32", scaled(n, self.neighbour(i))) for i in range(4)]
+            with T.If(is_inside(column)), T.Then():
+                T.evaluate(T.ptx["st.global.v4.b32"](to(column), *words))
 
-    def _swap(self, value: Any, distance: int) -> Any:
-        T = self._T
-        got = T.alloc_local((1,), "uint32")
-        T.buffer_store(got, T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, distance, 32, 32), [0])
-        return got[0]
+    def neighbour(self, i: Any) -> Any:
+        """Where the i-th of the four elements that a lane has of a row of C stands behind the first, such
+        that those of float32 are four columns side by side (B not transposed).
+        """
+        tile, e = (i % 2, i // 2) if self.is_split else (i // 2, i % 2)
+        return 4 * tile + e
 
     def _load_matrices(self, words: Any, at: int, tile: Any, index: Any, transposed: str) -> None:
         T = self._T
@@ -423,8 +445,10 @@ class Blocks:
 
     def _split(self, words: Any, at: int, value: Any) -> None:
         T = self._T
-        # Round to the ten bits after the point that TF32 has; the rest is exact, and the tensor core cuts it.
+        # Round to the ten bits after the point that TF32 has. The rest is exact; of its twelve bits the
+        # tensor core cuts one, which is as near as rounding. A NaN of all ones wraps to -0 in the head and
+        # stays NaN in the rest, which must not be rounded so.
         head = (T.reinterpret("uint32", value) + T.uint32(0x1000)) & T.uint32(0xFFFFE000)
         T.buffer_store(words, head, [at])
         rest = value - T.reinterpret("float32", words[at])
-        T.buffer_store(words, T.reinterpret("uint32", rest) + T.uint32(0x1000), [at + 8])
+        T.buffer_store(words, T.reinterpret("uint32", rest), [at + 8])

@@ -20,7 +20,8 @@ from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.families import find_space
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.families.mma.backward import Pass, build_mma_backward, passes
+from spattn_tvm.families.mma.backward import build_mma_backward
+from spattn_tvm.families.mma.backward_sizes import Pass, passes
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget, parse_target
 

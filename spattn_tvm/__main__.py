@@ -1,5 +1,0 @@
-"""``python -m spattn_tvm``: the ``spattn`` command."""
-
-from .cli import main
-
-main()

@@ -1,0 +1,512 @@
+"""The portable forward: what a thread block does with its tile of queries.
+
+`forward.py` says why it is made so. The parts stand in the order in which they run.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from tvm.script import tirx as T
+
+from spattn_tvm.domains.key_range import key_range
+from spattn_tvm.domains.tiles import chunk_count, tile_slots
+
+from .blocks import (
+    BATCH,
+    BLOCK,
+    DOC_BEGIN,
+    DOC_END,
+    FAR_HI,
+    FAR_LO,
+    HEAD,
+    LOCATION_WORDS,
+    NEAR_HI,
+    NEAR_LO,
+    ROW0,
+    Blocks,
+    element_bytes,
+    locate_macro,
+    row_loader_macro,
+    row_pitch,
+    scalar,
+    wait_macro,
+)
+from .forward import TILE_BYTES
+
+LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
+ALL_LANES = 0xFFFFFFFF
+LEAST_SCALE = 1e-30
+# The maximum of no scores: not above any finite one, yet finite, so that a masked score gives
+# exp2(-inf - finite) = 0 rather than NaN.
+LOWEST = -3.4028234663852886e38
+# From this magnitude on (in powers of two) a row's maximum is subtracted from its scores before they are
+# scaled: the rounding of the scaled maximum would be worth more than a weight, and beyond 2.4e38 be infinite.
+HUGE = 2.0**24
+
+
+class ForwardTile:
+    """The kernel of some decisions over the tensors of a call; `run` is all of it.
+
+    Parameters
+    ----------
+    decisions : mapping of str to int
+    head_dim : int
+    dtype, arch : str
+    call : namespace
+        The arguments of the function that is being parsed: the strided ``q, k, v, o``; ``lse``, ``bands``,
+        ``boundaries``; ``scale``; int32 ``batches, query_heads, kv_heads, length, documents, tables``.
+    """
+
+    def __init__(
+        self, decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str, call: SimpleNamespace
+    ) -> None:
+        self.call, self.dtype = call, dtype
+        self.warps, self.warp_rows = decisions["warps"], decisions["warp_rows"]
+        self.threads, self.rows = 32 * self.warps, self.warps * self.warp_rows
+        self.keys, self.edge = decisions["key_rows"], decisions["edge_keys"]
+        self.stages, self.ahead = decisions["stages"], decisions["ahead"]
+        self.load_point = decisions["load_point"]
+        self.holds_queries = bool(decisions["queries_in_registers"])
+        self.threshold = float(decisions["rescale_threshold"])
+
+        self.pitch = row_pitch(head_dim, dtype)
+        self.blocks = Blocks(dtype, self.pitch)
+        self.words = self.blocks.words
+        self.row_blocks, self.steps = self.warp_rows // BLOCK, head_dim // BLOCK
+        self.wait = wait_macro(arch)
+        self.locate = locate_macro(self.rows, decisions["head_group"])
+        self.load_tile = row_loader_macro(self.rows, head_dim, dtype, self.threads)
+        self.load_chunk = row_loader_macro(self.keys, head_dim, dtype, self.threads)
+        # Unrolled, split operands of several steps would be loaded at once, and spill.
+        self.over_steps = T.serial if self.blocks.is_split else T.unroll
+
+        # Elements of the arena: the queries, the ring of keys, that of values, the tile's words, the
+        # barriers.
+        self.chunk_size = self.keys * self.pitch
+        self.keys_at = self.rows * self.pitch
+        self.values_at = self.keys_at + self.stages * self.chunk_size
+        self.tile_at = self.values_at + self.stages * self.chunk_size
+        self.arena_size = self.tile_at + (TILE_BYTES + 16 * self.stages) // element_bytes(dtype)
+
+    @T.inline
+    def run(self):
+        number = T.cta_id(
+            [
+                tile_slots(self.call.length, self.call.documents, self.rows)
+                * self.call.batches
+                * self.call.query_heads
+            ]
+        )
+        warp = T.warp_id([self.warps])
+        lane = T.lane_id([32])
+        thread = T.thread_id([self.threads])
+        self.enter(warp, lane, thread)
+        self.start(number)
+        if self.tile[ROW0] < self.tile[DOC_END]:
+            self.prepare()
+            self.load(
+                self.load_tile, 0, self.call.q, self.call.q.origin(self.tile[BATCH], self.tile[HEAD]),
+                self.tile[ROW0],
+            )  # fmt: skip
+            for s in T.unroll(self.ahead):
+                if s < self.chunks:
+                    self.load_keys_and_values(s, s)
+            self.clear()
+            if self.call.scale < T.float32(0):
+                self.negate_queries()
+            self.find_own_rows()
+            while self.band < 2:
+                self.enter_band()
+                while self.index < self.count:
+                    self.wait(self.full.ptr_to([self.stage]), self.phase)
+                    self.hold_queries()
+                    self.visit_chunk()
+                    self.leave_chunk()
+                self.band = self.band + 1
+            # Without any chunk the queries may still be on their way.
+            T.ptx["cp.async.wait_all"]()
+            self.store()
+
+    # What a block and a thread have
+
+    def enter(self, warp: Any, lane: Any, thread: Any) -> None:
+        self.warp, self.lane, self.thread = warp, lane, thread
+        self.arena = T.alloc_buffer((self.arena_size,), self.dtype, scope="shared.dyn", align=128)
+        size = element_bytes(self.dtype)
+
+        def view(dtype: str, count: int, at: int) -> Any:
+            element = at * size // (8 if dtype == "uint64" else 4)
+            return T.decl_buffer(
+                (count,), dtype, data=self.arena.data, elem_offset=element, scope="shared.dyn"
+            )
+
+        self.query_words = view("uint32", self.keys_at * size // 4, 0)
+        # In shared memory, because registers are what this kernel is short of.
+        self.tile = view("int32", LOCATION_WORDS, self.tile_at)
+        self.full = view("uint64", self.stages, self.tile_at + TILE_BYTES // size)
+        self.empty = view("uint64", self.stages, self.tile_at + (TILE_BYTES + 8 * self.stages) // size)
+
+    @T.inline
+    def start(self, number):
+        call = T.meta_var(self.call)
+        if self.thread == 0:
+            for s in T.unroll(self.stages):
+                T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([s]), T.uint32(self.threads))
+                T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), T.uint32(self.threads))
+            self.locate(
+                self.tile, number, call.bands, call.boundaries, call.batches, call.query_heads, call.length,
+                call.documents, call.tables,
+            )  # fmt: skip
+        T.cuda.cta_sync()
+
+    def prepare(self) -> None:
+        """The tile's chunks: keys ``[top - chunks * key_rows, top)`` of a band, read from the top down."""
+        tile, call = self.tile, self.call
+        kv_head = scalar("int32", T.truncdiv(tile[HEAD], T.truncdiv(call.query_heads, call.kv_heads)))
+        self.key_origin = scalar("int64", call.k.origin(tile[BATCH], kv_head))
+        self.value_origin = scalar("int64", call.v.origin(tile[BATCH], kv_head))
+        self.rows_end = scalar("int32", T.min(tile[ROW0] + self.rows, tile[DOC_END]))
+
+        def chunks(low: int, high: int) -> Any:
+            begin, end = key_range(tile[ROW0], self.rows_end - 1, tile[low], tile[high], tile[DOC_BEGIN])
+            return chunk_count(begin, end, self.keys)
+
+        self.near_chunks = scalar("int32", chunks(NEAR_LO, NEAR_HI))
+        self.chunks = scalar("int32", self.near_chunks + chunks(FAR_LO, FAR_HI))
+
+    @T.inline
+    def load(self, load_rows, at, tensor, origin, first):
+        """Rows of a head to the arena; those outside of the document become zeros."""
+        row: T.int32 = first
+        begin: T.int32 = self.tile[DOC_BEGIN]
+        end: T.int32 = self.tile[DOC_END]
+        load_rows(self.arena, at, tensor.flat, origin, tensor.row_stride, row, begin, end, self.thread)
+
+    @T.inline
+    def load_keys_and_values(self, which, stage):
+        """Chunk ``which`` of the near band's chunks and behind them the far band's."""
+        is_near: T.let = which < self.near_chunks
+        low: T.let = self.tile[T.Select(is_near, NEAR_LO, FAR_LO)]
+        first: T.int32 = (
+            self.rows_end - low - (which + 1 - T.Select(is_near, 0, self.near_chunks)) * self.keys
+        )
+        place = T.meta_var(stage * self.chunk_size)
+        self.load(self.load_chunk, self.keys_at + place, self.call.k, self.key_origin, first)
+        self.load(self.load_chunk, self.values_at + place, self.call.v, self.value_origin, first)
+        T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([stage]))
+
+    def clear(self) -> None:
+        """A lane's places in the operands, and its rows' sums."""
+        blocks, lane, warp_size = self.blocks, self.lane, self.warp_rows * self.pitch
+        self.my_row0 = scalar("int32", self.tile[ROW0] + self.warp * self.warp_rows)  # of this warp
+        self.query = scalar("int32", self.my_row0 + lane // 4)  # and 8 below, in each of the blocks
+        # The queries carry a negative factor's sign, so that the greatest score has the greatest weight; and
+        # the factor is not 0, which would make 0 * -inf of a masked score.
+        factor = T.abs(self.call.scale) * T.float32(LOG2E)
+        self.scale2 = scalar("float32", T.max(factor, T.float32(LEAST_SCALE)))
+        self.query_lane = scalar("int32", blocks.lane_a(lane) + self.warp * warp_size)
+        self.key_lane = scalar("int32", blocks.lane_b_transposed(lane))
+        self.value_lane = scalar("int32", blocks.lane_b(lane))
+        held = self.steps if self.holds_queries else 1
+        self.queries = T.alloc_local((self.row_blocks * self.words * held,), "uint32")
+        self.output = T.alloc_local((self.row_blocks * self.steps * 8,), "float32")
+        self.row_max = T.alloc_local((2 * self.row_blocks,), "float32")  # of scores before they are scaled
+        self.row_sum = T.alloc_local((2 * self.row_blocks,), "float32")
+        self.shrink = T.alloc_local((2 * self.row_blocks,), "float32")
+        self.is_huge = scalar("int32", 0)  # whether some row's maximum in this warp is
+        self.chunk = scalar("int32", 0)
+        self.stage = scalar("int32", 0)  # of the chunk
+        self.phase = scalar("int32", 0)  # of the stage
+        self.band = scalar("int32", 0)
+        self.clear_sums()
+
+    @T.inline
+    def clear_sums(self):
+        for i in T.unroll(2 * self.row_blocks):
+            self.row_max[i] = T.float32(LOWEST)
+            self.row_sum[i] = T.float32(0)
+        for i in T.unroll(self.row_blocks * self.steps * 8):
+            self.output[i] = T.float32(0)
+
+    @T.inline
+    def negate_queries(self):
+        """In shared memory, each warp its own."""
+        size = T.meta_var(self.warp_rows * self.pitch * element_bytes(self.dtype) // 4)
+        signs = T.meta_var(0x80000000 if self.dtype == "float32" else 0x80008000)  # of a word's elements
+        T.ptx["cp.async.wait_all"]()
+        T.cuda.cta_sync()
+        for i in T.serial(size // 32):
+            at: T.int32 = self.warp * size + 32 * i + self.lane
+            self.query_words[at] = self.query_words[at] ^ T.uint32(signs)
+        T.cuda.warp_sync()
+
+    # The walk over the chunks
+
+    def find_own_rows(self) -> None:
+        """From which chunk of a band on some, or all, of this warp's rows are not before its keys."""
+        self.my_end = scalar("int32", T.min(self.my_row0 + self.warp_rows, self.tile[DOC_END]))
+        is_any = self.my_row0 < self.my_end
+        some, full = self.rows_end - self.my_end, self.rows_end - 1 - self.my_row0 + (self.keys - 1)
+        self.some_first = scalar("int32", T.Select(is_any, some // self.keys, self.chunks))
+        self.full_first = scalar("int32", T.Select(is_any, full // self.keys, self.chunks))
+        for name in ("low", "high", "count", "top", "some_last", "full_last", "index"):
+            setattr(self, name, scalar("int32", 0))
+
+    @T.inline
+    def enter_band(self):
+        """Its distances and chunks; behind which of them all, or some, of this warp's rows are too far."""
+        tile, begin = T.meta_var(self.tile), T.meta_var(self.tile[DOC_BEGIN])
+        is_near = T.meta_var(self.band == 0)
+        self.low = tile[T.Select(is_near, NEAR_LO, FAR_LO)]
+        self.high = tile[T.Select(is_near, NEAR_HI, FAR_HI)]
+        self.count = T.Select(is_near, self.near_chunks, self.chunks - self.near_chunks)
+        self.top = self.rows_end - self.low
+        self.some_last = chunk_count(T.max(begin, self.my_row0 - self.high), self.top, self.keys)
+        self.full_last = (self.top - T.max(begin, self.my_end - 1 - self.high)) // self.keys
+        self.index = 0
+
+    @T.inline
+    def hold_queries(self):
+        if self.holds_queries:
+            if self.chunk == 0:
+                for step in T.unroll(self.steps):
+                    self.load_queries(step, step * self.row_blocks * self.words)
+
+    @T.inline
+    def load_queries(self, step, at):
+        for m in T.unroll(self.row_blocks):
+            self.blocks.load_a(
+                self.queries, at + m * self.words, self.arena,
+                self.query_lane + (m * BLOCK * self.pitch + step * BLOCK),
+            )  # fmt: skip
+
+    @T.inline
+    def visit_chunk(self):
+        if T.And(self.index >= self.full_first, self.index < self.full_last):
+            if self.load_point == 0:
+                self.load_ahead()
+            self.attend(0, self.keys, False, 0)
+        else:
+            self.load_ahead()
+            if T.And(self.index >= self.some_first, self.index < self.some_last):
+                key0: T.int32 = self.top - (self.index + 1) * self.keys
+                least: T.int32 = T.max(self.tile[DOC_BEGIN], self.my_row0 - self.high)
+                offset: T.int32 = T.max(least - key0, 0) // self.edge * self.edge
+                last: T.int32 = T.min(self.my_end - self.low - key0, self.keys)
+                while offset < last:
+                    self.attend(offset, self.edge, True, key0 + offset)
+                    offset = offset + self.edge
+
+    @T.inline
+    def load_ahead(self):
+        """A later chunk, as soon as all warps are through with the one whose place it takes."""
+        if self.chunk + self.ahead < self.chunks:
+            wraps: T.bool = self.stage + self.ahead >= self.stages
+            place: T.int32 = T.Select(wraps, self.stage + self.ahead - self.stages, self.stage + self.ahead)
+            self.wait(self.empty.ptr_to([place]), T.Select(wraps, self.phase, self.phase ^ 1))
+            self.load_keys_and_values(self.chunk + self.ahead, place)
+
+    @T.inline
+    def leave_chunk(self):
+        # Each lane for itself: one that arrives for its warp, behind a warp barrier, is no faster, and
+        # racecheck doesn't know that it speaks for the other lanes' reads.
+        T.ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([self.stage]))
+        self.chunk = self.chunk + 1
+        self.index = self.index + 1
+        is_last = T.meta_var(self.stage == self.stages - 1)
+        self.phase = T.Select(is_last, self.phase ^ 1, self.phase)
+        self.stage = T.Select(is_last, 0, self.stage + 1)
+
+    # One step of the online softmax
+
+    @T.inline
+    def attend(self, offset, keys, masked, key0):
+        """``keys`` keys from row ``offset`` of the chunk on; the first is ``key0`` (where it matters)."""
+        scores = T.alloc_local((self.row_blocks * keys // 2,), "float32")
+        weights = T.alloc_local((self.row_blocks * keys // BLOCK * self.words,), "uint32")
+        rows: T.int32 = self.stage * self.chunk_size + offset * self.pitch
+        self.multiply_keys(scores, keys, rows)
+        if not masked and self.load_point == 1:
+            self.load_ahead()
+        if masked:
+            self.mask(scores, keys, key0)
+        self.find_maximum(scores, keys)
+        self.weigh(scores, weights, keys)
+        if not masked and self.load_point == 2:
+            self.load_ahead()
+        self.multiply_values(weights, keys, rows)
+
+    @T.inline
+    def multiply_keys(self, scores, keys, rows):
+        key_words = T.alloc_local((keys // BLOCK * self.words,), "uint32")
+        start: T.int32 = self.keys_at + rows + self.key_lane
+        for i in T.unroll(self.row_blocks * keys // 2):
+            scores[i] = T.float32(0)
+        for step in self.over_steps(self.steps):
+            if not self.holds_queries:
+                self.load_queries(step, 0)
+            queries_at = T.meta_var((step if self.holds_queries else 0) * self.row_blocks * self.words)
+            for n in T.unroll(keys // BLOCK):
+                self.blocks.load_b_transposed(
+                    key_words, n * self.words, self.arena, start + (n * BLOCK * self.pitch + step * BLOCK)
+                )
+                for m in T.unroll(self.row_blocks):
+                    self.blocks.multiply(
+                        scores, (m * (keys // BLOCK) + n) * 8,
+                        self.queries, queries_at + m * self.words, key_words, n * self.words,
+                    )  # fmt: skip
+
+    @T.inline
+    def mask(self, scores, keys, key0):
+        for m in T.unroll(self.row_blocks):
+            for r in T.unroll(2):
+                row: T.int32 = self.query + (m * BLOCK + 8 * r)
+                least: T.int32 = T.max(self.tile[DOC_BEGIN], row - self.high)
+                seen: T.uint32 = T.cast(T.max(row - self.low + 1 - least, 0), "uint32")
+                for n in T.unroll(keys // BLOCK):
+                    for t in T.unroll(2):
+                        for e in T.unroll(2):
+                            i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
+                            column: T.let = n * BLOCK + self.blocks.column(self.lane, t, e, transposed=True)
+                            key: T.int32 = key0 + column
+                            scores[i] = T.Select(
+                                T.cast(key - least, "uint32") < seen, scores[i], T.float32(-INF)
+                            )
+
+    def greatest(self, scores: Any, first: Any, keys: int) -> Any:
+        """The greatest of a lane's scores in one row: pairs ``first``, ``first + 4``, ... of each block."""
+        level = [scores[first + 4 * n + e] for n in range(keys // 8) for e in range(2)]
+        while len(level) > 1:
+            level = [T.max(*level[i : i + 2]) for i in range(0, len(level), 2)]
+        return level[0]
+
+    @T.inline
+    def find_maximum(self, scores, keys):
+        """Raises the reference of a row's weights, if its greatest score so far asks for it."""
+        top = T.alloc_local((2 * self.row_blocks,), "float32")
+        for m in T.unroll(self.row_blocks):
+            for r in T.unroll(2):
+                top[2 * m + r] = self.greatest(scores, m * (keys // 2) + 2 * r, keys)
+        if self.threshold > 0:
+            # Any reference near the maximum gives the same quotient; weights stay below 2**threshold, sums
+            # are float32. So lanes need not know each other's maxima.
+            grown = T.alloc_local((1,), "float32")
+            grown[0] = top[0] - self.row_max[0]
+            for i in T.unroll(2 * self.row_blocks - 1):
+                grown[0] = T.max(grown[0], top[i + 1] - self.row_max[i + 1])
+            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] * self.scale2 > T.float32(self.threshold)) != 0:
+                self.raise_maximum(top)
+        else:
+            self.raise_maximum(top)
+
+    @T.inline
+    def raise_maximum(self, top):
+        """Makes the greatest score of each row so far the reference of its weights."""
+        count = T.meta_var(2 * self.row_blocks)
+        furthest = T.alloc_local((1,), "float32")
+        furthest[0] = T.float32(0)
+        for i in T.unroll(count):
+            top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 1, 32, 32))
+        for i in T.unroll(count):
+            top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 2, 32, 32))
+        for i in T.unroll(count):
+            top[i] = T.max(top[i], self.row_max[i])
+            self.shrink[i] = T.exp2((self.row_max[i] - top[i]) * self.scale2)
+            self.row_max[i] = top[i]
+            self.row_sum[i] = self.row_sum[i] * self.shrink[i]
+            furthest[0] = T.max(
+                furthest[0], T.Select(top[i] > T.float32(LOWEST), T.abs(top[i]), T.float32(0))
+            )
+        self.is_huge = T.cuda.any_sync(T.uint32(ALL_LANES), furthest[0] * self.scale2 > T.float32(HUGE))
+        for m in T.unroll(self.row_blocks):
+            for j in T.unroll(self.steps * 2):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        i: T.let = m * self.steps * 8 + 4 * j + 2 * r + e
+                        self.output[i] = self.output[i] * self.shrink[2 * m + r]
+
+    @T.inline
+    def weigh(self, scores, weights, keys):
+        """The weights of scores, as left operands."""
+        reference = T.alloc_local((2 * self.row_blocks,), "float32")
+        for i in T.unroll(2 * self.row_blocks):
+            # Of a row without keys so far it must be finite too.
+            reference[i] = T.max(self.row_max[i] * self.scale2, T.float32(LOWEST))
+        if self.is_huge != 0:
+            for m in T.unroll(self.row_blocks):
+                for r in T.unroll(2):
+                    for j in T.unroll(keys // 8):
+                        for e in T.unroll(2):
+                            i: T.let = m * (keys // 2) + 4 * j + 2 * r + e
+                            scores[i] = scores[i] - self.row_max[2 * m + r]
+                    reference[2 * m + r] = T.float32(0)
+        for m in T.unroll(self.row_blocks):
+            for n in T.unroll(keys // BLOCK):
+                for t in T.unroll(2):
+                    for r in T.unroll(2):
+                        for e in T.unroll(2):
+                            i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
+                            row: T.let = 2 * m + r
+                            scores[i] = T.exp2(scores[i] * self.scale2 - reference[row])
+                            self.row_sum[row] = self.row_sum[row] + scores[i]
+                at: T.let = m * (keys // BLOCK) + n
+                self.blocks.a_from_sums(weights, at * self.words, scores, at * 8)
+
+    @T.inline
+    def multiply_values(self, weights, keys, rows):
+        value_words = T.alloc_local((self.words,), "uint32")
+        start: T.int32 = self.values_at + rows + self.value_lane
+        for n in T.unroll(keys // BLOCK):
+            for step in T.unroll(self.steps):
+                self.blocks.load_b(
+                    value_words, 0, self.arena, start + (n * BLOCK * self.pitch + step * BLOCK)
+                )
+                for m in T.unroll(self.row_blocks):
+                    self.blocks.multiply(
+                        self.output, (m * self.steps + step) * 8,
+                        weights, (m * (keys // BLOCK) + n) * self.words, value_words, 0,
+                    )  # fmt: skip
+                if self.blocks.is_split:
+                    T.cuda.warp_sync()
+
+    # The end
+
+    @T.inline
+    def store(self):
+        for m in T.unroll(self.row_blocks):
+            for r in T.unroll(2):
+                self.store_row(m, r, self.query + (m * BLOCK + 8 * r))
+
+    @T.inline
+    def store_row(self, m, r, row):
+        tile, i = T.meta_var(self.tile), T.meta_var(2 * m + r)
+        is_inside: T.bool = row < tile[DOC_END]
+        total = T.alloc_local((1,), "float32")
+        total[0] = self.row_sum[i]
+        total[0] = total[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), total[0], 1, 32, 32)
+        total[0] = total[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), total[0], 2, 32, 32)
+        # A query without keys; one that is NaN, or sees NaN, has a sum of NaN.
+        is_keyless: T.bool = total[0] == T.float32(0)
+        if T.And(self.lane % 4 == 0, is_inside):
+            self.call.lse[tile[BATCH], tile[HEAD], row] = T.Select(
+                is_keyless,
+                T.float32(-INF),
+                self.row_max[i] * (self.scale2 * T.float32(LN2)) + T.log2(total[0]) * T.float32(LN2),
+            )
+        if is_keyless:
+            # Also where a value that it doesn't see is NaN.
+            for j in T.unroll(self.steps * 2):
+                for e in T.unroll(2):
+                    self.output[m * self.steps * 8 + 4 * j + 2 * r + e] = T.float32(0)
+        factor: T.float32 = T.Select(is_keyless, T.float32(0), T.float32(1) / total[0])
+        start: T.int64 = self.call.o.row(tile[BATCH], tile[HEAD], row)
+        self.blocks.store_row(
+            self.output, m * self.steps * 8, r, self.steps, factor, self.lane,
+            lambda column: self.call.o.flat.ptr_to([start + T.cast(column, "int64")]),
+            lambda column: is_inside,
+        )  # fmt: skip
