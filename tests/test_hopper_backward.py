@@ -17,12 +17,7 @@ from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.hopper.backward import build_hopper_backward
-from spattn_tvm.families.hopper.backward_sizes import (
-    SHARED_LIMIT,
-    dkv_shared_bytes,
-    dq_shared_bytes,
-    one_pass_shared_bytes,
-)
+from spattn_tvm.families.hopper.backward_sizes import SHARED_LIMIT, shared_bytes
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_backward
 from spattn_tvm.reference import reference_attention, reference_gradients
@@ -64,14 +59,13 @@ def test_legal_decisions_fit_in_shared_memory_and_no_fitting_ones_are_lost(
     for _ in range(3000):
         decisions = {name: draw.choice(values) for name, values in choices.items()}
         decisions["one_pass"] = 0
-        most = max(dq_shared_bytes(decisions, head_dim), dkv_shared_bytes(decisions, head_dim))
+        most = max(shared_bytes(decisions, head_dim).values())
         reason = SPACE.illegal(decisions, head_dim, "bfloat16", h200)
         if reason is None:
             assert most <= SHARED_LIMIT
         elif "shared memory" in reason:
             refused_for_memory += 1
-            # The space rounds up what is small.
-            assert most > SHARED_LIMIT - 1024
+            assert most > SHARED_LIMIT
     assert refused_for_memory > 0
 
 
@@ -84,7 +78,7 @@ def test_one_pass_has_the_decisions_of_the_key_pass_and_no_others(head_dim: int,
     fits = []
     for stages in choices["dkv_stages"]:
         changed = {**decisions, "dkv_stages": stages}
-        fits.append(one_pass_shared_bytes(changed, head_dim) <= SHARED_LIMIT)
+        fits.append(shared_bytes(changed, head_dim)["one"] <= SHARED_LIMIT)
         assert fits[-1] == (SPACE.illegal(changed, head_dim, "bfloat16", h200) is None)
     assert fits.count(False) == {64: 0, 128: 4}[head_dim]
     for name, values in choices.items():

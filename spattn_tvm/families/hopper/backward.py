@@ -1,6 +1,6 @@
 """Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two persistent passes.
 
-:mod:`.hopper_backward_one_pass` is the other structure; it has the figures of both.
+:mod:`.backward_one_pass` is the other structure; it has the figures of both.
 
 **Two passes instead of one.** A query tile's gradient takes three matrix products a block (scores, dP, dQ), a key
 tile's four (scores, dP, dV, dK): seven where a single pass over key tiles needs five. In return nothing is
@@ -31,8 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .backward_sizes import DTYPES, SHARED_LIMIT, dkv_shared_bytes, dq_shared_bytes, one_pass_shared_bytes
-from .backward_two_pass import _build_two_passes
+from .backward_sizes import DTYPES, SHARED_LIMIT, shared_bytes
 
 
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
@@ -49,7 +48,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     k, v, dk, dv   (B, Hkv, N, D)          `dtype`      likewise; dk and dv are summed over the group in registers
     lse, dlse      (B, Hq, N)              float32      contiguous; natural logarithm, -inf for a query with no key
     bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi; a document's row: table_row
-    cu_seqlens     (documents + 1,)        int32        first token of each document, and N
+    cu_seqlens     (documents + 1,)        int32        first token of each document, and N; sorted, from 0 on
     stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries, lse in base
                                                         2 twice, then delta = rowsum(do * o) - dlse twice
     next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first kernel
@@ -59,8 +58,11 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
     ============== ======================= ============ ==============================================================
 
+    A query without keys has the gradient 0 whatever `do`, `dlse` and `o` hold there; a NaN or an infinity stays within
+    its document.
+
     B, Hq, Hkv and N are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer than 1 are
-    multiples of 16 bytes (gradients: 8). Offsets are 64-bit. Gradients of two passes are bitwise reproducible.
+    multiples of 16 bytes, the gradients' too. Offsets are 64-bit. Gradients of two passes are bitwise reproducible.
 
     Parameters
     ----------
@@ -88,14 +90,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
         raise ValueError(f"head_dim must be 64 or 128, got {head_dim}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if decisions["one_pass"]:
-        passes = {"one": one_pass_shared_bytes(decisions, head_dim)}
-    else:
-        passes = {
-            "dQ": dq_shared_bytes(decisions, head_dim),
-            "dK/dV": dkv_shared_bytes(decisions, head_dim),
-        }
-    for name, needed in passes.items():
+    for name, needed in shared_bytes(decisions, head_dim).items():
         if needed > SHARED_LIMIT:
             raise ValueError(
                 f"the {name} pass needs {needed} bytes of shared memory, a CTA has {SHARED_LIMIT}: fewer stages"
@@ -104,4 +99,6 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
         from .backward_one_pass import build_one_pass
 
         return build_one_pass(decisions, head_dim, dtype)
-    return _build_two_passes(decisions, head_dim, dtype)
+    from .backward_two_pass import build_two_passes
+
+    return build_two_passes(decisions, head_dim, dtype)

@@ -5,136 +5,87 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 WARPGROUP_ROWS = 64  # rows of one wgmma
-
-
-SWIZZLE_ROW_BYTES = 128  # a shared-memory row of one 64-column plane, 128-byte swizzle
-
-
+PLANE = 64  # columns of a swizzled row: a tile of more columns lies in planes
+SWIZZLE_ROW_BYTES = 128
 DTYPES = ("float16", "bfloat16")
-
-
 BARRIER_BYTES = 8
-
-
-# Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it.
+# Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and head).
 INFO_BYTES = 16
-
-
-# Of a tile: first row, its document's begin and end, batch and head; chunks for each warpgroup, chunks in all.
+# Of a tile: first row, its document's begin and end, batch and head; chunks of each warpgroup, chunks in all.
 TILE_INFO_BYTES = 32
-
-
+TILE_COUNTS_AT = 16  # in those
 QUEUE = 2  # tiles that the tile warp may be ahead of the chunk warp
-
-
 ONE_PASS_QUERIES = 64  # of a chunk, where both passes are one
-
-
 SHARED_LIMIT = 232448  # bytes a CTA may use on sm_90
 
-
-def _align(value: int, to: int) -> int:
-    return (value + to - 1) // to * to
+Arena = tuple[dict[str, int], int]  # the byte offset of each region, and the bytes in all
 
 
-class _Arena:
+class _Offsets:
     """Byte offsets into the one dynamic shared-memory buffer of a kernel."""
 
     def __init__(self) -> None:
+        self.of: dict[str, int] = {}
         self.size = 0
 
-    def take(self, count: int, align: int = 128) -> int:
-        offset = _align(self.size, align)
-        self.size = offset + count
-        return offset
+    def take(self, align: int, **regions: int) -> None:
+        for name, count in regions.items():
+            self.of[name] = (self.size + align - 1) // align * align
+            self.size = self.of[name] + count
+
+    def take_rings(self, stages: int, buffers: int) -> None:
+        self.take(16, info=stages * INFO_BYTES, tile=buffers * TILE_INFO_BYTES, queue=QUEUE * TILE_INFO_BYTES)
+        counts = {
+            "full": stages,
+            "empty": stages,
+            "tile_full": buffers,
+            "tile_empty": buffers,
+            "queue_full": QUEUE,
+            "queue_empty": QUEUE,
+            "chunk_landed": 1,
+            "tile_landed": 1,
+        }
+        self.take(8, **{name: count * BARRIER_BYTES for name, count in counts.items()})
 
 
-def dq_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
-    """Dynamic shared memory of the dQ pass in bytes."""
-    return _dq_arena(decisions, head_dim)[1]
-
-
-def dkv_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
-    """Dynamic shared memory of the dK/dV pass in bytes."""
-    return _dkv_arena(decisions, head_dim)[1]
-
-
-def one_pass_shared_bytes(decisions: Mapping[str, int], head_dim: int) -> int:
-    """Dynamic shared memory of the one pass in bytes."""
-    return one_pass_arena(decisions, head_dim)[1]
-
-
-def _dq_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, int], int]:
+def dq_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
+    """The dQ pass: Q, dO and O of a tile, rings of K and V."""
+    row = head_dim * 2
     rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
-    chunk = decisions["dq_keys"]
-    stages = decisions["dq_stages"]
-    arena = _Arena()
-    at = {
-        "q": arena.take(rows * head_dim * 2, 1024),
-        "do": arena.take(rows * head_dim * 2, 1024),
-        "o": arena.take(rows * head_dim * 2, 1024),
-        "k": arena.take(stages * chunk * head_dim * 2, 1024),
-        "v": arena.take(stages * chunk * head_dim * 2, 1024),
-        "info": arena.take(stages * INFO_BYTES, 16),
-        "tile": arena.take(TILE_INFO_BYTES, 16),
-        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
-        "full": arena.take(stages * BARRIER_BYTES, 8),
-        "empty": arena.take(stages * BARRIER_BYTES, 8),
-        "tile_full": arena.take(BARRIER_BYTES, 8),
-        "tile_empty": arena.take(BARRIER_BYTES, 8),
-        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
-        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
-    }
-    return at, arena.size
+    ring = decisions["dq_stages"] * decisions["dq_keys"]
+    arena = _Offsets()
+    arena.take(1024, q=rows * row, do=rows * row, o=rows * row, k=ring * row, v=ring * row)
+    arena.take_rings(decisions["dq_stages"], 1)
+    return arena.of, arena.size
 
 
-def _dkv_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, int], int]:
+def dkv_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
+    """The dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
+    row = head_dim * 2
+    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]
+    ring = decisions["dkv_stages"] * decisions["dkv_queries"]
+    arena = _Offsets()
+    arena.take(1024, k=rows * row, v=rows * row, q=ring * row, do=ring * row)
+    arena.take(128, stats=ring * 8)
+    arena.take_rings(decisions["dkv_stages"], decisions["dkv_buffers"])
+    return arena.of, arena.size
+
+
+def one_pass_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
+    """The one pass: the dK/dV pass's, two buffers of dS, and a chunk's dQ in float32."""
+    row = head_dim * 2
     rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
-    chunk = decisions["dkv_queries"]
-    stages = decisions["dkv_stages"]
-    buffers = decisions["dkv_buffers"]
-    arena = _Arena()
-    at = {
-        "k": arena.take(buffers * rows * head_dim * 2, 1024),
-        "v": arena.take(buffers * rows * head_dim * 2, 1024),
-        "q": arena.take(stages * chunk * head_dim * 2, 1024),
-        "do": arena.take(stages * chunk * head_dim * 2, 1024),
-        "stats": arena.take(stages * chunk * 8, 128),
-        "info": arena.take(stages * INFO_BYTES, 16),
-        "tile": arena.take(buffers * TILE_INFO_BYTES, 16),
-        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
-        "full": arena.take(stages * BARRIER_BYTES, 8),
-        "empty": arena.take(stages * BARRIER_BYTES, 8),
-        "tile_full": arena.take(buffers * BARRIER_BYTES, 8),
-        "tile_empty": arena.take(buffers * BARRIER_BYTES, 8),
-        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
-        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
-    }
-    return at, arena.size
+    ring = decisions["dkv_stages"] * ONE_PASS_QUERIES
+    arena = _Offsets()
+    arena.take(1024, k=rows * row, v=rows * row, q=ring * row, do=ring * row)
+    arena.take(1024, ds=2 * rows * ONE_PASS_QUERIES * 2, sum=ONE_PASS_QUERIES * head_dim * 4)
+    arena.take(128, stats=ring * 8)
+    arena.take_rings(decisions["dkv_stages"], 1)
+    return arena.of, arena.size
 
 
-def one_pass_arena(decisions: Mapping[str, int], head_dim: int) -> tuple[dict[str, int], int]:
-    """Byte offsets of the one pass in shared memory, and the bytes in all."""
-    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
-    chunk = ONE_PASS_QUERIES
-    stages = decisions["dkv_stages"]
-    arena = _Arena()
-    at = {
-        "k": arena.take(rows * head_dim * 2, 1024),
-        "v": arena.take(rows * head_dim * 2, 1024),
-        "q": arena.take(stages * chunk * head_dim * 2, 1024),
-        "do": arena.take(stages * chunk * head_dim * 2, 1024),
-        "ds": arena.take(2 * rows * chunk * 2, 1024),
-        "sum": arena.take(chunk * head_dim * 4, 1024),
-        "stats": arena.take(stages * chunk * 8, 128),
-        "info": arena.take(stages * INFO_BYTES, 16),
-        "tile": arena.take(TILE_INFO_BYTES, 16),
-        "queue": arena.take(QUEUE * TILE_INFO_BYTES, 16),
-        "full": arena.take(stages * BARRIER_BYTES, 8),
-        "empty": arena.take(stages * BARRIER_BYTES, 8),
-        "tile_full": arena.take(BARRIER_BYTES, 8),
-        "tile_empty": arena.take(BARRIER_BYTES, 8),
-        "queue_full": arena.take(QUEUE * BARRIER_BYTES, 8),
-        "queue_empty": arena.take(QUEUE * BARRIER_BYTES, 8),
-    }
-    return at, arena.size
+def shared_bytes(decisions: Mapping[str, int], head_dim: int) -> dict[str, int]:
+    """Dynamic shared memory of each pass that ``decisions`` ask for, in bytes."""
+    if decisions["one_pass"]:
+        return {"one": one_pass_arena(decisions, head_dim)[1]}
+    return {"dQ": dq_arena(decisions, head_dim)[1], "dK/dV": dkv_arena(decisions, head_dim)[1]}

@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.space import Decisions, Space
 
+from .backward_sizes import (
+    ONE_PASS_QUERIES,
+    SHARED_LIMIT,
+    WARPGROUP_ROWS,
+    dkv_arena,
+    dq_arena,
+    one_pass_arena,
+)
 from .support import MULTIPROCESSORS, unsupported
 
 if TYPE_CHECKING:
@@ -21,8 +29,6 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (64, 128)
 
-WARPGROUP_ROWS = 64
-SHARED_LIMIT = 232448  # bytes that a CTA may use on sm_90
 REGISTERS = 65536
 LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
 
@@ -30,9 +36,7 @@ LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
 # nothing where these left room, and serialized every wgmma (C7512) where they did not.
 DQ_OTHER_REGISTERS = 32
 DKV_OTHER_REGISTERS = 16
-# Rows of a chunk and buffers of K and V that the one pass is made for.
-ONE_PASS_QUERIES = 64
-ONE_PASS_BUFFERS = 1
+ONE_PASS_BUFFERS = 1  # of K and V, that the one pass is made for
 
 
 def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
@@ -54,27 +58,6 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
         "dkv_registers": (232, 240),
         "dkv_producer_registers": (24, 40),
     }
-
-
-def _dq_bytes(decisions: Decisions, head_dim: int) -> int:
-    """Shared memory of the dQ pass: Q, dO and O of a tile, rings of K and V, 1 KiB for all that is small."""
-    rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
-    ring = decisions["dq_stages"] * decisions["dq_keys"]
-    return (3 * rows + 2 * ring) * head_dim * 2 + 1024
-
-
-def _dkv_bytes(decisions: Decisions, head_dim: int) -> int:
-    """Shared memory of the dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
-    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]
-    ring = decisions["dkv_stages"] * decisions["dkv_queries"]
-    return (2 * rows + 2 * ring) * head_dim * 2 + ring * 8 + 512
-
-
-def _one_pass_bytes(decisions: Decisions, head_dim: int) -> int:
-    """Shared memory of the one pass: the dK/dV pass's, two buffers of dS, and a chunk's dQ in float32."""
-    rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
-    queries = decisions["dkv_queries"]
-    return _dkv_bytes(decisions, head_dim) + 2 * rows * queries * 2 + queries * head_dim * 4
 
 
 def _dq_registers(decisions: Decisions, head_dim: int) -> int:
@@ -117,14 +100,14 @@ def _unused_by_one_pass(head_dim: int) -> dict[str, int]:
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
     needs = {
-        "dq": (_dq_bytes(decisions, head_dim), _dq_registers(decisions, head_dim)),
-        "dkv": (_dkv_bytes(decisions, head_dim), _dkv_registers(decisions, head_dim)),
+        "dq": (dq_arena(decisions, head_dim)[1], _dq_registers(decisions, head_dim)),
+        "dkv": (dkv_arena(decisions, head_dim)[1], _dkv_registers(decisions, head_dim)),
     }
     if decisions["one_pass"]:
         for name, value in _unused_by_one_pass(head_dim).items():
             if decisions[name] != value:
                 return f"one_pass=1 has {name}={value}, not {decisions[name]}"
-        needs = {"dkv": (_one_pass_bytes(decisions, head_dim), needs["dkv"][1])}
+        needs = {"dkv": (one_pass_arena(decisions, head_dim)[1], needs["dkv"][1])}
     for name, (shared, registers) in needs.items():
         if shared > SHARED_LIMIT:
             return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
@@ -158,9 +141,9 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
         features.append(products * executed / useful)
         features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
         features.append(math.log2(tiles / MULTIPROCESSORS))
-    features.append(_dq_bytes(decisions, problem.head_dim) / SHARED_LIMIT)
-    shared = _one_pass_bytes if one_pass else _dkv_bytes
-    features.append(shared(decisions, problem.head_dim) / SHARED_LIMIT)
+    features.append(dq_arena(decisions, problem.head_dim)[1] / SHARED_LIMIT)
+    of_keys = one_pass_arena if one_pass else dkv_arena
+    features.append(of_keys(decisions, problem.head_dim)[1] / SHARED_LIMIT)
     features.append(_dq_registers(decisions, problem.head_dim) / decisions["dq_registers"])
     features.append(_dkv_registers(decisions, problem.head_dim) / decisions["dkv_registers"])
     return features
