@@ -47,6 +47,7 @@ class SweepProblem:
     strides : tuple of str
         Memory layout of q, k, v and do, from `STRIDES`.
     cu_seqlens : tuple of int, or None
+        Its last boundary may lie below `length`: the rows behind it belong to no document.
     scale : float or None
     loss : str
         What is differentiated: ``"o"``, ``"lse"`` or ``"both"``.
@@ -357,7 +358,18 @@ def lengths(longest: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def layouts(draw: st.DrawFn, heads: int, length: int, longest_document: int) -> BandLayout:
-    """Any layout for `heads` query heads that accepts documents of `longest_document`."""
+    """Any layout for `heads` query heads that accepts documents of `longest_document`, at times a part of
+    one for more heads.
+    """
+    if draw(st.integers(0, 3)) == 0:
+        of_heads = heads + draw(st.integers(1, 5))
+        order = draw(st.permutations(range(of_heads)))
+        return draw(whole_layouts(of_heads, length, longest_document)).heads(order[:heads])
+    return draw(whole_layouts(heads, length, longest_document))
+
+
+@st.composite
+def whole_layouts(draw: st.DrawFn, heads: int, length: int, longest_document: int) -> BandLayout:
     name = draw(
         st.sampled_from(
             (
@@ -413,8 +425,9 @@ def problems(
     longest_document = length
     if draw(st.integers(0, 2)) == 0:
         inner = draw(st.lists(st.integers(0, length), max_size=6))
-        cu_seqlens = (0, *sorted(inner), length)
-        longest_document = max(b - a for a, b in pairwise(cu_seqlens))
+        last = draw(st.sampled_from((length, length, max(inner, default=0))) | st.integers(0, length))
+        cu_seqlens = (0, *sorted(offset for offset in inner if offset <= last), last)
+        longest_document = max(1, *(b - a for a, b in pairwise(cu_seqlens)))
     return SweepProblem(
         dtype=draw(st.sampled_from(dtypes)),
         batch=batch,

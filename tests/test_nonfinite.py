@@ -172,6 +172,24 @@ def test_it_stays_in_its_document_batch_row_and_heads(
 
 
 @kernels
+@pytest.mark.parametrize("offsets", [(0, 7, 8, 8, 71, 135, 136, 300), (0, 64), (0, 1), (0, 0)])
+def test_rows_of_no_document_reach_nobody(
+    offsets: tuple[int, ...], impl: str, dtype: str, head_dim: int
+) -> None:
+    tail = slice(offsets[-1], None)
+    for layout in (make() for make in LAYOUTS.values()):
+        call = draw(layout, impl, dtype, head_dim, 333, offsets)
+        expected = call.exact()
+        for name in ("q", "k", "v", "do", "dlse"):
+            call = call.changed(name, (slice(None), slice(None), tail), math.nan)
+        result = call.run(impl)
+        for output in OUTPUTS:
+            assert_near(result[output], expected[output], output)
+            end = -torch.inf if output == "lse" else 0
+            assert (result[output][:, :, tail] == end).all(), output
+
+
+@kernels
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_nan_query_stays_nan(packing: str, impl: str, dtype: str, head_dim: int) -> None:
     length, offsets = PACKINGS[packing]

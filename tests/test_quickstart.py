@@ -26,12 +26,15 @@ def load_script(name: str) -> ModuleType:
 
 
 def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """One block after the other, as a reader would."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
+    assert len(blocks) == 3
+    names: dict = {}
     for block in blocks:
-        names: dict = {}
         exec(compile(block, "README.md", "exec"), names)
-        assert all(names[name].grad.abs().sum() > 0 for name in "qkv")
+    assert all(names[name].grad.abs().sum() > 0 for name in "qkv")
+    assert names["y"].shape == (2, 1024, 256)
+    torch.testing.assert_close(names["part"], names["o"][:, names["mine"]])
     layout = names["layout"]
     dense = 8 * 1024 * 1025 // 2
     assert f"{layout.pairs(1024) / dense:.2f} of the dense work" in capsys.readouterr().out
@@ -50,7 +53,7 @@ def test_readme_commands_exist() -> None:
 
     for command in commands:
         names = [word for word in command[:2] if re.fullmatch("[a-z]+", word)]
-        names = names if names[0] == "plot" else names[:1]
+        names = names if names[:1] == ["plot"] else names[:1]
         options = {word for word in command if word.startswith("--")}
         result = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0, f"spattn {' '.join(command)}: {result.output}"
