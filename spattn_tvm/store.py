@@ -12,10 +12,8 @@ their file, a damaged file is set aside under another name.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import stat
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -26,6 +24,7 @@ from typing import Any
 
 from .families.kernel import KernelSpec
 from .file_lock import file_lock
+from .file_reading import parse_json, read_regular_file, set_aside, shown
 from .problem import AttentionProblem
 from .target import parse_target
 
@@ -33,7 +32,6 @@ from .target import parse_target
 FORMAT = 2
 _LARGEST_FILE_BYTES = 64 * 2**20
 _LARGEST_SIZE = 2**31 - 1
-_SHOWN_CHARACTERS = 240
 
 
 class ScheduleWarning(UserWarning):
@@ -173,36 +171,10 @@ def _warn(place: Path, text: str) -> None:
     if str(place) in _warned:
         return
     _warned.add(str(place))
-    warnings.warn(f"{_shown(str(place))}: {text}", ScheduleWarning, stacklevel=2)
+    warnings.warn(f"{shown(str(place))}: {text}", ScheduleWarning, stacklevel=2)
 
 
 _warned: set[str] = set()
-
-
-def _shown(text: object) -> str:
-    """Text for a message: of bounded length, printable everywhere."""
-    line = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} …"
-
-
-def _read_regular_file(path: Path) -> bytes:
-    """The bytes of a file; a pipe, which would keep the reader waiting, a device or a folder is refused."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is no regular file")
-        if facts.st_size > _LARGEST_FILE_BYTES:
-            raise ValueError(f"it has {facts.st_size} bytes, more than {_LARGEST_FILE_BYTES}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
-
-
-def _integer(digits: str) -> int | str:
-    """A number of a JSON text; one that Python refuses to read makes its record unreadable, not the file."""
-    return int(digits) if len(digits) < 1000 else digits
 
 
 def _read_items(path: Path) -> list[Any]:
@@ -213,10 +185,7 @@ def _read_items(path: Path) -> list[Any]:
     OSError, ValueError
         When it can't be read, or is no schedule file.
     """
-    try:
-        data = json.loads(_read_regular_file(path).decode("utf-8-sig"), parse_int=_integer)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+    data = parse_json(read_regular_file(path, _LARGEST_FILE_BYTES))
     if isinstance(data, dict):
         number = data.get("format")
         if type(number) is not int or number < 1:
@@ -241,7 +210,7 @@ def _readable(items: Iterable[Any], path: Path) -> tuple[list[ScheduleRecord], l
                 raise ValueError(f"it belongs to {record.target}/{_file_name(record.problem)}")
         except (ValueError, ArithmeticError, RecursionError) as error:
             others.append(item)
-            reasons.append(f"record {index}: {_shown(error)}")
+            reasons.append(f"record {index}: {shown(error)}")
         else:
             records.append(record)
     return records, others, reasons
@@ -259,7 +228,7 @@ def _read_file(path: Path) -> list[ScheduleRecord]:
             _warn(path, f"the link leads nowhere ({error.strerror}); it is ignored: restore or delete it")
         return []  # or deleted since the folder was listed
     except (OSError, ValueError) as error:
-        _warn(path, f"no schedule file ({_shown(error)}); it is ignored: restore or delete it")
+        _warn(path, f"no schedule file ({shown(error)}); it is ignored: restore or delete it")
         return []
     records, _, reasons = _readable(items, path)
     if reasons:
@@ -280,7 +249,7 @@ def list_folder(directory: Path, suffix: str = "") -> list[Path]:
         if directory.is_symlink():
             _warn(directory, f"the link leads nowhere ({error.strerror}); it is ignored")
     except OSError as error:
-        _warn(directory, f"no folder of schedules ({_shown(error)}); it is ignored")
+        _warn(directory, f"no folder of schedules ({shown(error)}); it is ignored")
     return []
 
 
@@ -310,7 +279,7 @@ def target_folders(root: Path) -> list[str]:
         try:
             _require_folder(entry.name)
         except ValueError as error:
-            _warn(entry, f"the folder is no target's ({_shown(error)}); it is ignored: rename or delete it")
+            _warn(entry, f"the folder is no target's ({shown(error)}); it is ignored: rename or delete it")
         else:
             names.append(entry.name)
     return names
@@ -394,10 +363,8 @@ def _items_to_keep(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:  # also of what can be read but not written again
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not replaced: {error}; move it away") from error
-        reason = _shown(error)
-    names = (f"{path.name}.damaged{f'-{count}' if count else ''}" for count in itertools.count())
-    aside = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
-    os.rename(path, aside)
+        reason = shown(error)
+    aside = set_aside(path)
     _warn(aside, f"set aside, because it was no schedule file ({reason}): repair or delete it")
     return []
 
