@@ -7,12 +7,10 @@ an error; nothing that a candidate does ends the search.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from spattn_tvm.families.kernel import KernelSpec
@@ -25,6 +23,7 @@ BUILD_TIMEOUT_S = 180.0
 # A GPU's candidate takes milliseconds; the rest is for loading it and for the check.
 MEASURE_TIMEOUT_S = {"cpu": 60.0, "cuda": 20.0}
 _ANCHOR = -1
+_LONGEST_COMPARISON_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ class ProcessMeter:
         self._timeout_s = MEASURE_TIMEOUT_S[target.kind]
         self._ready: set[Worker] = set()
         self._refusals: list[str] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="spattn-tuning-"))
-        self._cache = self._folder / "reference.pt"
+        # Of a search for the workers' time: the comparison of its winners takes the same data.
+        self._cache = self._workers.folder / f"{problem.key}-{seed}.pt"
 
     @property
     def builders(self) -> int:
@@ -123,12 +122,11 @@ class ProcessMeter:
         self.close()
 
     def close(self) -> None:
-        """End the processes, unless they are shared, and delete the temporary files."""
+        """End the processes with their temporary files, unless they are shared."""
         if self._owns_workers:
             self._workers.close()
         else:
             self._workers.drop_jobs()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def measure(
         self,
@@ -136,7 +134,8 @@ class ProcessMeter:
         best_us: float | None,
         anchor: tuple[KernelSpec, float] | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """See :class:`Meter`; on a CPU, which other programs share, candidates are timed against the anchor.
+        """See :class:`Meter`; candidates are timed against the anchor, since other programs share the
+        machine.
 
         Raises
         ------
@@ -148,7 +147,7 @@ class ProcessMeter:
         remaining = len(batch)
         retried: set[int] = set()
         usual: dict[str, Any] | None = None
-        if anchor is not None and self._target.kind == "cpu" and batch:
+        if anchor is not None and batch:
             waiting.appendleft((_ANCHOR, anchor[0]))
         try:
             while remaining and not self._stopped():
@@ -157,7 +156,7 @@ class ProcessMeter:
                 if not self._is_local_cpu:
                     self._workers.warm()
                 for runner in self._idle_runners():
-                    if built and (usual is not None or anchor is None or self._target.kind != "cpu"):
+                    if built and (usual is not None or anchor is None):
                         position, kernel = built.popleft()
                         request = {"do": "measure", **kernel, "best_us": best_us, "anchor": usual}
                         runner.send((position, kernel), request, self._timeout_s)
@@ -205,7 +204,7 @@ class ProcessMeter:
                 self._ready -= {runner for runner in self._workers.runners if runner.busy}
                 self._workers.drop_jobs()
 
-    def compare(self, batch: Sequence[KernelSpec], rounds: int) -> list[Outcome]:
+    def compare(self, batch: Sequence[KernelSpec], rounds: int, limit_s: float = math.inf) -> list[Outcome]:
         """Outcome of each candidate; the correct ones are measured in turns by one process or server.
 
         Parameters
@@ -213,32 +212,35 @@ class ProcessMeter:
         batch : sequence of KernelSpec
         rounds : int
             Samples of each.
+        limit_s : float
+            After so many seconds of measuring there are no more rounds than three.
 
         Raises
         ------
         RuntimeError
-            When one of them does not build or crashes.
+            When none of them builds, or one crashes.
         """
         waiting = deque(enumerate(batch))
         kernels: dict[int, dict[str, Any]] = {}
+        failed: dict[int, str] = {}
         asked = False
         while not self._stopped():
             self._feed_builders(waiting)
             for runner in self._idle_runners():
-                if len(kernels) == len(batch) and not asked:
+                if len(kernels) + len(failed) == len(batch) and not asked:
                     asked = True
                     request = {
                         "do": "compare",
-                        "kernels": [kernels[i] for i in range(len(batch))],
+                        "kernels": [kernels[i] for i in sorted(kernels)],
                         "rounds": rounds,
+                        "limit_s": min(limit_s, _LONGEST_COMPARISON_S),
                     }
                     runner.send(COMPARING, request, len(batch) * self._timeout_s)
             for worker, job, answer in self._workers.finished():
                 if job == PREPARING:
                     self._accept_prepare(worker, answer)
-                elif "error" in answer:
-                    if job == COMPARING:
-                        self._distrust(worker, answer)
+                elif job == COMPARING and "error" in answer:
+                    self._distrust(worker, answer)
                     if answer.get("lost"):
                         asked = False
                         continue
@@ -247,10 +249,17 @@ class ProcessMeter:
                     )
                 elif job == COMPARING:
                     server = answer.get("server")
+                    measured = dict(zip(sorted(kernels), answer["outcomes"], strict=True))
                     return [
-                        Outcome(**outcome, resources=kernels[i]["resources"], server=server)
-                        for i, outcome in enumerate(answer["outcomes"])
+                        Outcome(error=failed[i])
+                        if i in failed
+                        else Outcome(**measured[i], resources=kernels[i]["resources"], server=server)
+                        for i in range(len(batch))
                     ]
+                elif "error" in answer:
+                    failed[job] = answer["error"]
+                    if len(failed) == len(batch):
+                        raise RuntimeError(f"none of {len(batch)} candidates builds: {answer['error']}")
                 else:
                     kernels[job] = self._kernel(batch[job], answer)
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -207,14 +208,19 @@ class TrialData:
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    def interleaved_us(self, launches: Sequence[Launch], rounds: int) -> list[float]:
+    def interleaved_us(
+        self, launches: Sequence[Launch], rounds: int, limit_s: float = math.inf
+    ) -> list[float]:
         """Median time of each launch in microseconds, taken in turns so that a slow spell hits all of
-        them."""
+        them; after `limit_s` seconds of it, three rounds are enough."""
+        until = time.monotonic() + limit_s
         sample = self._sampler()
         times: list[list[float]] = [[] for _ in launches]
         for launch in launches:
             sample(launch, self)
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= _LEAST_REPEATS and time.monotonic() > until:
+                break
             for launch, collected in zip(launches, times, strict=True):
                 sample(launch, self)
                 collected.append(sample(launch, self))

@@ -182,7 +182,7 @@ class _Measurer:
             launches = [self._launch(kernel) for kernel in request["kernels"]]
             wrong = [self.data.wrong(self.data.outputs(launch)) for launch in launches]
             correct = [launch for launch, error in zip(launches, wrong, strict=True) if error is None]
-            latencies = iter(self.data.interleaved_us(correct, request["rounds"]))
+            latencies = iter(self.data.interleaved_us(correct, request["rounds"], request["limit_s"]))
             outcomes = [
                 {"latency_us": next(latencies)} if error is None else {"error": error} for error in wrong
             ]

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spattn_tvm.build.toolchain import compile_environment
@@ -26,11 +28,44 @@ _POLL_S = 0.1
 _MOST_BUILDERS = 16
 
 
+class Scratch:
+    """A temporary folder that is gone when its owner is, however that ends, and with it the process groups
+    that were started for it; see :mod:`.janitor`.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="spattn-tuning-"))
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("janitor.py")), str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def tell(self, word: str, group: int) -> None:
+        """Say that a process group has ``started`` or ``ended``."""
+        assert self._janitor.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # without a janitor, or after close()
+            self._janitor.stdin.write(f"{word} {group}\n".encode())
+            self._janitor.stdin.flush()
+
+    def close(self) -> None:
+        """Delete the folder."""
+        assert self._janitor.stdin is not None
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(BrokenPipeError):
+            self._janitor.stdin.close()
+        self._janitor.wait()
+
+
 class Worker:
     """One worker process and the request that it is busy with."""
 
-    def __init__(self, threads: int | None = None, compiles_for: MachineTarget | None = None) -> None:
-        self._threads, self._compiles_for = threads, compiles_for
+    def __init__(
+        self, scratch: Scratch, threads: int | None = None, compiles_for: MachineTarget | None = None
+    ) -> None:
+        self._scratch, self._threads, self._compiles_for = scratch, threads, compiles_for
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: Any = None
         self._received = b""
@@ -51,6 +86,7 @@ class Worker:
         target = self._compiles_for
         environment = dict(os.environ) if target is None else compile_environment(target)
         environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment["TMPDIR"] = str(self._scratch.folder)  # also for the compilers that it starts
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
@@ -63,6 +99,7 @@ class Worker:
             env=environment,
             start_new_session=True,
         )
+        self._scratch.tell("started", self._process.pid)
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 
@@ -121,6 +158,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._scratch.tell("ended", self._process.pid)
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -152,11 +190,13 @@ class Workers:
 
         self.target, self.fleet = target, fleet
         count = builders or min(_MOST_BUILDERS, available_cpus())
-        self.builders = [Worker(threads=1, compiles_for=target) for _ in range(count)]
         measuring = 1 if fleet is None else len(fleet.require_servers())
-        self.runners = [Worker(threads=torch.get_num_threads()) for _ in range(measuring)]
+        self._scratch = Scratch()
+        self.builders = [Worker(self._scratch, threads=1, compiles_for=target) for _ in range(count)]
+        threads = torch.get_num_threads()
+        self.runners = [Worker(self._scratch, threads=threads) for _ in range(measuring)]
         # A fault on a GPU ends the process that caused it. The next one is ready by then.
-        self.spare = Worker() if target.kind == "cuda" and fleet is None else None
+        self.spare = Worker(self._scratch) if target.kind == "cuda" and fleet is None else None
         self.used_servers: set[str] = set()
         self.server_facts: dict[str, Any] = {}
 
@@ -227,7 +267,13 @@ class Workers:
             if worker.busy and worker.job != WARMING:
                 worker.kill()
 
+    @property
+    def folder(self) -> Path:
+        """For temporary files; gone when the workers are."""
+        return self._scratch.folder
+
     def close(self) -> None:
-        """End all processes."""
+        """End all processes and delete their files."""
         for worker in self.all:
             worker.kill()
+        self._scratch.close()
