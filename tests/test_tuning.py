@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
+from spattn_tvm.store import ScheduleRecord, load_records, save_records
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 from spattn_tvm.tuning import compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
@@ -43,6 +45,7 @@ from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.tuning.log import (
     MEASUREMENTS,
     RUN,
+    LogWarning,
     Measurement,
     TuningLog,
     log_folder,
@@ -50,13 +53,14 @@ from spattn_tvm.tuning.log import (
     read_run,
 )
 from spattn_tvm.tuning.measure import Outcome, ProcessMeter
-from spattn_tvm.tuning.search import Budget, _Progress, _Session, run_search
-from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, kernel_hash
+from spattn_tvm.tuning.search import RETAKEN, Budget, _Progress, _Session, run_search
+from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, forget_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
 from spattn_tvm.tuning.workers import Workers
 
 # The package's attribute of this name is the function.
 distill_module = sys.modules["spattn_tvm.tuning.distill"]
+search_module = sys.modules["spattn_tvm.tuning.search"]
 
 PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
 FAMILY = "cpu"
@@ -73,6 +77,8 @@ def _one_builder() -> Iterator[None]:
     """Each process costs seconds of imports, more than these kernels take to build."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers_module, "available_cpus", lambda: 1)
+        # What is logged stays as it is, however busy this machine was; the test of that has a fake clock.
+        patch.setattr(search_module, "_RECOVERED", 0.0)
         yield
 
 
@@ -296,6 +302,8 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
 from spattn_tvm.tuning import tune
 problem = AttentionProblem.from_json(sys.argv[1])
+search = sys.modules["spattn_tvm.tuning.search"]
+search._RECOVERED = 0.0  # what is logged stays as it is, however busy this machine was
 result = tune(problem, detect_cpu(), trials=15, families=["toy_family:TOY"], log_root=Path(sys.argv[2]))
 print("ended", result.ended, result.trials)
 """
@@ -308,9 +316,11 @@ def _environment() -> dict[str, str]:
 def _start_search(root: Path, least_lines: int) -> tuple[subprocess.Popen[str], Path]:
     """A search in a process of its own, once it has logged some measurements."""
     resolve_family(TOY)  # this process reads the log
+    temporary = root / "tmp"
+    temporary.mkdir(exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-c", _SEARCH, json.dumps(PROBLEM.to_json()), str(root)],
-        env=_environment(),
+        env={**_environment(), "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -334,6 +344,23 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+def _assert_nothing_stays(root: Path, workers: Sequence[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(_is_running(worker) for worker in workers) or any((root / "tmp").iterdir()):
+        assert time.monotonic() < deadline, "workers or files outlive a killed search"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_process_and_no_file(number: signal.Signals, tmp_path: Path) -> None:
+    process, _ = _start_search(tmp_path, least_lines=1)
+    workers = _children(process.pid)
+    assert len(workers) == 3 and len(list((tmp_path / "tmp").iterdir())) == 1
+    process.send_signal(number)
+    assert process.wait() == -number
+    _assert_nothing_stays(tmp_path, workers)
+
+
 def test_kill_loses_only_the_measurement_in_flight_and_ctrl_c_ends_in_order(tmp_path: Path) -> None:
     process, folder = _start_search(tmp_path, least_lines=2)
     workers = _children(process.pid)
@@ -346,10 +373,7 @@ def test_kill_loses_only_the_measurement_in_flight_and_ctrl_c_ends_in_order(tmp_
     for name in (MEASUREMENTS, RECORDS):
         with (folder / name).open("ab") as file:
             file.write(b'{"family":"toy_sp')
-    deadline = time.monotonic() + 20
-    while any(_is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "workers outlive a killed search"
-        time.sleep(0.05)
+    _assert_nothing_stays(tmp_path, workers)
 
     process, folder = _start_search(tmp_path, least_lines=len(before) + 2)
     process.send_signal(signal.SIGINT)
@@ -360,6 +384,7 @@ def test_kill_loses_only_the_measurement_in_flight_and_ctrl_c_ends_in_order(tmp_
     assert len(before) + 2 <= len(measured) < 15 and len(set(_keys(measured))) == len(measured)
     assert len((folder / RECORDS).read_text().splitlines()) == len(measured)
     assert [session["ended"] for session in read_run(folder)["sessions"]] == ["killed", "interrupted"]
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 # --- the searching itself ---------------------------------------------------------------------------------
@@ -391,13 +416,13 @@ def _fake_latency_us(decisions: Mapping[str, int]) -> float:
 
 
 class _FakeMeter:
-    """Knows each candidate's latency; a rule says which ones fail."""
+    """Knows each candidate's latency; a rule says which ones fail. The machine is busy for the first few."""
 
     builders = 4
 
-    def __init__(self, reverse: bool = False) -> None:
-        self.measured: list[dict[str, int]] = []
-        self.reverse = reverse
+    def __init__(self, reverse: bool = False, busy: Sequence[float] = ()) -> None:
+        self.measured: list[Mapping[str, int]] = []
+        self.reverse, self.busy = reverse, list(busy)
 
     def measure(
         self,
@@ -407,11 +432,18 @@ class _FakeMeter:
     ) -> Iterator[tuple[int, Outcome]]:
         for position, kernel in sorted(enumerate(batch), reverse=self.reverse, key=lambda item: item[0]):
             decisions = kernel.decisions
-            self.measured.append(dict(decisions))
+            self.measured.append(decisions)
+            factor = self.busy.pop(0) if self.busy else 1.0
             if decisions["rows"] == 256:
                 yield position, Outcome(error="planted")
+            elif anchor is None:
+                yield position, Outcome(latency_us=_fake_latency_us(decisions) * factor)
             else:
-                yield position, Outcome(latency_us=_fake_latency_us(decisions))
+                slowdown = factor * _fake_latency_us(anchor[0].decisions) / anchor[1]
+                yield (
+                    position,
+                    Outcome(latency_us=_fake_latency_us(decisions) * factor / slowdown, slowdown=slowdown),
+                )
 
 
 _FAKE_SPACE = Space(
@@ -438,7 +470,7 @@ def _fake_session(
 ) -> tuple[_Session, DecisionSearch]:
     log = TuningLog(folder, PROBLEM, detect_cpu(), strategy)
     log.begin_session({"seed": seed})
-    log.note_family("cpu", {"kernel": "fake"})
+    log.note_family("cpu", {"kernel": "fake", "workload_hash": "0"})
     search = DecisionSearch(space, PROBLEM, detect_cpu(), folder, strategy, seed, "fake")
     return _Session(log, budget, lambda: False, _Progress(False)), search
 
@@ -451,6 +483,7 @@ def _fake_search(
     ended = run_search(search, meter, session, "fake", _fake(_FIRST))
     search.close()
     session.log.end_session(ended, session.elapsed_s)
+    session.log.close()
     return ended, meter, session.log
 
 
@@ -465,6 +498,54 @@ def test_evolutionary_search_finds_the_optimum_and_random_sampling_does_not(tmp_
         best[strategy, seed] = min(m.latency_us for m in log.measurements if m.latency_us is not None)
     assert min(best["evolutionary", 1], best["evolutionary", 2]) == 100.0
     assert best["evolutionary", 1] + best["evolutionary", 2] < best["random", 1] + best["random", 2]
+
+
+@pytest.fixture
+def recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "_RECOVERED", 0.87)
+
+
+@pytest.mark.usefixtures("recovery")
+@pytest.mark.parametrize("busy", [[18.0], [18.0] * 12, [18.0] * 9 + [5.0] * 8, [1.0, 30.0, 30.0, 1.0]])
+def test_a_default_that_was_timed_on_a_busy_machine_is_timed_again(busy: list[float], tmp_path: Path) -> None:
+    session, search = _fake_session(tmp_path, "evolutionary", 1, Budget(40, None))
+    meter, retaken = _FakeMeter(busy=busy), 0
+    while run_search(search, meter, session, "fake", _fake(_FIRST)) == RETAKEN:
+        retaken += 1
+        search.close()
+        forget_database(tmp_path)
+        search = DecisionSearch(_FAKE_SPACE, PROBLEM, detect_cpu(), tmp_path, "evolutionary", 1, "fake")
+    search.close()
+    session.log.end_session("budget", 1.0)
+    assert bool(retaken) == (busy[0] > 1)
+    measured = read_measurements(tmp_path)
+    assert len(measured) == 40 == len(set(_keys(measured)))
+    for measurement in measured:
+        if measurement.latency_us is not None:
+            assert measurement.latency_us == pytest.approx(_fake_latency_us(measurement.kernel.decisions))
+    assert measured[0].kernel.decisions == _FIRST
+    notes = read_run(tmp_path)["sessions"][0].get("retaken", [])
+    assert len(notes) == retaken and all(note["to_us"] < note["from_us"] for note in notes)
+    assert len((tmp_path / RECORDS).read_text().splitlines()) == 40
+    assert (
+        best_in_database(tmp_path, PROBLEM, _FAKE_SPACE, "fake")
+        == min(measured, key=lambda m: m.latency_us or math.inf).kernel.decisions
+    )
+
+
+@pytest.mark.usefixtures("recovery")
+def test_a_machine_that_stays_busy_is_no_reason_to_time_the_default_for_ever(tmp_path: Path) -> None:
+    """The default runs faster beside the candidates than alone, which no second timing mends."""
+
+    class Odd(_FakeMeter):
+        def measure(self, batch: Any, best_us: Any, anchor: Any = None) -> Iterator[tuple[int, Outcome]]:
+            for position, outcome in super().measure(batch, best_us, anchor):
+                yield position, replace(outcome, slowdown=0.5) if anchor else outcome
+
+    session, search = _fake_session(tmp_path, "random", 1, Budget(40, None))
+    meter = Odd()
+    assert run_search(search, meter, session, "fake", _fake(_FIRST)) == "budget"
+    assert len(meter.measured) < 50
 
 
 def test_resumed_search_keeps_learning_and_repeats_nothing(tmp_path: Path) -> None:
@@ -535,7 +616,7 @@ def test_distilling_compares_deterministic_candidates_too(
     monkeypatch.setattr(kernel_module, "find_space", lambda family, direction: space)
     log = TuningLog(tmp_path, PROBLEM, detect_cpu(), "random")
     log.begin_session({"seed": 0})
-    log.note_family("cpu", {"kernel": "fake"})
+    log.note_family("cpu", {"kernel": "fake", "workload_hash": "0"})
     for position, (order, unroll) in enumerate(itertools.product((1, 2, 0), (0, 1, 2))):
         decisions = {**_FIRST, "order": order, "unroll": unroll}
         log.append(Measurement(_fake(decisions), "fake", 10.0 + position, None, 0.0))
@@ -546,8 +627,96 @@ def test_distilling_compares_deterministic_candidates_too(
     assert [m.latency_us for _, m in found] == [*(10.0 + i for i in range(7)), 17.0]
 
 
+class _FakeComparison:
+    """What distilling asks of a meter: latencies by ``unroll``; 8 is wrong by now."""
+
+    latencies: Mapping[int, float] = {}
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> _FakeComparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def compare(self, batch: Sequence[KernelSpec], rounds: int, limit_s: float) -> list[Outcome]:
+        found = [self.latencies.get(kernel.decisions["unroll"]) for kernel in batch]
+        return [Outcome(error="o is wrong") if us is None else Outcome(latency_us=us) for us in found]
+
+
+@pytest.fixture
+def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A log root with one search, in which unroll 0, 1 and 2 took 10, 11 and 12 us."""
+    monkeypatch.setattr(kernel_module, "find_space", lambda family, direction: _FAKE_SPACE)
+    monkeypatch.setattr(distill_module, "ProcessMeter", _FakeComparison)
+    folder = log_folder(tmp_path / "logs", detect_cpu(), PROBLEM, "evolutionary")
+    with TuningLog(folder, PROBLEM, detect_cpu(), "evolutionary") as log:
+        log.begin_session({"seed": 0})
+        log.note_family("cpu", {"kernel": "fake", "workload_hash": "0"})
+        for unroll in (0, 1, 2):
+            log.append(Measurement(_fake({**_FIRST, "unroll": unroll}), "fake", 10.0 + unroll, None, 0.0))
+    return tmp_path / "logs"
+
+
+def _distill(logged: Path, latencies: Mapping[int, float]) -> tuple[ScheduleRecord, list[str]]:
+    said: list[str] = []
+    _FakeComparison.latencies = latencies
+    workers: Any = SimpleNamespace(fleet=None)
+    distill(logged, schedules=logged.parent / "schedules", workers=workers, report=said.append)
+    (record,) = load_records(detect_cpu().folder, logged.parent / "schedules")
+    return record, said[1:]
+
+
+def _save(logged: Path, unroll: int, latency_us: float) -> None:
+    kernel = _fake({**_FIRST, "unroll": unroll})
+    record = ScheduleRecord(
+        PROBLEM, detect_cpu().folder, kernel, latency_us, "1", date="2026-01-02", source_log="x"
+    )
+    save_records([record], logged.parent / "schedules")
+
+
+def test_a_record_is_replaced_only_by_what_is_faster_beside_it(logged: Path) -> None:
+    record, said = _distill(logged, {0: 13.0, 1: 10.0, 2: 12.0})
+    assert (record.kernel.decisions["unroll"], record.latency_us, said) == (1, 10.0, [])
+    # A later search has not found it; it was measured on a quieter machine.
+    _save(logged, 4, 5.0)
+    record, said = _distill(logged, {0: 13.0, 1: 10.0, 2: 12.0, 4: 9.0})
+    assert (record.kernel.decisions["unroll"], record.latency_us, record.source_log) == (4, 9.0, "x")
+    assert "(5.0 us, 2026-01-02) stays the fastest and took 9.0 us" in said[0]
+    assert "9.0 us, and 5.0 us when it was timed before" in said[1]
+    _save(logged, 4, 5.0)
+    record, said = _distill(logged, {0: 13.0, 1: 8.0, 2: 12.0, 4: 9.0})
+    assert (record.kernel.decisions["unroll"], record.latency_us) == (1, 8.0)
+    assert "is replaced: side by side it took 9.0 us, the new one 8.0 us" in said[0]
+    _save(logged, 8, 5.0)
+    record, said = _distill(logged, {0: 13.0, 1: 8.0, 2: 12.0})
+    assert record.latency_us == 8.0 and "is replaced: o is wrong" in said[0]
+    save_records([replace(record, kernel=_fake({"gone": 1}))], logged.parent / "schedules")
+    record, said = _distill(logged, {0: 13.0, 1: 8.0, 2: 12.0})
+    assert record.latency_us == 8.0 and "no longer offered" in said[0]
+
+
+def test_a_damaged_log_beside_it_stops_no_distillation(logged: Path) -> None:
+    other = replace(PROBLEM, batch=1)
+    for problem, strategy in ((PROBLEM, "random"), (other, "evolutionary")):
+        folder = log_folder(logged, detect_cpu(), problem, strategy)
+        folder.mkdir(parents=True)
+        (folder / RUN).write_text("{")
+    path = log_folder(logged, detect_cpu(), PROBLEM, "evolutionary") / MEASUREMENTS
+    path.write_bytes(path.read_bytes().replace(b"11.0", b"11.0.0"))
+    with pytest.warns(LogWarning) as said:
+        record, _ = _distill(logged, {0: 13.0, 1: 8.0, 2: 12.0})
+    assert record.kernel.decisions["unroll"] == 2
+    texts = {str(warning.message) for warning in said}
+    assert len([text for text in texts if "run.json is damaged" in text]) == 2
+    assert any("measurements.jsonl, line 2 is left out" in text for text in texts)
+
+
 def test_log_belongs_to_one_problem(tmp_path: Path) -> None:
-    TuningLog(tmp_path, PROBLEM, detect_cpu(), "random").begin_session({"seed": 0})
+    with TuningLog(tmp_path, PROBLEM, detect_cpu(), "random") as log:
+        log.begin_session({"seed": 0})
     with pytest.raises(ValueError, match="choose another log root"):
         TuningLog(tmp_path, replace(PROBLEM, batch=1), detect_cpu(), "random")
     with pytest.raises(ValueError, match="is not the log of a search"):

@@ -9,26 +9,41 @@ A log folder belongs to one problem, target and strategy::
         database_workload.json         MetaSchedule's own record of the same
         database_tuning_record.json
 
-Every measurement is on disk before the next one starts, so a kill loses at most the one in flight.
+Every measurement is on disk before the next one starts, so a kill loses at most the one in flight. One
+process writes to a folder at a time. A line that says nothing readable is set aside in
+``measurements.jsonl.damaged`` by the next search, and left out by every other reader, with a
+:class:`LogWarning` that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spattn_tvm.families import family_names
 from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.file_lock import LockedError, file_lock
+from spattn_tvm.file_reading import parse_json, read_regular_file, set_aside, shown
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.provenance import device_facts, installed_versions
 from spattn_tvm.target import MachineTarget
 
 MEASUREMENTS = "measurements.jsonl"
 RUN = "run.json"
+_LARGEST_FILE_BYTES = 2**30
+
+
+class LogWarning(UserWarning):
+    """Part of a tuning log can't be read and is left out."""
+
 
 _VERSIONED_PACKAGES = (
     "spattn-tvm",
@@ -88,31 +103,107 @@ class Measurement:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], problem: AttentionProblem) -> Measurement:
-        """What `to_json` wrote to the log of a problem."""
+    def from_json(cls, data: Any, problem: AttentionProblem) -> Measurement:
+        """What `to_json` wrote to the log of a problem.
+
+        Raises
+        ------
+        ValueError
+            When it is no measurement.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"a measurement is a JSON object, got {data!r}")
         facts = dict(data)
+        for name, kinds in _KINDS.items():
+            if name not in facts and name in ("family", "kernel", "decisions", "elapsed_s"):
+                raise ValueError(f"a measurement has a {name!r}")
+            if name in facts and type(facts[name]) not in kinds:
+                raise ValueError(f"{name!r} can't be {facts[name]!r}")
+        if set(facts) - set(_KINDS):
+            raise ValueError(f"a measurement has no {sorted(set(facts) - set(_KINDS))}")
+        for name in ("latency_us", "elapsed_s", "slowdown"):
+            least = 0.0 if name == "elapsed_s" else 1e-9
+            if facts.get(name) is not None and not least <= facts[name] < 1e18:
+                raise ValueError(f"{name!r} can't be {facts[name]!r}")
+        if (facts.get("latency_us") is None) == (facts.get("error") is None):
+            raise ValueError("a measurement has either a latency or an error")
+        facts = {"latency_us": None, "error": None, **facts}
         spec = KernelSpec.of(facts.pop("family"), problem, facts.pop("decisions"))
         return cls(spec, facts.pop("kernel"), **facts)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "family": (str,),
+    "kernel": (str,),
+    "decisions": (dict,),
+    "latency_us": (int, float, type(None)),
+    "error": (str, type(None)),
+    "elapsed_s": (int, float),
+    "slowdown": (int, float),
+    "resources": (dict, type(None)),
+    "server": (str, type(None)),
+}
 
 
 def drop_torn_line(path: Path) -> None:
     """Cut a last line that a killed process did not finish."""
     if not path.exists():
         return
-    text = path.read_bytes()
+    text = read_regular_file(path, _LARGEST_FILE_BYTES)
     if text and not text.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)
 
 
+def _read_lines(
+    path: Path, problem: AttentionProblem, families: Collection[str]
+) -> tuple[list[Measurement], list[bytes], list[tuple[int, bytes, str]]]:
+    """The measurements of a file, the last of each kernel; the lines that can stay in it; and the damaged
+    ones with their numbers and what is wrong with them.
+
+    A line of one of the log's `families` that this process doesn't know is no damage.
+    """
+    found: dict[tuple[str, KernelSpec], Measurement] = {}
+    good: list[bytes] = []
+    damaged: list[tuple[int, bytes, str]] = []
+    for number, line in enumerate(read_regular_file(path, _LARGEST_FILE_BYTES).split(b"\n")[:-1], 1):
+        if not line.strip():
+            continue
+        try:
+            data = parse_json(line)
+            if _is_foreign(data, families):
+                good.append(line)
+                continue
+            measurement = Measurement.from_json(data, problem)
+        except (ValueError, TypeError, RecursionError) as error:
+            damaged.append((number, line, shown(error)))
+        else:
+            good.append(line)
+            found[measurement.code, measurement.kernel] = measurement
+    return list(found.values()), good, damaged
+
+
+def _is_foreign(data: Any, families: Collection[str]) -> bool:
+    """Whether a line is of a family of the log that nobody has registered in this process."""
+    name = data.get("family") if isinstance(data, dict) else None
+    return isinstance(name, str) and name in families and name not in family_names()
+
+
 def read_measurements(log_dir: Path) -> list[Measurement]:
-    """All measurements of a log folder in order; an unfinished last line is ignored."""
+    """The measurements of a log folder in order; damaged lines and an unfinished last one are left out."""
     path = Path(log_dir) / MEASUREMENTS
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    problem = AttentionProblem.from_json(read_run(log_dir)["problem"])
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [Measurement.from_json(json.loads(line), problem) for line in lines if line.strip()]
+    run = read_run(log_dir)
+    problem = AttentionProblem.from_json(run["problem"])
+    try:
+        measurements, _, damaged = _read_lines(path, problem, run["families"])
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is left out: {shown(error)}", LogWarning, stacklevel=2)
+        return []
+    for number, _, reason in damaged:
+        warnings.warn(f"{path}, line {number} is left out: {reason}", LogWarning, stacklevel=2)
+    return measurements
 
 
 def read_run(log_dir: Path) -> dict[str, Any]:
@@ -121,12 +212,42 @@ def read_run(log_dir: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        When the folder holds none.
+        When the folder holds none, or they are damaged.
     """
     path = Path(log_dir) / RUN
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ValueError(f"{log_dir} is not the log of a search: it holds no {RUN}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        run = parse_json(read_regular_file(path, _LARGEST_FILE_BYTES))
+        _check_run(run)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({shown(error)}): restore it, or tune the problem again, which writes it anew"
+        ) from error
+    return run
+
+
+def _check_run(run: Any) -> None:
+    if not isinstance(run, dict):
+        raise ValueError(f"it must hold a JSON object, got {run!r}")
+    AttentionProblem.from_json(run.get("problem"))  # type: ignore[arg-type]
+    for name in ("target", "strategy"):
+        if not isinstance(run.get(name), str):
+            raise ValueError(f"{name!r} can't be {run.get(name)!r}")
+    families, sessions = run.get("families"), run.get("sessions")
+    if not isinstance(families, dict) or not isinstance(sessions, list):
+        raise ValueError("'families' must be an object and 'sessions' a list")
+    for facts in families.values():
+        if not isinstance(facts, dict) or not all(
+            isinstance(facts.get(name), str) for name in ("kernel", "workload_hash")
+        ):
+            raise ValueError(f"a family has a 'kernel' and a 'workload_hash', got {facts!r}")
+    for session in sessions:
+        if not isinstance(session, dict):
+            raise ValueError(f"a session is an object, got {session!r}")
+        elapsed_s = session.get("elapsed_s", 0.0)
+        if type(elapsed_s) not in (int, float) or not 0 <= elapsed_s < math.inf:
+            raise ValueError(f"'elapsed_s' can't be {elapsed_s!r}")
 
 
 def comparable_measurements(log_dir: Path) -> list[Measurement]:
@@ -179,6 +300,18 @@ def find_logs(log_root: Path) -> Iterator[Path]:
         yield path.parent
 
 
+def readable_logs(log_root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The log folders under a root with their metadata; warns of those whose metadata can't be read."""
+    root, found = Path(log_root), []
+    named = {path.parent for name in (RUN, MEASUREMENTS) for path in root.rglob(name)}
+    for folder in sorted(named):
+        try:
+            found.append((folder, read_run(folder)))
+        except ValueError as error:
+            warnings.warn(f"{error}; its measurements are left out", LogWarning, stacklevel=2)
+    return found
+
+
 def now() -> str:
     """UTC date and time, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -198,7 +331,9 @@ def session_device(target: MachineTarget) -> dict[str, Any]:
 
 
 class TuningLog:
-    """A log folder open for appending.
+    """A log folder open for appending, by one process at a time until it is closed.
+
+    What is damaged in it is set aside, with a :class:`LogWarning` that names the file and the line.
 
     Parameters
     ----------
@@ -211,24 +346,107 @@ class TuningLog:
     ------
     ValueError
         When the folder belongs to another problem, target or strategy.
+    LockedError
+        When another process writes to it; says which.
     """
 
     def __init__(self, folder: Path, problem: AttentionProblem, target: MachineTarget, strategy: str) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(self.folder / MEASUREMENTS)
-        self.measurements = read_measurements(self.folder)
-        identity = {"problem": problem.to_json(), "target": target.folder, "strategy": strategy}
-        if (self.folder / RUN).exists():
-            self.run = read_run(self.folder)
-            for name, value in identity.items():
-                if self.run[name] != value:
-                    raise ValueError(
-                        f"{self.folder} holds the search of {name} {self.run[name]!r}, not of {value!r}; "
-                        "choose another log root"
-                    )
-        else:
-            self.run = {**identity, "families": {}, "sessions": []}
+        with contextlib.ExitStack() as opening:
+            try:
+                opening.enter_context(file_lock(self.folder / ".lock", wait=False))
+            except LockedError as error:
+                raise LockedError(
+                    f"{self.folder} is another search's ({error}): wait for it, or give another log root"
+                ) from None
+            for leftover in self.folder.glob("*.json*.*"):  # of a process killed while it wrote
+                if leftover.suffix[1:].isdigit():
+                    leftover.unlink(missing_ok=True)
+            self.run = self._open_run(
+                {"problem": problem.to_json(), "target": target.folder, "strategy": strategy}
+            )
+            self.measurements = self._open_measurements(problem)
+            self._lock = opening.pop_all()
+
+    def __enter__(self) -> TuningLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._lock.close()
+
+    def _open_run(self, identity: dict[str, Any]) -> dict[str, Any]:
+        path = self.folder / RUN
+        run: dict[str, Any] = {**identity, "families": {}, "sessions": []}
+        if not os.path.lexists(path):
+            return run
+        try:
+            found = read_run(self.folder)
+        except ValueError as error:
+            aside = set_aside(path)
+            warnings.warn(f"{error}; it is now {aside.name}", LogWarning, stacklevel=4)
+            return run
+        for name, value in identity.items():
+            if found[name] != value:
+                raise ValueError(
+                    f"{self.folder} holds the search of {name} {found[name]!r}, not of {value!r}; "
+                    "choose another log root"
+                )
+        return found
+
+    def _open_measurements(self, problem: AttentionProblem) -> list[Measurement]:
+        path = self.folder / MEASUREMENTS
+        if not os.path.lexists(path):
+            return []
+        try:
+            drop_torn_line(path)
+            measurements, good, damaged = _read_lines(path, problem, self.run["families"])
+        except (OSError, ValueError) as error:
+            aside = set_aside(path)
+            warnings.warn(f"{path}: {error}; it is now {aside.name}", LogWarning, stacklevel=4)
+            return []
+        if damaged:
+            self._set_lines_aside(damaged, good)
+        return measurements
+
+    def _set_lines_aside(self, damaged: Iterable[tuple[int, bytes, str]], good: Iterable[bytes]) -> None:
+        path = self.folder / MEASUREMENTS
+        aside = path.with_name(f"{MEASUREMENTS}.damaged")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for _, line, _ in damaged)
+        self._write(path, b"".join(line + b"\n" for line in good))
+        for number, _, reason in damaged:
+            warnings.warn(
+                f"{path}, line {number} is set aside in {aside.name}: {reason}", LogWarning, stacklevel=5
+            )
+
+    def drop_what_is_not_offered(
+        self, code: str, family: str, offers: Callable[[Mapping[str, int]], bool]
+    ) -> None:
+        """Set aside the lines of a family whose decisions its space can't have made."""
+        good, damaged, lost = [], [], set()
+        lines = (self.folder / MEASUREMENTS).read_bytes().split(b"\n") if self.measurements else []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            data = parse_json(line)
+            if (data["family"], data["kernel"]) == (family, code) and not offers(data["decisions"]):
+                damaged.append((number, line, f"the space has no {shown(data['decisions'])}"))
+                lost.add(tuple(sorted(data["decisions"].items())))
+            else:
+                good.append(line)
+        if damaged:
+            self._set_lines_aside(damaged, good)
+            self.measurements = [
+                m
+                for m in self.measurements
+                if (m.kernel.family, m.code) != (family, code)
+                or tuple(m.kernel.decisions.items()) not in lost
+            ]
 
     @property
     def elapsed_s(self) -> float:
@@ -265,13 +483,59 @@ class TuningLog:
 
     def append(self, measurement: Measurement) -> None:
         """Hand one measurement to the operating system, where a kill of this process can't reach it."""
-        line = json.dumps(measurement.to_json(), separators=(",", ":")) + "\n"
         with (self.folder / MEASUREMENTS).open("ab") as file:
-            file.write(line.encode())
+            file.write(_line(measurement))
         self.measurements.append(measurement)
 
+    def rescale(self, first: KernelSpec, code: str, latency_us: float) -> None:
+        """State a family's latencies anew, after its default, which they are relative to, was timed again.
+
+        Parameters
+        ----------
+        first : KernelSpec
+            The default.
+        code : str
+            Of the kernels whose latencies are meant.
+        latency_us : float
+            Its latency now.
+        """
+        (old,) = [m for m in self.measurements if (m.code, m.kernel) == (code, first)]
+        assert old.latency_us is not None
+        factor = latency_us / old.latency_us
+        changed = {
+            id(m): replace(
+                m,
+                latency_us=None if m.latency_us is None else m.latency_us * factor,
+                slowdown=round(m.slowdown / factor, 4),
+            )
+            for m in self.measurements
+            if m.code == code and m.kernel.family == first.family
+        }
+        # Lines of families that are not known here stay.
+        lines = (self.folder / MEASUREMENTS).read_bytes().split(b"\n")
+        foreign = [
+            line for line in lines if line.strip() and json.loads(line)["family"] not in family_names()
+        ]
+        self.measurements = [changed.get(id(m), m) for m in self.measurements]
+        self._write(
+            self.folder / MEASUREMENTS,
+            b"".join([*map(_line, self.measurements), *(line + b"\n" for line in foreign)]),
+        )
+        self.run["sessions"][-1].setdefault("retaken", []).append(
+            {"family": first.family, "from_us": old.latency_us, "to_us": latency_us, "trial": len(changed)}
+        )
+        self._write_run()
+
     def _write_run(self) -> None:
-        path = self.folder / RUN
-        temporary = path.with_suffix(f".json.{os.getpid()}")
-        temporary.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+        self._write(self.folder / RUN, (json.dumps(self.run, indent=1) + "\n").encode())
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
+        """Replace a file in one step."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_bytes(content)
         temporary.replace(path)
+
+
+def _line(measurement: Measurement) -> bytes:
+    return json.dumps(measurement.to_json(), separators=(",", ":")).encode() + b"\n"

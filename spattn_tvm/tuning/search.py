@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, spilled_bytes
-from spattn_tvm.families import families_for, find_space, resolve_family
+from spattn_tvm.families import families_for, find_space, has_space, resolve_family
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
 from spattn_tvm.problem import AttentionProblem
@@ -34,6 +34,13 @@ STRATEGIES = ("evolutionary", "random")
 _LEAST_BATCH = 8
 # Random sampling of a space that is nearly exhausted keeps hitting what it has seen.
 _MOST_STALE_BATCHES = 25
+# All latencies are relative to the default's. When it runs this much faster than when it was timed, for so
+# many measurements in a row, other programs were busy then: it is timed again.
+_RECOVERED = 0.87
+_RECOVERED_FOR = 3
+# What a second timing must gain, or the machine is as busy as it was.
+_WORTH_RETAKING = 0.92
+RETAKEN = "retaken"
 
 
 class DefaultFailedError(RuntimeError):
@@ -147,6 +154,14 @@ class _Progress:
             best = "—" if best_us is None else f"{best_us:,.1f} us"
             self._bar.update(self._task, completed=done, trials=trials, best=best)
 
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+
+# From what is measured so far, the time (time.monotonic) at which a search must have ended.
+Deadline = Callable[[Sequence[Measurement]], float]
+
 
 @dataclass
 class _Session:
@@ -156,6 +171,7 @@ class _Session:
     budget: Budget
     stopped: Callable[[], bool]
     progress: _Progress
+    deadline: Deadline = lambda measured: math.inf
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -164,7 +180,10 @@ class _Session:
 
     @property
     def _limit_s(self) -> float:
-        return math.inf if self.budget.minutes is None else 60 * self.budget.minutes
+        """The search time of the log folder at which it ends."""
+        minutes = math.inf if self.budget.minutes is None else self.budget.minutes
+        left_s = self.deadline(self.log.measurements) - time.monotonic()
+        return min(60 * minutes, self.elapsed_s + left_s)
 
     def allot(self, families: int) -> None:
         """Let the next one of so many families have its share of the time that is left."""
@@ -176,7 +195,7 @@ class _Session:
         return self._earlier_s + time.monotonic() - self.began
 
     def out_of_time(self) -> bool:
-        return self.elapsed_s >= self._until_s
+        return self.elapsed_s >= min(self._until_s, self._limit_s)
 
     def of_family(self, family: str, code: str) -> list[Measurement]:
         return [m for m in self.log.measurements if m.kernel.family == family and m.code == code]
@@ -205,6 +224,9 @@ def run_search(
 ) -> str:
     """Search one family until the budget is spent; returns why it ended.
 
+    That is :data:`RETAKEN` when the default was found to have been timed on a busy machine: the log then
+    states all latencies anew, and what `search` has learnt is of no use.
+
     Parameters
     ----------
     code : str
@@ -232,6 +254,7 @@ def run_search(
             return None
         return [(replace(first, decisions=decisions), candidate) for decisions, candidate in proposed]
 
+    recovered = 0
     search.start(batch_size)
     search.restore([(dict(kernel.decisions), latency) for kernel, latency in known.items()])
     stale = 0
@@ -291,6 +314,8 @@ def run_search(
                 search.keep(candidate, outcome.latency_us)
                 known[kernel] = outcome.latency_us
                 told.append((candidate, outcome.latency_us))
+                if anchor is not None and outcome.error is None:
+                    recovered = recovered + 1 if outcome.slowdown < _RECOVERED else 0
             waiting.clear()
             session.show(family, code)
             if session.out_of_time():
@@ -298,6 +323,16 @@ def run_search(
         search.tell([candidate for candidate, _ in told], [latency for _, latency in told])
         if session.stopped():
             return "interrupted"
+        if recovered >= _RECOVERED_FOR and usual_us is not None:
+            recovered = 0
+            for _, outcome in meter.measure([first], None):
+                if outcome.latency_us is not None and outcome.latency_us < _WORTH_RETAKING * usual_us:
+                    session.log.rescale(first, code, outcome.latency_us)
+                    session.progress.say(
+                        f"the default took {usual_us:,.1f} us on a busy machine and takes "
+                        f"{outcome.latency_us:,.1f} us now: all latencies are stated anew"
+                    )
+                    return RETAKEN
         if not session.out_of_time():
             proposed = ask()
 
@@ -314,6 +349,7 @@ def tune(
     families: Sequence[str] | None = None,
     progress: bool = True,
     workers: Workers | None = None,
+    deadline: Deadline | None = None,
 ) -> TuningResult:
     """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
 
@@ -346,6 +382,9 @@ def tune(
     workers : Workers, optional
         Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
         fleet.
+    deadline : callable, optional
+        Given the measurements so far, the ``time.monotonic()`` at which the search ends even if `trials` or
+        `minutes` are left.
 
     Returns
     -------
@@ -357,7 +396,7 @@ def tune(
         When the target is not this machine, no family supports the problem, or an argument makes no sense.
     RuntimeError
         When TVM or xgboost is missing, or not even one family's untuned default builds, runs and is correct,
-        or the fleet has no server left.
+        or the fleet has no server left, or another process is searching the same problem with the same logs.
     """
     budget = Budget(64 if trials is None and minutes is None else trials, minutes)
     if strategy not in STRATEGIES:
@@ -373,25 +412,55 @@ def tune(
             f"a search needs {' and '.join(missing)}: install them with `pip install 'spattn-tvm[tune]'`"
         )
 
-    from .strategy import DecisionSearch, kernel_hash, workload_hash
+    from .strategy import DecisionSearch, forget_database, kernel_hash, workload_hash
 
     folder = log_folder(log_root, target, problem, strategy)
-    log = TuningLog(folder, problem, target, strategy)
     interrupt = _Interrupt()
     failures: dict[str, str] = {}
-    with interrupt.watching(), _Progress(progress) as bar, ExitStack() as owned:
+    with (
+        TuningLog(folder, problem, target, strategy) as log,
+        interrupt.watching(),
+        _Progress(progress) as bar,
+        ExitStack() as owned,
+    ):
         if workers is None:
             workers = owned.enter_context(Workers(target))
-        session = _Session(log, budget, lambda: interrupt.requested, bar)
+        session = _Session(
+            log, budget, lambda: interrupt.requested, bar, deadline or (lambda measured: math.inf)
+        )
         device = session_device(target) if fleet is None else {"name": f"servers of {fleet.key}"}
         log.begin_session({"seed": seed, "versions": versions(), "device": device})
         ended = "failed"
+
+        def open_search(family: str, code: str) -> DecisionSearch:
+            space = find_space(family, problem.direction)
+            return DecisionSearch(space, problem, target, folder, strategy, seed, code)
+
+        def rewrite_database(current: str = "") -> None:
+            """The database from the measurements of all families; the current one's search adds its own."""
+            forget_database(folder)
+            for family, facts in log.run["families"].items():
+                if family == current or not has_space(family, problem.direction):
+                    continue
+                if find_space(family, problem.direction).unsupported(problem.head_dim, problem.dtype, target):
+                    continue
+                search = open_search(family, facts["kernel"])
+                search.record(
+                    [
+                        (dict(m.kernel.decisions), m.latency_us)
+                        for m in session.of_family(family, facts["kernel"])
+                        if search.offers(m.kernel.decisions)
+                    ]
+                )
+
         try:
+            rewrite_database()
             for position, (family, space) in enumerate(spaces.items()):
                 session.allot(len(spaces) - position)
                 code = kernel_hash(space, problem, target)
                 log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": code})
-                search = DecisionSearch(space, problem, target, folder, strategy, seed, code)
+                search = open_search(family, code)
+                log.drop_what_is_not_offered(code, family, search.offers)
                 done = len(session.of_family(family, code))
                 total = 60.0 * minutes if minutes is not None else float(budget.trials or 0)
                 bar.begin(
@@ -407,13 +476,19 @@ def tune(
 
                 first = KernelSpec.untuned(family, problem, target)
                 reproducible = KernelSpec.untuned(family, problem, target, deterministic=True)
+                alone = target.kind == "cpu"
                 try:
                     with ProcessMeter(problem, target, seed=seed, stopped=stopped, workers=workers) as meter:
-                        alone = target.kind == "cpu"
-                        ended = run_search(search, meter, session, code, first, alone, [reproducible])
+                        while True:
+                            ended = run_search(search, meter, session, code, first, alone, [reproducible])
+                            search.close()
+                            if ended != RETAKEN:
+                                break
+                            rewrite_database(family)
+                            search = open_search(family, code)
                 except DefaultFailedError as error:
                     failures[family] = str(error)
-                search.close()
+                    search.close()
                 if fleet is not None:
                     log.note_device({**workers.server_facts, "servers": sorted(workers.used_servers)})
                 if ended == "interrupted":
@@ -422,7 +497,7 @@ def tune(
                 raise DefaultFailedError("; ".join(failures.values()))
         finally:
             log.end_session(ended, session.elapsed_s)
-    return _result(log, session, ended, failures)
+        return _result(log, session, ended, failures)
 
 
 def _supporting_spaces(

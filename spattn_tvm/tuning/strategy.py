@@ -29,6 +29,7 @@ from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
 from tvm.s_tir.meta_schedule.logging import get_logging_func
 
 from spattn_tvm.families.space import Space
+from spattn_tvm.file_reading import set_aside
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
@@ -233,13 +234,28 @@ def _tune_context(
     return context
 
 
+_DATABASE = ("database_workload.json", "database_tuning_record.json")
+
+
+def forget_database(folder: Path) -> None:
+    """Delete the database of a log folder: it follows from the measurements, and is written anew from them.
+
+    To read one that is damaged ends the process: TVM takes an object where it expects a list for a pointer.
+    """
+    for name in _DATABASE:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path)
+        path.unlink(missing_ok=True)
+
+
 def open_database(folder: Path) -> Any:
     """The JSON database of a log folder, created when absent, without a line torn by a kill.
 
     Workloads and records name each other by line number, so a torn workload line, which can only be the
     last, is followed by no record of its own.
     """
-    for name in ("database_workload.json", "database_tuning_record.json"):
+    for name in _DATABASE:
         drop_torn_line(folder / name)
     return ms.database.JSONDatabase(work_dir=str(folder))
 
@@ -318,6 +334,12 @@ class DecisionSearch:
         """Number of combinations, the illegal ones included."""
         return math.prod(len(values) for values in self.choices.values())
 
+    def offers(self, decisions: Mapping[str, int]) -> bool:
+        """Whether the decisions are a point of the space, legal or not."""
+        return set(decisions) == set(self.choices) and all(
+            decisions[name] in values for name, values in self.choices.items()
+        )
+
     def start(self, batch: int) -> None:
         """Begin; batches hold up to `batch` candidates."""
         self._context.pre_tuning(
@@ -337,8 +359,8 @@ class DecisionSearch:
     def _measure_candidate(schedule: Schedule) -> Any:
         return ms.MeasureCandidate(schedule, ms.arg_info.ArgInfo.from_entry_func(schedule.mod))
 
-    def restore(self, known: Sequence[tuple[dict[str, int], float | None]]) -> None:
-        """Learn what earlier sessions measured, and add to the database what a kill kept from it."""
+    def record(self, known: Sequence[tuple[dict[str, int], float | None]]) -> list[Any]:
+        """Add what the database lacks of earlier measurements to it; their candidates."""
         records = self._database.get_all_tuning_records()
         kept = {
             tuple(trace_decisions(record.trace, self.choices).items())
@@ -349,7 +371,11 @@ class DecisionSearch:
         for candidate, (decisions, latency) in zip(candidates, known, strict=True):
             if tuple((name, decisions[name]) for name in self.choices) not in kept:
                 self.keep(candidate, latency)
-        self.tell(candidates, [latency for _, latency in known])
+        return candidates
+
+    def restore(self, known: Sequence[tuple[dict[str, int], float | None]]) -> None:
+        """Learn what earlier sessions measured."""
+        self.tell(self.record(known), [latency for _, latency in known])
 
     def ask(self) -> list[tuple[dict[str, int], Any]] | None:
         """The next batch as (decisions, candidate), possibly empty; None when the space is exhausted."""
