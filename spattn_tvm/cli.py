@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -204,9 +206,9 @@ def tune(
     budget: Annotated[
         str,
         typer.Option(
-            help="Trials of each search (64), or time for all searches together (8m, 90s), which share it "
-            "equally. There is a search for each shape, direction and kernel family, and for each of them "
-            "its control."
+            help="Trials of each search (64), or time for the whole command (8m, 90s), with comparisons and "
+            "checks. There is a search for each shape, direction and kernel family, and for each of them its "
+            "control; they share the time equally."
         ),
     ] = "64",
     strategy: Annotated[
@@ -243,6 +245,7 @@ def tune(
     One search for each shape, direction and kernel family that runs on the target; then the best of each are
     compared side by side, the winners go to schedules/ and are checked on random problems.
     """
+    from .tuning.budget import TimePlan
     from .tuning.log import log_folder
     from .tuning.search import DefaultFailedError
     from .tuning.search import tune as search
@@ -256,6 +259,7 @@ def tune(
     if control and strategy is not Strategy.random:
         strategies.append(Strategy.random)
     trials, minutes = parse_budget(budget)
+    plan = None if minutes is None else TimePlan(60 * minutes, verify * len(problems), distill, control)
     if minutes is not None:
         minutes /= len(problems) * len(strategies)
     reason = machine.can_run_here() if fleet is None else None
@@ -267,8 +271,9 @@ def tune(
     records: list[ScheduleRecord] = []
     failures: list[str] = []
     with Workers(machine, fleet=fleet) as workers:
-        for problem in problems:
-            for asked in strategies:
+        for position, problem in enumerate(problems):
+            ends = math.inf if plan is None else plan.problem_ends(len(problems) - position)
+            for done, asked in enumerate(strategies):
                 typer.echo(f"{problem.key} on {machine.folder}, {asked.value}")
                 try:
                     result = search(
@@ -281,6 +286,7 @@ def tune(
                         log_root=log_root,
                         families=family or None,
                         workers=workers,
+                        deadline=None if plan is None else plan.search_ends(ends, len(strategies) - done),
                     )
                 except DefaultFailedError as error:  # the other problems are still tuned
                     failures.append(f"{problem.key}: {error}")
@@ -293,15 +299,19 @@ def tune(
                     raise typer.Exit(130)
             else:
                 if control:
-                    _print_comparisons(log_folder(log_root, machine, problem, "evolutionary"), workers)
+                    left_s = (ends - time.monotonic()) / (2 if distill else 1)
+                    _print_comparisons(
+                        log_folder(log_root, machine, problem, "evolutionary"), workers, left_s
+                    )
                 if distill:
+                    left_s = ends - time.monotonic()
                     try:
-                        records += _distilled(problem, machine, log_root, schedules, workers)
+                        records += _distilled(problem, machine, log_root, schedules, workers, left_s)
                     except RuntimeError as error:
                         failures.append(f"{problem.key}: {error}")
     _print_records(records)
     if verify and records and machine.can_run_here() is None:
-        failures += _verified(records, machine, verify, seed)
+        failures += _verified(records, machine, verify, seed, math.inf if plan is None else plan.left_s)
     for failure in failures:
         typer.echo(failure)
     if failures:
@@ -318,13 +328,15 @@ def _print_result(result: TuningResult) -> None:
     typer.echo(f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}")
 
 
-def _print_comparisons(log_dir: Path, workers: Workers) -> None:
+def _print_comparisons(log_dir: Path, workers: Workers, limit_s: float) -> None:
     from .tuning import write_comparison
     from .tuning.log import read_run
 
     sampled = read_run(log_dir / "random")["families"]
-    for family in (name for name in read_run(log_dir)["families"] if name in sampled):
-        latencies = write_comparison(log_dir, family, workers=workers)["latency_us"]
+    families = [name for name in read_run(log_dir)["families"] if name in sampled]
+    for family in families:
+        comparison = write_comparison(log_dir, family, workers=workers, limit_s=limit_s / len(families))
+        latencies = comparison["latency_us"]
         shown = ", ".join(f"{name} {latency_us:,.1f} us" for name, latency_us in latencies.items())
         typer.echo(f"{family}, timed in turns: {shown}")
 
@@ -335,6 +347,7 @@ def _distilled(
     log_root: Path,
     schedules: Path | None,
     workers: Workers,
+    limit_s: float,
 ) -> list[ScheduleRecord]:
     from .tuning.distill import distill as distill_logs
 
@@ -345,15 +358,18 @@ def _distilled(
         schedules=schedules,
         report=typer.echo,
         workers=workers,
+        limit_s=limit_s,
     )
 
 
-def _verified(records: list[ScheduleRecord], machine: MachineTarget, problems: int, seed: int) -> list[str]:
+def _verified(
+    records: list[ScheduleRecord], machine: MachineTarget, problems: int, seed: int, limit_s: float
+) -> list[str]:
     from .verify import kernels_of_records
     from .verify import verify as check
 
     kernels = kernels_of_records(records)
-    result = check(machine, problems * len(kernels), seed=seed, kernels=kernels)
+    result = check(machine, problems * len(kernels), seed=seed, kernels=kernels, limit_s=limit_s)
     typer.echo(f"verified on random problems: {result.passed} passed, {len(result.failures)} failed")
     return result.failures
 

@@ -6,7 +6,9 @@ as the same attention written as a few PyTorch operations in the inputs' dtype.
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -215,6 +217,7 @@ def verify(
     seed: int | None = None,
     kernels: Sequence[CheckedKernel] | None = None,
     report: Callable[[str], None] = lambda text: None,
+    limit_s: float = math.inf,
 ) -> Verification:
     """Check kernels on their shares of `problems` fresh random problems.
 
@@ -232,6 +235,8 @@ def verify(
         Those of `kernels_of` by default.
     report : callable
         Called with a line of progress.
+    limit_s : float
+        After so many seconds each kernel that is left gets one problem.
 
     Raises
     ------
@@ -245,6 +250,7 @@ def verify(
     device = torch.device(target.kind)
     kernels = kernels_of(target) if kernels is None else kernels
     result = Verification()
+    until = time.monotonic() + limit_s
     for checked, count in _shares(kernels, problems):
         report(str(checked))
         try:
@@ -252,7 +258,9 @@ def verify(
         except Exception as error:  # the other kernels are still checked
             result.failures.append(f"{checked}: {type(error).__name__}: {error}")
             continue
-        for _ in range(count):
+        for done in range(count):
+            if done and time.monotonic() > until:
+                break
             problem = RandomProblem.draw(rng, checked.spec.dtype, checked.spec.head_dim, max_length)
             try:
                 wrong = check_kernel(kernel, problem, device)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from spattn_tvm.build.resources import describe_resources
 from spattn_tvm.families import family_names, has_space
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.store import ScheduleRecord, save_records
+from spattn_tvm.store import ScheduleRecord, load_records, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
 from .log import (
@@ -27,6 +29,7 @@ from .log import (
     find_logs,
     now,
     read_run,
+    readable_logs,
     session_device,
     versions,
 )
@@ -36,6 +39,29 @@ from .workers import Workers
 _TOP = 4
 _TOP_DETERMINISTIC = 2
 _ROUNDS = 9
+# A kernel whose latency in the search was so far from that of the comparison was searched on a busy machine.
+_BUSY = 1.5
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """A kernel in a comparison: one that a search found, or that of the record so far.
+
+    Attributes
+    ----------
+    kernel : KernelSpec
+    searched_us : float
+        What its search, or its record, says.
+    source_log, workload_hash : str
+        As in its record.
+    is_record : bool
+    """
+
+    kernel: KernelSpec
+    searched_us: float
+    source_log: str
+    workload_hash: str
+    is_record: bool = False
 
 
 def _best_candidates(
@@ -67,6 +93,25 @@ def _contestants(
     return ranked[:top] + deterministic[: max(0, missing)]
 
 
+def _with_records(
+    found: Sequence[_Contestant], records: Iterable[ScheduleRecord], target: MachineTarget
+) -> list[_Contestant]:
+    """The contestants, and the records' kernels that are still offered, which they have to beat."""
+    contestants = list(found)
+    for record in records:
+        known = [c.kernel for c in contestants]
+        if record.kernel in known:
+            index = known.index(record.kernel)
+            contestants[index] = replace(contestants[index], is_record=True)
+        elif record.kernel.rejection(target) is None:
+            contestants.append(
+                _Contestant(
+                    record.kernel, record.latency_us, record.source_log, record.workload_hash, is_record=True
+                )
+            )
+    return contestants
+
+
 def _distill_family(
     logs: Sequence[Path],
     log_root: Path,
@@ -75,36 +120,84 @@ def _distill_family(
     target: MachineTarget,
     top: int,
     rounds: int,
+    limit_s: float,
     workers: Workers,
+    records: Sequence[ScheduleRecord],
+    report: Callable[[str], object],
 ) -> list[ScheduleRecord]:
-    """The fastest candidate, and where its results are not bitwise reproducible the fastest whose are."""
-    candidates = _contestants(logs, family, target, top)
-    if not candidates:
-        return []
-    with ProcessMeter(problem, target, workers=workers) as meter:
-        outcomes = meter.compare([measurement.kernel for _, measurement in candidates], rounds)
-    correct = [
-        (outcome, log, measurement)
-        for outcome, (log, measurement) in zip(outcomes, candidates, strict=True)
-        if outcome.latency_us is not None
+    """The fastest kernel of the logs and the records so far, and where its results are not bitwise
+    reproducible the fastest whose are."""
+    found = [
+        _Contestant(
+            measurement.kernel,
+            measurement.latency_us or math.inf,
+            log.relative_to(log_root).as_posix(),
+            read_run(log)["families"][family]["workload_hash"],
+        )
+        for log, measurement in _contestants(logs, family, target, top)
     ]
+    if not found:
+        return []
+    contestants = _with_records(found, records, target)
+    with ProcessMeter(problem, target, workers=workers) as meter:
+        outcomes = meter.compare([contestant.kernel for contestant in contestants], rounds, limit_s)
+    results = list(zip(contestants, outcomes, strict=True))
+    correct = [(c, outcome) for c, outcome in results if outcome.latency_us is not None]
     if not correct:
         raise RuntimeError(
-            f"none of the {len(candidates)} best candidates of {logs[0]} is correct any more: "
+            f"none of the {len(contestants)} best candidates of {logs[0]} is correct any more: "
             f"{outcomes[0].error}"
         )
-    correct.sort(key=lambda item: item[0].latency_us or math.inf)
+    correct.sort(key=lambda item: item[1].latency_us or math.inf)
     winners = correct[:1]
-    if not winners[0][2].kernel.is_deterministic:
-        winners += [item for item in correct if item[2].kernel.is_deterministic][:1]
-    return [_record(*winner, log_root, problem, target, workers) for winner in winners]
+    if not winners[0][0].kernel.is_deterministic:
+        winners += [item for item in correct if item[0].kernel.is_deterministic][:1]
+    for text in _remarks(results, winners, records):
+        report(text)
+    return [_record(contestant, outcome, problem, target, workers) for contestant, outcome in winners]
+
+
+def _remarks(
+    results: Sequence[tuple[_Contestant, Outcome]],
+    winners: Sequence[tuple[_Contestant, Outcome]],
+    records: Sequence[ScheduleRecord],
+) -> Iterator[str]:
+    """What became of the records so far, and of what the search had timed."""
+    outcomes = {contestant.kernel: outcome for contestant, outcome in results}
+    for record in records:
+        same_kind = [
+            (contestant, outcome)
+            for contestant, outcome in winners
+            if contestant.kernel.is_deterministic == record.kernel.is_deterministic
+        ]
+        outcome = outcomes.get(record.kernel)
+        if not same_kind:
+            continue
+        ((winner, won),) = same_kind
+        known = f"the record so far ({record.latency_us:,.1f} us, {record.date[:10]})"
+        if outcome is None:
+            yield f"  {known} is replaced: its decisions are no longer offered"
+        elif outcome.latency_us is None:
+            yield f"  {known} is replaced: {outcome.error}"
+        elif winner.kernel == record.kernel:
+            yield f"  {known} stays the fastest and took {outcome.latency_us:,.1f} us in this comparison"
+        else:
+            yield (
+                f"  {known} is replaced: side by side it took {outcome.latency_us:,.1f} us, "
+                f"the new one {won.latency_us:,.1f} us"
+            )
+    for contestant, outcome in winners:
+        measured_us = outcome.latency_us or math.inf
+        if not measured_us / _BUSY < contestant.searched_us < measured_us * _BUSY:
+            yield (
+                f"  the winner took {measured_us:,.1f} us, and {contestant.searched_us:,.1f} us when it was "
+                "timed before: the machine was not equally busy"
+            )
 
 
 def _record(
+    contestant: _Contestant,
     outcome: Outcome,
-    log: Path,
-    measurement: Measurement,
-    log_root: Path,
     problem: AttentionProblem,
     target: MachineTarget,
     workers: Workers,
@@ -113,19 +206,24 @@ def _record(
     return ScheduleRecord(
         problem=problem,
         target=target.folder,
-        kernel=measurement.kernel,
+        kernel=contestant.kernel,
         latency_us=round(outcome.latency_us or math.inf, 3),
-        workload_hash=read_run(log)["families"][measurement.kernel.family]["workload_hash"],
+        workload_hash=contestant.workload_hash,
         versions=versions() | {name: str(device[name]) for name in ("cuda", "driver") if device.get(name)},
         device=device["name"],
         date=now(),
-        source_log=log.relative_to(log_root).as_posix(),
+        source_log=contestant.source_log,
         resources=describe_resources(outcome.resources),
     )
 
 
 def compare_strategies(
-    log_dir: Path, family: str | None = None, *, rounds: int = 15, workers: Workers | None = None
+    log_dir: Path,
+    family: str | None = None,
+    *,
+    rounds: int = 15,
+    workers: Workers | None = None,
+    limit_s: float = math.inf,
 ) -> dict[str, float]:
     """Median latency, in microseconds, of the untuned default and of each strategy's best, measured in turns.
 
@@ -142,6 +240,8 @@ def compare_strategies(
         Measurements of each.
     workers : Workers, optional
         Processes of a search for the target.
+    limit_s : float
+        After so many seconds of measuring there are no more rounds than three.
 
     Returns
     -------
@@ -169,7 +269,7 @@ def compare_strategies(
             raise ValueError(f"{log} holds no correct candidate of the {family} family")
         contestants[read_run(log)["strategy"]] = best[0][1].kernel
     with ProcessMeter(problem, target, workers=workers) as meter:
-        outcomes = meter.compare(list(contestants.values()), rounds)
+        outcomes = meter.compare(list(contestants.values()), rounds, limit_s)
     latencies = {}
     for name, outcome in zip(contestants, outcomes, strict=True):
         if outcome.latency_us is None:
@@ -179,7 +279,12 @@ def compare_strategies(
 
 
 def write_comparison(
-    log_dir: Path, family: str | None = None, *, rounds: int = 15, workers: Workers | None = None
+    log_dir: Path,
+    family: str | None = None,
+    *,
+    rounds: int = 15,
+    workers: Workers | None = None,
+    limit_s: float = math.inf,
 ) -> dict[str, Any]:
     """What :func:`compare_strategies` finds, written to the log folder of the search.
 
@@ -202,7 +307,7 @@ def write_comparison(
             )
             for folder in find_logs(Path(log_dir))
         },
-        "latency_us": compare_strategies(log_dir, family, rounds=rounds, workers=workers),
+        "latency_us": compare_strategies(log_dir, family, rounds=rounds, workers=workers, limit_s=limit_s),
     }
     name = "comparison.json" if family == families[0] else f"comparison-{family}.json"
     (Path(log_dir) / name).write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
@@ -219,9 +324,13 @@ def distill(
     rounds: int = _ROUNDS,
     report: Callable[[str], object] = lambda text: None,
     workers: Workers | None = None,
+    limit_s: float = math.inf,
 ) -> list[ScheduleRecord]:
     """Measure the best candidates of each logged problem side by side, and write the winners to
     ``schedules/``.
+
+    The record so far takes part: it is replaced by what is faster in the same comparison, and otherwise
+    stays, with its latency of today.
 
     Parameters
     ----------
@@ -238,9 +347,11 @@ def distill(
     rounds : int
         Measurements of each.
     report : callable
-        Told a line of text before each comparison.
+        Told a line of text before each comparison, and what became of the record so far.
     workers : Workers, optional
         Processes of a search for the target, whose fleet measures if it has one.
+    limit_s : float
+        Time for all comparisons, after which each makes three rounds.
 
     Returns
     -------
@@ -262,8 +373,8 @@ def distill(
         raise ValueError(f"logs must be distilled on their target {target.folder}: {reason}")
     log_root = Path(log_root)
     by_problem: dict[AttentionProblem, list[Path]] = {}
-    for log in find_logs(log_root / target.folder):
-        problem = AttentionProblem.from_json(read_run(log)["problem"])
+    for log, run in readable_logs(log_root / target.folder):
+        problem = AttentionProblem.from_json(run["problem"])
         if problems is None or problem in problems:
             by_problem.setdefault(problem, []).append(log)
     if not by_problem:
@@ -272,14 +383,25 @@ def distill(
     with ExitStack() as owned:
         if workers is None:
             workers = owned.enter_context(Workers(target))
-        for problem, logs in by_problem.items():
-            for family in family_names():
-                if not has_space(family, problem.direction):
-                    continue
-                if not any(family in read_run(log)["families"] for log in logs):
-                    continue
-                report(f"{problem.key}: comparing the best {family} candidates")
-                found = _distill_family(logs, log_root, family, problem, target, top, rounds, workers)
-                save_records(found, schedules)
-                records += found
+        known = load_records(target.folder, schedules)
+        until = time.monotonic() + limit_s
+        work = [
+            (problem, logs, family)
+            for problem, logs in by_problem.items()
+            for family in family_names()
+            if has_space(family, problem.direction)
+            and any(family in read_run(log)["families"] for log in logs)
+        ]
+        for position, (problem, logs, family) in enumerate(work):
+            report(f"{problem.key}: comparing the best {family} candidates")
+            before = [
+                record for record in known if record.problem == problem and record.kernel.family == family
+            ]
+            share_s = max(0.0, until - time.monotonic()) / (len(work) - position)
+            searched = [log for log in logs if family in read_run(log)["families"]]
+            found = _distill_family(
+                searched, log_root, family, problem, target, top, rounds, share_s, workers, before, report
+            )
+            save_records(found, schedules)
+            records += found
     return records
