@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.reference import reference_attention
 
 SPATTENTION = BandLayout.spattention(4)
+LAYOUTS = [
+    BandLayout.spattention(4),
+    BandLayout.exclusive(4),
+    BandLayout.gapped(4, 11),
+    BandLayout.equal_area(4),
+    BandLayout.sliding_window(4, 3),
+    BandLayout.custom([[(0, 2), (5, 6)], [], [(7, 40)], [(1, 1)]]),
+]
 
 
 def draw(
@@ -24,6 +33,10 @@ def draw(
         for count in (heads, kv_heads, kv_heads)
     )
     return q, k, v
+
+
+def draw_cuda(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(**{"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, **options})
 
 
 def requiring_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,5 +75,17 @@ class Recorder(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """The functions that a function mode sees, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))

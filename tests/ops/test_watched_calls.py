@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import Recorder, draw, requiring_grad
+from attention_inputs import FunctionRecorder, Recorder, draw, requiring_grad
 from torch import Tensor
 from torch.autograd.graph import (
     allow_mutation_on_saved_tensors,
@@ -19,7 +19,6 @@ from torch.autograd.graph import (
     save_on_cpu,
     saved_tensors_hooks,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._debug_mode import DebugMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,16 +39,6 @@ class HiddenRecorder(Recorder):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
-
-
-class FunctionRecorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
