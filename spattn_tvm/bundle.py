@@ -1,15 +1,18 @@
 """Exported kernels: a folder that runs without a compiler.
 
 A bundle holds kernel libraries, TVM's runtime library and ``manifest.json``, which says what each kernel is
-for and on which target, and carries the size and SHA-256 of every other file. Loading verifies all of them
-before any library is opened. The hashes tell a damaged or incomplete copy from a good one; they are no
-signature, so load bundles only from where you would install a package from. Nothing is unpickled.
+for and on which target, and carries the size and SHA-256 of every other file. Loading verifies all of them,
+and that each library is the kernel that the manifest says it is, before any library is opened. The hashes
+tell a damaged or incomplete copy from a good one; they are no signature, so load bundles only from where you
+would install a package from. Nothing is unpickled.
+
+A file is read once in a process; later its size, its times and its place on the disk tell whether it is still
+the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,16 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .build.label import contradiction
 from .families.kernel import KernelSpec
+from .file_reading import parse_json, read_regular_file, shown
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .runtime import RUNTIME_LIBRARY
 from .target import MachineTarget
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_VERSIONED_PACKAGES = ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
+VERSIONED_PACKAGES = ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
 _STATUSES = ("tuned", "nearest", "untuned")
+_LARGEST_MANIFEST_BYTES = 16 * 2**20
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class Bundle:
         return hash(self.path)
 
     def verify(self) -> None:
-        """Compare every file with the manifest that was read; dispatch asks again before it opens a library.
+        """Compare every file that may have changed with the manifest that was read; dispatch asks before it
+        opens a library.
 
         Raises
         ------
@@ -135,10 +143,6 @@ def _fits(entry: BundledKernel, device: MachineTarget) -> bool:
     return entry.kernel.rejection(device) is None
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _refuse(folder: Path, reason: str) -> ValueError:
     return ValueError(f"{folder} is refused as a bundle: {reason}")
 
@@ -149,43 +153,107 @@ def _typed(folder: Path, what: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)!r} stands in it twice")
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle's folder, its outermost values of the right types.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is none.
+    ValueError
+        When it is damaged, or something else than a plain file.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise FileNotFoundError(f"no bundle folder {folder}")
-    if not path.is_file():
+    if path.is_symlink():
+        raise _refuse(folder, f"{MANIFEST} is a link")
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{folder} is no bundle: it has no {MANIFEST}")
     try:
-        manifest = _typed(folder, MANIFEST, json.loads(path.read_text(encoding="utf-8")), dict)
-    except ValueError as error:
-        raise _refuse(folder, f"{MANIFEST} is damaged ({error})") from error
+        text = read_regular_file(path, _LARGEST_MANIFEST_BYTES, follow_links=False)
+        manifest = parse_json(text, object_pairs_hook=_unambiguous)
+    except (OSError, ValueError) as error:
+        raise _refuse(folder, f"{MANIFEST} is damaged ({shown(error)})") from error
+    _typed(folder, MANIFEST, manifest, dict)
     if manifest.get("format") != FORMAT:
-        raise _refuse(folder, f"its format is {manifest.get('format')!r} and this version reads {FORMAT}")
+        raise _refuse(
+            folder,
+            f"its format is {manifest.get('format')!r} and this version reads {FORMAT}: export it again",
+        )
     for name, kind in (("targets", list), ("versions", dict), ("kernels", list), ("files", dict)):
         _typed(folder, f"{name!r} of {MANIFEST}", manifest.get(name), kind)
+    for name, expected in manifest["files"].items():
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise _refuse(folder, f"{name!r} is no plain file name")
+        _typed(folder, f"the entry of {name}", expected, dict)
+        _typed(folder, f"the size of {name}", expected.get("bytes"), int)
+        _typed(folder, f"the hash of {name}", expected.get("sha256"), str)
     return manifest
+
+
+_Signature = tuple[int, ...]
+# By path: what the file system said of a file when it was read, and its SHA-256.
+_known: dict[Path, tuple[_Signature, str]] = {}
+
+
+def _signature(path: Path) -> _Signature:
+    facts = os.stat(path, follow_symlinks=False)
+    return facts.st_dev, facts.st_ino, facts.st_mode, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a plain file, read again only where it may have changed since this process read it."""
+    signature = _signature(path)
+    known = _known.get(path)
+    if known is None or known[0] != signature:
+        digest = hashlib.sha256(read_regular_file(path, signature[3], follow_links=False)).hexdigest()
+        _known[path] = known = (signature, digest)
+    return known[1]
 
 
 def _verify_files(folder: Path, files: dict[str, Any]) -> None:
     for name, expected in files.items():
-        if not _FILE_NAME.fullmatch(name):
-            raise _refuse(folder, f"{name!r} is no plain file name")
-        _typed(folder, f"the entry of {name}", expected, dict)
         path = folder / name
         if path.is_symlink():
             raise _refuse(folder, f"{name} is a link")
         if not path.is_file():
             raise _refuse(folder, f"{name} is missing")
         size = path.stat().st_size
-        if size != expected.get("bytes"):
+        if size != expected["bytes"]:
             raise _refuse(
-                folder, f"{name} has {size} bytes instead of {expected.get('bytes')}: cut off or altered"
+                folder, f"{name} has {size} bytes instead of {expected['bytes']}: cut off or altered"
             )
-        if _sha256(path) != expected.get("sha256"):
+        try:
+            digest = file_sha256(path)
+        except (OSError, ValueError) as error:
+            raise _refuse(folder, f"{name} can't be read ({error})") from error
+        if digest != expected["sha256"]:
             raise _refuse(folder, f"{name} is altered: its SHA-256 is not the manifest's")
     extra = sorted({entry.name for entry in folder.iterdir()} - set(files) - {MANIFEST})
     if extra:
         raise _refuse(folder, f"it holds files that {MANIFEST} does not name: {', '.join(extra)}")
+
+
+def _verify_kernels(folder: Path, kernels: Sequence[BundledKernel]) -> None:
+    """Compare what the manifest says of each library with what the library is."""
+    for path in dict.fromkeys(entry.path for entry in kernels):
+        data = path.read_bytes()
+        for index, entry in enumerate(kernels):
+            if entry.path != path:
+                continue
+            reason = contradiction(data, entry.kernel, entry.target)
+            if reason is not None:
+                raise _refuse(folder, f"{path.name} is not the library of kernel {index}: {reason}")
 
 
 def _read_kernel(
@@ -212,9 +280,13 @@ def _read_kernel(
         problem = AttentionProblem.from_json(entry.get("problem"))
     except (TypeError, ValueError) as error:
         raise _refuse(folder, f"the problem of kernel {index} is damaged ({error})") from error
+    for size in (problem.batch, problem.query_heads, problem.kv_heads, problem.length, problem.head_dim):
+        if size > _LARGEST_SIZE:
+            raise _refuse(folder, f"the problem of kernel {index} has a size of {shown(size)}")
     try:
         kernel = KernelSpec.of(values.pop("family"), problem, values.pop("decisions"))
-    except ValueError as error:
+        _ = kernel.abi, kernel.is_deterministic
+    except (ValueError, TypeError, KeyError) as error:
         raise _refuse(folder, f"kernel {index} is none that this process knows ({error})") from error
     name = values.pop("target")
     target = next((target for target in targets if target.folder == name), None)
@@ -280,13 +352,13 @@ def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundl
     FileNotFoundError
         When there is no bundle at `path`.
     ValueError
-        When it is altered, cut off, incomplete, of another format, or holds files that its manifest does not
-        name.
+        When it is altered, cut off, incomplete, of another format, holds files that its manifest does not
+        name, or libraries that are not the kernels that it says they are.
     RuntimeError
         When it is made for another machine; says for which.
     """
     folder = Path(path).resolve()
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     files = manifest["files"]
     _verify_files(folder, files)
     try:
@@ -302,6 +374,7 @@ def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundl
     kernels = tuple(
         _read_kernel(folder, index, entry, files, targets) for index, entry in enumerate(manifest["kernels"])
     )
+    _verify_kernels(folder, kernels)
     versions = {str(package): str(version) for package, version in manifest["versions"].items()}
     bundle = Bundle(folder, targets, kernels, versions, files)
     if register:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .bundle import _VERSIONED_PACKAGES, FORMAT, MANIFEST, _read_manifest, _sha256
+from .bundle import FORMAT, MANIFEST, VERSIONED_PACKAGES, file_sha256, read_manifest
 from .choice import find_schedule
 from .problem import AttentionProblem
 from .provenance import installed_versions
@@ -21,7 +21,7 @@ from .target import MachineTarget, detect_cpu
 
 def _holds_only_a_bundle(folder: Path) -> bool:
     try:
-        files = _read_manifest(folder)["files"]
+        files = read_manifest(folder)["files"]
     except (OSError, ValueError):
         return False
     return {entry.name for entry in folder.iterdir()} <= {MANIFEST, *files}
@@ -92,10 +92,10 @@ def export_bundle(
         manifest = {
             "format": FORMAT,
             "targets": [asdict(target) for target in targets],
-            "versions": installed_versions(_VERSIONED_PACKAGES),
+            "versions": installed_versions(VERSIONED_PACKAGES),
             "kernels": entries,
             "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(build.iterdir())
             },
         }
@@ -109,6 +109,7 @@ def export_bundle(
 
 def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> list[dict[str, Any]]:
     """Compile a problem's kernels into a folder; their entries in the manifest."""
+    from .build.label import label_library
     from .build.library_cache import compile_kernel
     from .build.resources import describe_resources, library_metadata
 
@@ -119,6 +120,7 @@ def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> l
         library = compile_kernel(choice.kernel, target)
         if not (folder / library.name).exists():
             shutil.copyfile(library, folder / library.name)
+            label_library(folder / library.name, choice.kernel, target)
         entries.append(
             {
                 "problem": problem.to_json(),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) < _LONGEST_INTEGER else digits
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte-order mark.
+def parse_json(data: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text in UTF-8, with or without a byte-order mark; the hook is that of `json.loads`.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def parse_json(data: bytes) -> Any:
         When it is none, or nested too deeply.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+        return json.loads(data.decode("utf-8-sig"), parse_int=_integer, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
 

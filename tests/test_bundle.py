@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.bundle import MANIFEST, Bundle, BundledKernel, load_bundle
 from spattn_tvm.dispatch import explain, find_kernel
 from spattn_tvm.export import export_bundle
+from spattn_tvm.families import find_space
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.problem import AttentionProblem
@@ -227,7 +229,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is damaged"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "must be dict"),
     "binary": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x80"), "manifest.json is damaged"),
-    "format": (lambda folder: change_manifest(folder, lambda m: m.update(format=1)), "its format is 1"),
+    "format": (
+        lambda folder: change_manifest(folder, lambda m: m.update(format=2)),
+        "its format is 2 .* export it again",
+    ),
     "no files": (
         lambda folder: change_manifest(folder, lambda m: m.pop("files")),
         "'files' of manifest.json",
@@ -259,6 +264,143 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "target of a kernel": (
         lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(target="cuda-sm_80-generic")),
         "the target 'cuda-sm_80-generic' of kernel 0 is not among its targets",
+    ),
+}
+
+
+def rehash(folder: Path) -> None:
+    """What a packager does who trusts the files: sizes and hashes as they are."""
+
+    def change(manifest: dict) -> None:
+        for name in manifest["files"]:
+            data = (folder / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    change_manifest(folder, change)
+
+
+def replace_manifest(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / MANIFEST
+        path.rename(folder.parent / "elsewhere.json")
+        make(path)
+
+    return damage
+
+
+def swap(name: str) -> Callable[[Path], None]:
+    def change(manifest: dict) -> None:
+        first, second = manifest["kernels"]
+        first[name], second[name] = second[name], first[name]
+
+    return lambda folder: change_manifest(folder, change)
+
+
+def alter(**values: object) -> Callable[[Path], None]:
+    """The first kernel's problem."""
+    return lambda folder: change_manifest(folder, lambda m: m["kernels"][0]["problem"].update(values))
+
+
+def other_decision(folder: Path) -> None:
+    decisions = find_space("cpu", "forward").choices(32, "float32")
+
+    def change(manifest: dict) -> None:
+        entry = manifest["kernels"][0]
+        name, values = next((n, v) for n, v in decisions.items() if len(v) > 1)
+        entry["decisions"][name] = next(value for value in values if value != entry["decisions"][name])
+
+    change_manifest(folder, change)
+
+
+def other_target(folder: Path) -> None:
+    def change(manifest: dict) -> None:
+        manifest["targets"].append({"kind": "cuda", "arch": "sm_80", "model": "generic"})
+        manifest["kernels"][0]["target"] = "cuda-sm_80-generic"
+
+    change_manifest(folder, change)
+
+
+def without_label(folder: Path) -> None:
+    data = library(folder).read_bytes()
+    library(folder).write_bytes(data[: data.rindex(b"\nspattn-tvm kernel")])
+    rehash(folder)
+
+
+def label_on_other_code(folder: Path) -> None:
+    """The forward's label behind the backward's code."""
+    label = library(folder).read_bytes().rpartition(b"\nspattn-tvm kernel")
+    other = next(folder.glob("cpu-backward-*.so")).read_bytes().rpartition(b"\nspattn-tvm kernel")
+    library(folder).write_bytes(other[0] + label[1] + label[2])
+    rehash(folder)
+
+
+def set_bytes(place: int, content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = bytearray(library(folder).read_bytes())
+        data[place : place + len(content)] = content
+        library(folder).write_bytes(data)
+        rehash(folder)
+
+    return damage
+
+
+def in_place_of_library(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = library(folder)
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+OTHER_PROCESSOR = (62 if detect_cpu().arch == "aarch64" else 183).to_bytes(2, "little")
+
+DAMAGES |= {
+    "swapped libraries": (swap("library"), "is not the library of kernel 0: it says that its kernel is"),
+    "swapped problems": (swap("problem"), "kernel 0"),
+    "swapped decisions": (swap("decisions"), "kernel 0"),
+    "another direction": (alter(direction="backward"), "is not the library of kernel 0"),
+    "another dtype": (alter(dtype="bfloat16"), "is not the library of kernel 0: it says that its kernel is"),
+    "another head dim": (alter(head_dim=64), "is not the library of kernel 0: it says that its kernel is"),
+    "another decision": (other_decision, "is not the library of kernel 0: it says that its kernel is"),
+    "another family": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(family="mma")),
+        "kernel 0",
+    ),
+    "another target": (other_target, "is not the library of kernel 0: it says that its target is"),
+    "a size beyond kernels": (alter(length=10**400), "has a size of"),
+    "no label": (without_label, "it does not say which kernel it is"),
+    "a label on other code": (label_on_other_code, "it exports no function 'forward'"),
+    "code for another processor": (set_bytes(18, OTHER_PROCESSOR), "its machine code is for"),
+    "no library": (set_bytes(0, b"#!/bin/sh"), "it is no library of machine code"),
+    "a pipe for a library": (in_place_of_library(os.mkfifo), "is missing"),
+    "a folder for a library": (in_place_of_library(Path.mkdir), "is missing"),
+    "linked manifest": (
+        replace_manifest(lambda path: path.symlink_to("../elsewhere.json")),
+        "manifest.json is a link",
+    ),
+    "dangling manifest": (replace_manifest(lambda path: path.symlink_to("none")), "manifest.json is a link"),
+    "a pipe for a manifest": (replace_manifest(os.mkfifo), "manifest.json is damaged"),
+    "a folder for a manifest": (replace_manifest(Path.mkdir), "manifest.json is damaged"),
+    "huge manifest": (lambda folder: os.truncate(folder / MANIFEST, 2**34), "manifest.json is damaged"),
+    "nested manifest": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "nested too deeply"),
+    "a name twice": (
+        lambda folder: (folder / MANIFEST).write_text(
+            (folder / MANIFEST).read_text().replace('"versions"', '"files": {}, "versions"', 1)
+        ),
+        "'files' stands in it twice",
+    ),
+    "manifest among the files": (
+        lambda folder: change_manifest(
+            folder, lambda m: m["files"].update({MANIFEST: {"bytes": 1, "sha256": "0"}})
+        ),
+        "no plain file name",
+    ),
+    "size of no kind": (
+        lambda folder: change_manifest(
+            folder, lambda m: m["files"][library(folder).name].update(bytes="many")
+        ),
+        "must be int",
     ),
 }
 
@@ -295,6 +437,28 @@ def test_a_library_that_changed_after_loading_is_not_opened(copy: Path) -> None:
     flip_a_byte(copy)
     with pytest.raises(ValueError, match="is altered"):
         find_kernel("forward", torch.randn(2, 4, 70, 32), LAYOUT.spec)
+
+
+def test_files_are_read_once_in_a_process(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = bundle_module.read_regular_file
+
+    def count(path: Path, *rest: int, **options: bool) -> bytes:
+        read.append(path.name)
+        return original(path, *rest, **options)
+
+    monkeypatch.setattr(bundle_module, "read_regular_file", count)
+    load_bundle(copy)
+    assert sorted(read) == sorted(path.name for path in copy.iterdir())
+    read.clear()
+    for direction in ("forward", "backward"):
+        kernel = find_kernel(direction, torch.randn(2, 4, 70, 32), LAYOUT.spec)
+        assert kernel.path is not None and kernel.path.parent == copy.resolve()
+    load_bundle(copy, register=False)
+    assert read == [MANIFEST]
+    library(copy).touch()
+    load_bundle(copy, register=False)
+    assert read == [MANIFEST, MANIFEST, library(copy).name]
 
 
 def test_no_bundle_is_there(tmp_path: Path) -> None:

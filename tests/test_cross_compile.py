@@ -22,6 +22,7 @@ pytest.importorskip("tvm")
 from spattn_tvm import bundle, cli
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.cubin import read_cubins
+from spattn_tvm.build.label import contradiction, label_library
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.resources import (
     SPILL_TOLERANCE_BYTES,
@@ -161,6 +162,12 @@ def test_one_bundle_for_many_gpus_gives_each_its_own_kernel(
     assert _served(loaded, problem, "h200") is None
     assert _served(loaded, problem, "b200") is None
     assert _served(loaded, problem, "x86-64-v3") is None
+    # A label that is as false as the manifest: the machine code tells.
+    ours, others = (next(e for e in loaded.kernels if e.target.arch == arch) for arch in ("sm_80", "sm_89"))
+    assert contradiction(ours.path.read_bytes(), ours.kernel, ours.target) is None
+    label_library(others.path, ours.kernel, ours.target)
+    found = contradiction(others.path.read_bytes(), ours.kernel, ours.target)
+    assert found == "its machine code is for sm_89, not sm_80"
 
 
 def _served(loaded: Bundle, problem: AttentionProblem, device: str) -> str | None:
