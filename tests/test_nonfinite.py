@@ -270,6 +270,23 @@ def test_a_loss_of_lse_that_skips_queries_without_keys(impl: str, dtype: str, he
 
 
 @kernels
+@values
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_query_without_keys_is_nothing_to_keys_that_it_does_not_see(
+    name: str, value: float, impl: str, dtype: str, head_dim: int
+) -> None:
+    """In the same document, where such a value may reach other rows."""
+    for layout in (make() for make in KEYLESS.values()):
+        call = draw(layout, impl, dtype, head_dim, 200, None)
+        keyless = call.keyless()
+        for position in (slice(None), slice(0, 1), slice(63, 65)):
+            result = call.changed(name, (slice(None), slice(None), position), value).run(impl)
+            assert (result["o"][keyless] == 0).all()
+            assert (result["lse"][keyless] == -torch.inf).all()
+            assert (result["dq"][keyless] == 0).all()
+
+
+@kernels
 def test_a_nan_query_without_keys_has_no_result(impl: str, dtype: str, head_dim: int) -> None:
     call = draw(BandLayout.exclusive(HEADS), impl, dtype, head_dim, 150, None)
     keyless = call.keyless()
