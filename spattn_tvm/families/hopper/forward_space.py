@@ -10,7 +10,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.hopper import forward as kernel
+from spattn_tvm.families.hopper import forward_sizes as sizes
 from spattn_tvm.families.space import Decisions, Space
 
 from .support import MULTIPROCESSORS, unsupported
@@ -41,7 +41,7 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
 
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    return kernel.conflict(decisions, head_dim)
+    return sizes.conflict(decisions, head_dim)
 
 
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
@@ -50,18 +50,18 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     """
     layout, length, head_dim = problem.layout, problem.length, problem.head_dim
     useful = max(1, layout.pairs(length))
-    rows = kernel.WARPGROUP_ROWS * decisions["consumer_warpgroups"]
-    executed = layout.executed_pairs(length, kernel.WARPGROUP_ROWS, decisions["key_rows"])
+    rows = sizes.WARPGROUP_ROWS * decisions["consumer_warpgroups"]
+    executed = layout.executed_pairs(length, sizes.WARPGROUP_ROWS, decisions["key_rows"])
     loaded = layout.executed_pairs(length, rows, decisions["key_rows"])
     tiles = problem.batch * problem.query_heads * math.ceil(length / rows)
-    needed = kernel.consumer_registers_needed(decisions, head_dim)
+    needed = sizes.consumer_registers_needed(decisions, head_dim)
     return [
         *(math.log2(max(value, 0.5)) for _, value in sorted(decisions.items())),
         executed / useful,
-        loaded / rows / useful * kernel.WARPGROUP_ROWS,
-        executed / kernel.WARPGROUP_ROWS / decisions["key_rows"] / max(1, tiles),
+        loaded / rows / useful * sizes.WARPGROUP_ROWS,
+        executed / sizes.WARPGROUP_ROWS / decisions["key_rows"] / max(1, tiles),
         math.log2(max(1, tiles) / MULTIPROCESSORS),
-        kernel.shared_bytes(decisions, head_dim) / kernel.SHARED_BYTES_MOST,
+        sizes.shared_bytes(decisions, head_dim) / sizes.SHARED_BYTES_MOST,
         needed / decisions["consumer_registers"],
     ]
 
@@ -97,7 +97,9 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
 
 
 def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> Any:
-    return kernel.build_hopper_forward(decisions, head_dim, dtype)
+    from .forward import build_hopper_forward
+
+    return build_hopper_forward(decisions, head_dim, dtype)
 
 
 FORWARD = Space(

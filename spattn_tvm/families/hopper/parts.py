@@ -1,4 +1,4 @@
-"""Parts of the Hopper backward kernels: tensors and their maps, addresses, barriers, products, masks.
+"""Parts of the Hopper kernels: tensors and their maps, addresses, barriers, products, masks.
 
 The inline functions change the variables that they are given, as if their text stood where they are called.
 """
@@ -119,7 +119,7 @@ def named(name: str, value: Any) -> Any:
 
 
 def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
-    """The arguments of a backward kernel as buffers, and their sizes as int32.
+    """The arguments of a kernel as buffers, and their sizes as int32.
 
     ``q, k, v, o, do, dq, dk, dv`` have any strides but the last, which is 1. The shapes are 64-bit, because a
     stride is bound in the type of its buffer's shape.
@@ -140,7 +140,7 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
             shape = (batches, heads, length, T.int64(head_dim))
         elif name == "bands":
             shape, options = (tables, heads, 4), {"dtype": "int32", "align": 4}
-        elif name in ("cu_seqlens", "next_tile"):
+        elif name in ("cu_seqlens", "next_tile", "counters"):
             shape = (boundaries,) if name == "cu_seqlens" else (2,)
             options = {"dtype": "int32", "align": 4}
         else:

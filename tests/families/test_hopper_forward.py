@@ -8,9 +8,9 @@ import pytest
 
 from spattn_tvm import BandLayout
 from spattn_tvm.families import find_space
-from spattn_tvm.families.hopper.forward import (
+from spattn_tvm.families.hopper.forward import build_hopper_forward
+from spattn_tvm.families.hopper.forward_sizes import (
     SHARED_BYTES_MOST,
-    build_hopper_forward,
     entry_registers,
     producer_registers,
     shared_bytes,

@@ -1,0 +1,433 @@
+"""The computing warpgroups of the Hopper forward: 64 query rows each, the softmax in registers."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tvm.script import tirx as T
+
+from spattn_tvm.domains.row_store import store_row
+
+from .forward_producers import arrive, wait
+from .forward_sizes import (
+    BATCH,
+    DOC_BEGIN,
+    DOC_END,
+    FAR_CHUNKS,
+    FAR_HI,
+    FAR_LO,
+    FAR_TOP,
+    HEAD,
+    LIVE,
+    NEAR_CHUNKS,
+    NEAR_HI,
+    NEAR_LO,
+    NEAR_TOP,
+    PLANE,
+    QUERY0,
+    WARPGROUP_ROWS,
+    Sizes,
+)
+from .parts import ALL, INF, LOG2E, convert, element, wgmma
+
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+LN2 = math.log(2.0)
+LARGEST = 3.4028234663852886e38  # of float32
+# Scores of this size in base 2 lose 2**7 when they are rounded to float32: exp2 of the difference of one that is
+# and one that isn't overflows. Beyond it, scores that differ at all differ by more than any weight can tell.
+HUGE_SCORE = 2.0**31.5
+
+
+def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[..., None]:
+    """A warpgroup's work, an inline function of shared memory, tensors, the scale, and its warp and lane."""
+    D = c.head_dim
+    KEYS, STAGES, CHUNK, ROWS = c.keys, c.stages, c.chunk, c.rows
+    OVERLAP = bool(decisions["overlap"])
+    THRESHOLD = float(decisions["rescale_threshold"])
+    PARTS = decisions["weight_parts"]
+    Q_IN_REGISTERS = bool(decisions["queries_in_registers"])
+    QK, PV, PACK = wgmma(KEYS, dtype), wgmma(D, dtype), convert(dtype)
+    # Registers of a thread: a warpgroup's 64 x n accumulator is n/2 floats, two rows (r and r + 8) of it.
+    SCORES, WEIGHTS, OUTPUTS, QUERIES = KEYS // 2, KEYS // 4, D // 2, D // 4
+
+    def ones(count: Any) -> Any:
+        """A word whose lowest ``count`` bits are set."""
+        word = (T.uint32(1) << T.cast(count, "uint32")) - T.uint32(1)
+        return word if KEYS // 4 < 32 else T.Select(count >= 32, T.uint32(ALL), word)
+
+    def columns_below(offset: Any) -> Any:
+        """How many of a row's columns that a thread holds, at 8 j + e, are at most ``offset`` behind its first."""
+        return T.min(T.max(2 * (offset // 8) + T.min(offset % 8, 1) + 1, 0), KEYS // 4)
+
+    @T.inline
+    def consume(s, t, scale, warp, lane):
+        warpgroup: T.int32 = warp // 4 - 1
+        scale2: T.float32 = scale * T.float32(LOG2E)
+        # A factor for huge scores: times a power of two they stay exact; one of at most the scale keeps finite
+        # what the scale does.
+        power: T.float32 = T.reinterpret(
+            "float32", T.bitwise_and(T.reinterpret("uint32", scale), T.uint32(0x7F800000))
+        )
+        huge: T.float32 = T.float32(HUGE_SCORE) / scale2
+        # What no score's factor makes infinite: a row that has seen no key weighs exp2(-inf - finite) = 0.
+        no_maximum: T.float32 = T.float32(-LARGEST) / T.max(power, T.float32(1))
+        my_row: T.int32 = (warp % 4) * 16 + lane // 4  # and 8 below
+        my_column: T.int32 = (lane % 4) * 2  # and the next, of each 8
+        queries = T.alloc_local((QUERIES,), "uint32")
+        scores = T.alloc_local((SCORES,), "float32")
+        weights = T.alloc_local((WEIGHTS,), "uint32")
+        output = T.alloc_local((OUTPUTS,), "float32")
+        row_max = T.alloc_local((2,), "float32")
+        row_sum = T.alloc_local((2,), "float32")
+        shrink = T.alloc_local((2,), "float32")
+        k_desc = T.alloc_local((1,), "uint64")
+        v_desc = T.alloc_local((1,), "uint64")
+        # Offsets in 16-byte units: 8 rows of 128 bytes are 64; V's planes are KEYS rows apart.
+        T.cuda.wgmma.encode_matrix_descriptor(T.address_of(k_desc[0]), s.k.ptr_to([0]), 1, 64, 3)
+        T.cuda.wgmma.encode_matrix_descriptor(T.address_of(v_desc[0]), s.v.ptr_to([0]), KEYS * 8, 64, 3)
+        q_desc = T.alloc_local((1,), "uint64")
+        if not Q_IN_REGISTERS:
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(q_desc[0]), s.q.ptr_to([0]), 1, 64, 3)
+        k_at: T.int32 = 0
+        v_at: T.int32 = 0
+        tile_at: T.int32 = 0
+
+        # Each computing warp arrives for itself, not one thread for its warpgroup: where chunks are let pass
+        # no instruction keeps the four warps together, and one left two uses behind would wait for ever.
+        @T.inline
+        def arrive_warp(barrier):
+            if lane == 0:
+                arrive(s, barrier)
+
+        @T.inline
+        def pass_chunk(position, full, empty):
+            ring: T.int32 = position % STAGES
+            wait(s, full + ring, (position // STAGES) % 2)
+            arrive_warp(empty + ring)
+            position = position + 1
+
+        # Keys and values in the loader's order: all keys of a tile first would wait for a slot that only
+        # its values' passing frees.
+        @T.inline
+        def pass_chunks(count):
+            pass_end: T.int32 = k_at + count
+            while k_at < pass_end:
+                pass_chunk(k_at, c.k_full, c.k_empty)
+                pass_chunk(v_at, c.v_full, c.v_empty)
+
+        @T.inline
+        def load_queries():
+            for step in T.unroll(D // 16):
+                q_row: T.int32 = warpgroup * WARPGROUP_ROWS + (warp % 4) * 16 + lane % 16
+                T.ptx[LDMATRIX](
+                    queries[4 * step], queries[4 * step + 1],
+                    queries[4 * step + 2], queries[4 * step + 3],
+                    s.q.ptr_to([
+                        (step // 4) * (ROWS * PLANE) + q_row * PLANE
+                        + ((((step % 4) * 2 + lane // 16) ^ (q_row % 8)) * 8)
+                    ]),
+                )  # fmt: skip
+            T.cuda.warp_sync()
+            arrive_warp(c.q_empty)
+
+        @T.inline
+        def clear_rows():
+            for r in T.unroll(2):
+                row_max[r] = no_maximum
+                row_sum[r] = T.float32(0)
+            for i in T.unroll(OUTPUTS):
+                output[i] = T.float32(0)
+
+        @T.inline
+        def issue_scores(q_ring):
+            k_ring: T.int32 = k_at % STAGES
+            wait(s, c.k_full + k_ring, (k_at // STAGES) % 2)
+            k_tile: T.uint64 = k_desc[0] + T.cast(k_ring * (CHUNK // 8), "uint64")
+            T.ptx.wgmma.fence.sync.aligned()
+            if Q_IN_REGISTERS:
+                for step in T.unroll(D // 16):
+                    T.ptx[QK](
+                        *[scores[i] for i in range(SCORES)],
+                        queries[4 * step], queries[4 * step + 1],
+                        queries[4 * step + 2], queries[4 * step + 3],
+                        k_tile + T.uint64((step // 4) * (KEYS * 8) + (step % 4) * 2),
+                        step > 0, 1, 1, 0,
+                    )  # fmt: skip
+            else:
+                q_tile: T.uint64 = q_desc[0] + T.cast(
+                    q_ring * (ROWS * D // 8) + warpgroup * (WARPGROUP_ROWS * 8), "uint64"
+                )
+                for step in T.unroll(D // 16):
+                    T.ptx[QK](
+                        *[scores[i] for i in range(SCORES)],
+                        q_tile + T.uint64((step // 4) * (ROWS * 8) + (step % 4) * 2),
+                        k_tile + T.uint64((step // 4) * (KEYS * 8) + (step % 4) * 2),
+                        step > 0, 1, 1, 0, 0,
+                    )  # fmt: skip
+            T.ptx.wgmma.commit_group.sync.aligned()
+
+        @T.inline
+        def wait_values():
+            wait(s, c.v_full + v_at % STAGES, (v_at // STAGES) % 2)
+
+        @T.inline
+        def issue_output(part, parts):
+            v_tile: T.uint64 = v_desc[0] + T.cast(v_at % STAGES * (CHUNK // 8), "uint64")
+            T.ptx.wgmma.fence.sync.aligned()
+            for i in T.unroll(KEYS // 16 // parts):
+                step: T.let = part * (KEYS // 16 // parts) + i
+                T.ptx[PV](
+                    *[output[i] for i in range(OUTPUTS)],
+                    weights[4 * step], weights[4 * step + 1],
+                    weights[4 * step + 2], weights[4 * step + 3],
+                    v_tile + T.uint64(step * 128),
+                    T.bool(True), 1, 1, 1,
+                )  # fmt: skip
+            T.ptx.wgmma.commit_group.sync.aligned()
+
+        @T.inline
+        def release_keys():
+            arrive_warp(c.k_empty + k_at % STAGES)
+            k_at = k_at + 1
+
+        @T.inline
+        def release_values():
+            arrive_warp(c.v_empty + v_at % STAGES)
+            v_at = v_at + 1
+
+        # One bit for each of a row's columns that this thread holds: two instructions an element instead of
+        # the three of two comparisons.
+        @T.inline
+        def mask(begin, row0, lo, hi, chunk_key):
+            for r in T.unroll(2):
+                query: T.int32 = row0 + my_row + 8 * r
+                least: T.int32 = T.max(begin, query - hi) - chunk_key - my_column - 1
+                most: T.int32 = query - lo - chunk_key - my_column
+                seen: T.uint32 = ones(columns_below(most)) & ~ones(columns_below(least))
+                for j in T.unroll(KEYS // 8):
+                    for e in T.unroll(2):
+                        scores[4 * j + 2 * r + e] = T.Select(
+                            ((seen >> T.cast(2 * j + e, "uint32")) & T.uint32(1)) != T.uint32(0),
+                            scores[4 * j + 2 * r + e],
+                            T.float32(-INF),
+                        )
+
+        # Choose each row's reference, near the maximum of its scores.
+        @T.inline
+        def find_maximum():
+            for r in T.unroll(2):
+                top = T.alloc_local((1,), "float32")
+                top[0] = T.max(scores[2 * r], scores[2 * r + 1])
+                for j in T.unroll(KEYS // 8 - 1):
+                    top[0] = T.max(top[0], T.max(scores[4 * j + 4 + 2 * r], scores[4 * j + 5 + 2 * r]))
+                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 1, 32, 32))
+                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 2, 32, 32))
+                top[0] = T.max(top[0], row_max[r])
+                if THRESHOLD > 0:
+                    # Any reference near the maximum gives the same quotient; weights stay below
+                    # 2**threshold, sums are float32.
+                    grown: T.float32 = (top[0] - row_max[r]) * scale2
+                    top[0] = T.Select(grown > T.float32(THRESHOLD), top[0], row_max[r])
+                shrink[r] = T.exp2((row_max[r] - top[0]) * scale2)
+                row_max[r] = top[0]
+                row_sum[r] = row_sum[r] * shrink[r]
+
+        # exp2 of a part of the chunk's scores, in place.
+        @T.inline
+        def weigh(part, parts):
+            for r in T.unroll(2):
+                factor: T.float32 = T.Select(T.fabs(row_max[r]) < huge, scale2, power)
+                offset: T.float32 = row_max[r] * factor
+                for j in T.unroll(KEYS // 8 // parts):
+                    for e in T.unroll(2):
+                        i: T.let = 4 * (part * (KEYS // 8 // parts) + j) + 2 * r + e
+                        scores[i] = T.exp2(scores[i] * factor - offset)
+                        row_sum[r] = row_sum[r] + scores[i]
+
+        @T.inline
+        def pack_weights(part, parts):
+            for i in T.unroll(WEIGHTS // parts):
+                word: T.let = part * (WEIGHTS // parts) + i
+                T.ptx[PACK](weights[word], scores[2 * word + 1], scores[2 * word])
+
+        @T.inline
+        def shrink_output():
+            for j in T.unroll(OUTPUTS // 4):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        output[4 * j + 2 * r + e] = output[4 * j + 2 * r + e] * shrink[r]
+
+        # No wgmma is in flight here: a branch around part of a stage would serialise all of them.
+        @T.inline
+        def shrink_output_if_needed():
+            if THRESHOLD > 0:
+                grew: T.bool = T.Or(shrink[0] < T.float32(1), shrink[1] < T.float32(1))
+                if T.cuda.any_sync(T.uint32(ALL), grew) != 0:
+                    shrink_output()
+            else:
+                shrink_output()
+
+        # A tile: take this warpgroup's chunks, [near_first, near_last) and [far_first, far_last), and let the
+        # others pass.
+        @T.inline
+        def run_tile():
+            batch: T.int32 = s.words[BATCH]
+            head: T.int32 = s.words[HEAD]
+            begin: T.int32 = s.words[DOC_BEGIN]
+            end: T.int32 = s.words[DOC_END]
+            near_lo: T.int32 = s.words[NEAR_LO]
+            near_hi: T.int32 = s.words[NEAR_HI]
+            far_lo: T.int32 = s.words[FAR_LO]
+            far_hi: T.int32 = s.words[FAR_HI]
+            near_top: T.int32 = s.words[NEAR_TOP]
+            near_chunks: T.int32 = s.words[NEAR_CHUNKS]
+            far_top: T.int32 = s.words[FAR_TOP]
+            far_chunks: T.int32 = s.words[FAR_CHUNKS]
+            row0: T.int32 = s.words[QUERY0] + warpgroup * WARPGROUP_ROWS
+            # Every lane, since every lane has read the words.
+            arrive(s, c.tile_empty)
+            q_ring: T.int32 = tile_at % c.queries_slots
+            wait(s, c.q_full + q_ring, (tile_at // c.queries_slots) % 2)
+            tile_at = tile_at + 1
+            if Q_IN_REGISTERS:
+                load_queries()
+
+            row_end: T.int32 = T.min(row0 + WARPGROUP_ROWS, end)
+            near_bottom: T.int32 = T.max(begin, row0 - near_hi)
+            has_near: T.bool = T.And(row0 < end, near_bottom < row_end - near_lo)
+            near_first: T.int32 = T.Select(has_near, (near_top - (row_end - near_lo)) // KEYS, near_chunks)
+            near_last: T.int32 = T.Select(
+                has_near, (near_top - near_bottom + (KEYS - 1)) // KEYS, near_chunks
+            )
+            far_bottom: T.int32 = T.max(begin, row0 - far_hi)
+            has_far: T.bool = T.And(row0 < end, far_bottom < row_end - far_lo)
+            far_first: T.int32 = T.Select(has_far, (far_top - (row_end - far_lo)) // KEYS, far_chunks)
+            far_last: T.int32 = T.Select(has_far, (far_top - far_bottom + (KEYS - 1)) // KEYS, far_chunks)
+            near_count: T.int32 = near_last - near_first
+            chunks: T.int32 = near_count + far_last - far_first
+            between: T.int32 = near_chunks - near_last + far_first
+
+            # Mask the scores of chunk i, if an edge crosses it, and find their maximum.
+            @T.inline
+            def reduce_scores(i):
+                near: T.bool = i < near_count
+                chunk_key: T.int32 = T.Select(
+                    near,
+                    near_top - (near_first + i + 1) * KEYS,
+                    far_top - (far_first + i - near_count + 1) * KEYS,
+                )
+                lo: T.int32 = T.Select(near, near_lo, far_lo)
+                hi: T.int32 = T.Select(near, near_hi, far_hi)
+                if T.Or(
+                    chunk_key + (KEYS - 1) > row0 - lo,
+                    chunk_key < T.max(begin, row0 + (WARPGROUP_ROWS - 1) - hi),
+                ):
+                    mask(begin, row0, lo, hi, chunk_key)
+                find_maximum()
+
+            # A chunk's scores are issued before the values' product of the one before.
+            @T.inline
+            def run_overlapped():
+                issue_scores(q_ring)
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release_keys()
+                reduce_scores(0)
+                weigh(0, 1)
+                pack_weights(0, 1)
+                i: T.int32 = 1
+                while i < chunks:
+                    if i == near_count:
+                        keys_end: T.int32 = k_at + between
+                        while k_at < keys_end:
+                            pass_chunk(k_at, c.k_full, c.k_empty)
+                    issue_scores(q_ring)
+                    wait_values()
+                    issue_output(0, 1)
+                    T.ptx.wgmma.wait_group.sync.aligned(1)
+                    release_keys()
+                    reduce_scores(i)
+                    weigh(0, 1)
+                    T.ptx.wgmma.wait_group.sync.aligned(0)
+                    release_values()
+                    shrink_output_if_needed()
+                    pack_weights(0, 1)
+                    if i == near_count:
+                        values_end: T.int32 = v_at + between
+                        while v_at < values_end:
+                            pass_chunk(v_at, c.v_full, c.v_empty)
+                    i = i + 1
+                wait_values()
+                issue_output(0, 1)
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release_values()
+
+            @T.inline
+            def run_in_turn():
+                i: T.int32 = 0
+                while i < chunks:
+                    if T.And(i == near_count, i > 0):
+                        pass_chunks(between)
+                    issue_scores(q_ring)
+                    T.ptx.wgmma.wait_group.sync.aligned(0)
+                    release_keys()
+                    reduce_scores(i)
+                    shrink_output_if_needed()
+                    wait_values()
+                    for part in T.unroll(PARTS):
+                        weigh(part, PARTS)
+                        pack_weights(part, PARTS)
+                        issue_output(part, PARTS)
+                    T.ptx.wgmma.wait_group.sync.aligned(0)
+                    release_values()
+                    i = i + 1
+
+            clear_rows()
+            pass_chunks(near_first)
+            if near_count == 0:
+                pass_chunks(between)
+            if chunks > 0:
+                if OVERLAP:
+                    run_overlapped()
+                else:
+                    run_in_turn()
+            if not Q_IN_REGISTERS:
+                arrive_warp(c.q_empty + q_ring)
+            # What remains of the tile's chunks: all behind the near band if there was no far chunk.
+            if T.And(near_count > 0, chunks == near_count):
+                pass_chunks(between)
+            pass_chunks(far_chunks - far_last)
+            store_rows(batch, head, row0 + my_row, end)
+
+        # Rows whose sum is 0 have no key: the largest weight of others is 1 at least. NaN stays NaN.
+        @T.inline
+        def store_rows(batch, head, query, end):
+            for r in T.unroll(2):
+                row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32)
+                row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 2, 32, 32)
+                shrink[r] = T.float32(1) / row_sum[r]
+                if T.And(lane % 4 == 0, query + 8 * r < end):
+                    t.lse[batch, head, query + 8 * r] = T.Select(
+                        row_sum[r] == T.float32(0),
+                        T.float32(-INF),
+                        row_max[r] * scale + T.log2(row_sum[r]) * T.float32(LN2),
+                    )
+            for r in T.unroll(2):
+                row_at: T.uint64 = element(t.o, batch, head, query + 8 * r, 0)
+                has_keys: T.bool = row_sum[r] != T.float32(0)
+                store_row(
+                    lambda n, e: T.Select(has_keys, output[4 * n + 2 * r + e] * shrink[r], T.float32(0)), D,
+                    lambda column: row_at + T.Cast("uint64", 2 * column),
+                    lambda column: query + 8 * r < end, PACK, lane,
+                )  # fmt: skip
+
+        running: T.int32 = 1
+        while running == 1:
+            wait(s, c.tile_full, tile_at % 2)
+            running = s.words[LIVE]
+            if running == 1:
+                run_tile()
+
+    return consume

@@ -1,0 +1,217 @@
+"""The two loading threads of the Hopper forward: one decodes tiles, the other (a warp) loads them."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tvm.script import tirx as T
+
+from spattn_tvm.domains.key_range import key_range
+from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, table_row, tile_slots
+
+from .forward_sizes import (
+    BATCH,
+    DOC_BEGIN,
+    DOC_END,
+    FAR_CHUNKS,
+    FAR_HI,
+    FAR_LO,
+    FAR_TOP,
+    HEAD,
+    LIVE,
+    NEAR_CHUNKS,
+    NEAR_HI,
+    NEAR_LO,
+    NEAR_TOP,
+    PLANE,
+    QUERY0,
+    Sizes,
+)
+from .parts import LOAD
+
+
+@T.inline
+def wait(s, barrier, phase):
+    T.cuda.mbarrier_wait(s.barriers.ptr_to([barrier]), phase)
+
+
+@T.inline
+def arrive(s, barrier):
+    T.ptx.mbarrier.arrive.shared.b64(s.barriers.ptr_to([barrier]))
+
+
+def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
+    """The decoding thread's work, an inline function of shared memory, tensors, its block and their number.
+
+    Apart from the loader, so that the latencies of a ticket, two boundaries and four band edges, and the
+    divisions, don't hold up the loads.
+    """
+
+    DYNAMIC = bool(decisions["dynamic"])
+
+    # The keys that one band gives to a tile: `[top - chunks * keys, top)`, read from the top down.
+    @T.inline
+    def tell_band(words, names, first, last, lo, hi, begin):
+        lo_at, hi_at, top_at, chunks_at = T.meta_var(names)
+        key_begin, key_end = T.meta_var(key_range(first, last, lo, hi, begin))
+        words[lo_at] = lo
+        words[hi_at] = hi
+        words[top_at] = key_end
+        words[chunks_at] = chunk_count(key_begin, key_end, c.keys)
+
+    @T.inline
+    def decode(s, t, block, workers):
+        slots: T.int32 = tile_slots(t.length, t.documents, c.rows)
+        tiles: T.int32 = slots * t.batches * t.query_heads
+        tile: T.int32 = block
+        word_phase: T.int32 = 0
+        slot: T.int32 = 0
+        batch: T.int32 = 0
+        head: T.int32 = 0
+        document: T.int32 = 0
+        begin: T.int32 = 0
+        end: T.int32 = 0
+        first: T.int32 = 0
+        while tile < tiles:
+            # A group of heads is finished before the next one starts, so that its keys and values stay in the
+            # L2 cache between the near and the far band's reading (all heads at once would read 1.5 times the
+            # bytes at (4, 32, 4096, 128)).
+            locate_head(tile, slots, t.batches, t.query_heads, decisions["head_group"], slot, batch, head)
+            # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks end
+            # together. Head 0 last: its near and far band coincide in the paper's layout, so it is the
+            # lightest.
+            slot = slots - 1 - slot
+            head = (head + 1) % t.query_heads
+            locate_rows(slot, c.rows, t.cu_seqlens, t.documents, document, begin, end, first)
+            if first < end:
+                document = table_row(document, t.documents, t.tables)
+                last: T.int32 = T.min(first + c.rows, end) - 1
+                near_lo: T.int32 = t.bands[document, head, 0]
+                near_hi: T.int32 = t.bands[document, head, 1]
+                far_lo: T.int32 = t.bands[document, head, 2]
+                far_hi: T.int32 = t.bands[document, head, 3]
+                s.words[LIVE] = 1
+                s.words[BATCH] = batch
+                s.words[HEAD] = head
+                s.words[QUERY0] = first
+                s.words[DOC_BEGIN] = begin
+                s.words[DOC_END] = end
+                near = T.meta_var((NEAR_LO, NEAR_HI, NEAR_TOP, NEAR_CHUNKS))
+                tell_band(s.words, near, first, last, near_lo, near_hi, begin)
+                far = T.meta_var((FAR_LO, FAR_HI, FAR_TOP, FAR_CHUNKS))
+                tell_band(s.words, far, first, last, far_lo, far_hi, begin)
+                arrive(s, c.tile_full)
+                # Not before the loader nears this tile's end: blocks that claim early end apart (by 7 % of the
+                # kernel's time at (4, 16, 4096, 128) when the ticket was drawn a tile ahead).
+                wait(s, c.tile_empty, word_phase)
+                word_phase = word_phase ^ 1
+            if DYNAMIC:
+                ticket = T.alloc_local((1,), "uint32")
+                T.ptx.atom.global_.add.u32(ticket[0], t.counters.ptr_to([0]), T.uint32(1))
+                tile = T.cast(ticket[0], "int32") + workers
+            else:
+                tile = tile + workers
+        s.words[LIVE] = 0
+        arrive(s, c.tile_full)
+        if DYNAMIC:
+            # The last block to run out of tiles leaves the counters as the next call needs them.
+            finished = T.alloc_local((1,), "uint32")
+            T.ptx.atom.global_.add.u32(finished[0], t.counters.ptr_to([1]), T.uint32(1))
+            if T.cast(finished[0], "int32") == workers - 1:
+                t.counters[0] = 0
+                t.counters[1] = 0
+
+    return decode
+
+
+def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
+    """The loading warp's work, an inline function of shared memory, tensors, their maps and the lane.
+
+    One lane issues the copies; all of them set to zero what a box of values holds of another document: its
+    weight would be 0, but 0 times a NaN or an infinity is NaN.
+    """
+    LEAD = decisions["claim_lead"]
+    UNITS = 8  # of 16 bytes, in a row of a plane
+
+    @T.inline
+    def copy(tensor_map, to, row, head, batch, barrier, bytes_):
+        T.ptx.mbarrier.arrive.expect_tx.shared.b64(barrier, T.uint32(bytes_))
+        T.ptx[LOAD](to, T.address_of(tensor_map), 0, row, 0, head, batch, barrier)
+
+    @T.inline
+    def clear_values(s, stage, rows, lane):
+        unit: T.int32 = lane
+        while unit < rows * UNITS:
+            for plane in T.unroll(c.head_dim // PLANE):
+                T.ptx["st.shared.v4.s32"](
+                    s.v.ptr_to([stage * c.chunk + plane * (c.keys * PLANE) + unit * (PLANE // UNITS)]), 0, 0, 0, 0
+                )  # fmt: skip
+            unit = unit + 32
+        # Ordinary stores, then products that read them through the asynchronous proxy.
+        T.ptx.fence.proxy.async_.shared__cta()
+        T.cuda.warp_sync()
+
+    @T.inline
+    def load_chunk(s, maps, position, key0, head, batch, begin, landed_phase, lane):
+        stage: T.int32 = position % c.stages
+        empty_phase: T.int32 = (position // c.stages) % 2 ^ 1
+        # Rows of the box before the document, where there are such rows.
+        strangers: T.int32 = T.Select(begin > 0, T.max(begin - key0, 0), 0)
+        landing: T.int32 = T.Select(strangers > 0, c.v_landed, c.v_full + stage)
+        wait(s, c.k_empty + stage, empty_phase)
+        if lane == 0:
+            copy(maps.k, s.k.ptr_to([stage * c.chunk]), key0, head, batch,
+                 s.barriers.ptr_to([c.k_full + stage]), c.chunk * 2)  # fmt: skip
+        wait(s, c.v_empty + stage, empty_phase)
+        if lane == 0:
+            copy(maps.v, s.v.ptr_to([stage * c.chunk]), key0, head, batch,
+                 s.barriers.ptr_to([landing]), c.chunk * 2)  # fmt: skip
+        if strangers > 0:
+            wait(s, c.v_landed, landed_phase)
+            landed_phase = landed_phase ^ 1
+            clear_values(s, stage, strangers, lane)
+            if lane == 0:
+                arrive(s, c.v_full + stage)
+        position = position + 1
+
+    @T.inline
+    def load(s, t, maps, lane):
+        position: T.int32 = 0
+        order: T.int32 = 0  # of the tile among this block's
+        landed_phase: T.int32 = 0
+        live: T.int32 = 1
+        while live == 1:
+            wait(s, c.tile_full, order % 2)
+            live = s.words[LIVE]
+            if live == 1:
+                batch: T.int32 = s.words[BATCH]
+                head: T.int32 = s.words[HEAD]
+                query0: T.int32 = s.words[QUERY0]
+                begin: T.int32 = s.words[DOC_BEGIN]
+                near_top: T.int32 = s.words[NEAR_TOP]
+                near_chunks: T.int32 = s.words[NEAR_CHUNKS]
+                far_top: T.int32 = s.words[FAR_TOP]
+                chunks: T.int32 = near_chunks + s.words[FAR_CHUNKS]
+                q_slot: T.int32 = order % c.queries_slots
+                wait(s, c.q_empty + q_slot, (order // c.queries_slots) % 2 ^ 1)
+                order = order + 1
+                if lane == 0:
+                    copy(maps.q, s.q.ptr_to([q_slot * (c.rows * c.head_dim)]), query0, head, batch,
+                         s.barriers.ptr_to([c.q_full + q_slot]), c.rows * c.head_dim * 2)  # fmt: skip
+                kv_head: T.int32 = head // t.group
+                chunk: T.int32 = 0
+                if chunks <= LEAD:
+                    arrive(s, c.tile_empty)
+                while chunk < chunks:
+                    key0: T.int32 = T.Select(
+                        chunk < near_chunks,
+                        near_top - (chunk + 1) * c.keys,
+                        far_top - (chunk - near_chunks + 1) * c.keys,
+                    )
+                    load_chunk(s, maps, position, key0, kv_head, batch, begin, landed_phase, lane)
+                    chunk = chunk + 1
+                    if chunk == chunks - LEAD:
+                        arrive(s, c.tile_empty)
+
+    return load
