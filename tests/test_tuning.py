@@ -199,7 +199,10 @@ def test_a_gpu_survives_broken_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with Workers(target) as workers, ProcessMeter(PROBLEM, target, workers=workers) as meter:
         outcomes = dict(meter.measure(faults, None))
         again = dict(meter.measure(faults[:1], None))
-    for outcome in (outcomes[0], again[0]):
+        # The candidate against itself: their ratio is 1, whatever the machine's speed is.
+        beside = dict(meter.measure(faults[:1], None, (faults[0], 1000.0)))
+    assert beside[0].latency_us == pytest.approx(1000.0, rel=0.2)
+    for outcome in (outcomes[0], again[0], beside[0]):
         assert outcome.error is None and 0 < (outcome.latency_us or 0) < 1e5
         assert describe_resources(outcome.resources).endswith("registers, no spills")
     assert "is wrong" in (outcomes[1].error or "")

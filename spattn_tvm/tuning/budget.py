@@ -11,7 +11,7 @@ from .log import Measurement
 from .search import Deadline
 
 # Python's start and end, which the command itself doesn't see.
-_AROUND_S = 1.5
+_AROUND_S = 3.0
 # Of a comparison: preparing the data, whose reference is on disk by then; and loading and checking a kernel.
 _PREPARING_S = 2.0
 _CHECKING_S = 0.2
@@ -19,7 +19,8 @@ _CONTESTANTS = 7
 _WINNER_ROUNDS = 9
 _CONTROL_ROUNDS = 15
 _RECENT = 5
-# A random problem of the check, with its reference.
+# Of the check: its start, and a random problem with its reference.
+_VERIFYING_START_S = 2.0
 _VERIFYING_S = 0.12
 _VERIFYING_SHARE = 0.1
 
@@ -50,7 +51,8 @@ class TimePlan:
 
     def problem_ends(self, problems_left: int) -> float:
         """When (``time.monotonic``) the next of so many problems must be done with."""
-        verifying_s = min(_VERIFYING_S * self.verified, _VERIFYING_SHARE * self.total_s)
+        checked_s = _VERIFYING_START_S + _VERIFYING_S * self.verified if self.verified else 0.0
+        verifying_s = min(checked_s, _VERIFYING_SHARE * self.total_s)
         return time.monotonic() + max(0.0, self.left_s - verifying_s) / problems_left
 
     def search_ends(self, problem_ends: float, searches_left: int) -> Deadline:
