@@ -28,6 +28,15 @@ _lock = threading.Lock()
 _loaded: dict[str, Path] = {}
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it
+
+
 def _installed_runtime_folder() -> Path | None:
     """``tvm/lib`` of an installed ``apache-tvm``, found without importing it."""
     spec = importlib.util.find_spec("tvm")
@@ -73,13 +82,6 @@ def runtime_folder(bundle_folder: Path | None = None) -> Path:
         f"{RUNTIME_LIBRARY} not found ({'; '.join(tried)}): install it with `pip install apache-tvm`, "
         "or set SPATTN_TVM_RUNTIME to the folder that holds it"
     )
-
-
-def forbids_tvm() -> bool:
-    """Would ``import tvm`` end this process, because a runtime library other than its own is loaded?"""
-    loaded = _loaded.get(RUNTIME_LIBRARY)
-    installed = _installed_runtime_folder()
-    return loaded is not None and installed is not None and loaded.parent != installed.resolve()
 
 
 def _set_thread_defaults() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from spattn_tvm.target import MachineTarget
 
 from .cubin import read_cubins
+from .errors import KernelUnavailableError
 from .resources import read_ptxas
 from .toolchain import _run_compiler, find_compiler, find_nvcc
 
@@ -79,6 +80,10 @@ _NVCC_OPTIONS = (
     "--ptxas-options=-v,--register-usage-level=10,--warn-on-local-memory-usage",
 )
 
+# What nvcc compiles wherever it works: where its host compiler is too new for it, or the disk is full, it
+# does not, and a kernel that it refused may be right.
+_SMALLEST_KERNEL = "__global__ void nothing() {}\n"
+
 
 # TVM 0.27 has no visitor of TIRx in Python: this is a launch in a host function's text.
 _LAUNCH = re.compile(
@@ -134,7 +139,12 @@ def _recorded_nvcc(target: MachineTarget, said: list[str]) -> Iterator[None]:
                 check=False,
             )
             if done.returncode:
-                raise RuntimeError(f"nvcc for {target.arch} failed:\n{done.stdout.strip()[-4000:]}")
+                said_last = done.stdout.strip()[-4000:]
+                source.write_text(_SMALLEST_KERNEL, encoding="utf-8")
+                again = [nvcc, "--fatbin", *architecture, str(source), "-o", str(output)]
+                if subprocess.run(again, capture_output=True, check=False).returncode:
+                    raise KernelUnavailableError(f"{nvcc} compiles nothing for {target.arch}:\n{said_last}")
+                raise RuntimeError(f"nvcc for {target.arch} failed:\n{said_last}")
             said.append(done.stdout)
             return output.read_bytes()
 
@@ -148,8 +158,8 @@ def _recorded_nvcc(target: MachineTarget, said: list[str]) -> Iterator[None]:
 def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, Any]:
     """Compile a TensorIR module in this process and export it as a library.
 
-    A CUDA target needs ``libcuda.so.1`` in this process, a driver's or a stub's: :func:`compile_kernel` sees
-    to that.
+    A full disk or a fault of LLVM may end the process: :func:`compile_kernel` calls this in a child. A CUDA
+    target needs ``libcuda.so.1`` in the process, a driver's or a stub's.
 
     Parameters
     ----------
@@ -167,8 +177,10 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, 
 
     Raises
     ------
+    KernelUnavailableError
+        When a compiler is missing or compiles nothing at all.
     RuntimeError
-        When there is no linker, or no machine code for the GPU came out.
+        When the kernel can't be compiled, or no machine code for the GPU came out.
     """
     import tvm
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spattn_tvm.file_reading import parse_json, read_regular_file
+
 # Bytes of spilled registers in a kernel below which nobody need look: a few at the entry cost nothing.
 SPILL_TOLERANCE_BYTES = 32
+_MOST_METADATA_BYTES = 2**20
 
 
 def read_ptxas(text: str) -> dict[str, Any]:
@@ -74,9 +76,10 @@ def describe_resources(resources: Mapping[str, Any] | None) -> str:
 
 
 def library_metadata(path: Path) -> dict[str, Any]:
-    """What is known of a compiled library: family, decisions, target, ``"resources"``; or nothing."""
+    """What is known of a compiled library: family, decisions, target, ``"resources"``; or nothing, whatever
+    stands in the place of its description."""
     try:
-        metadata = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        metadata = parse_json(read_regular_file(path.with_suffix(".json"), _MOST_METADATA_BYTES))
     except (OSError, ValueError):
         return {}
     return metadata if isinstance(metadata, dict) else {}

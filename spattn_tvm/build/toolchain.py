@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from functools import cache
 from pathlib import Path
 
 from spattn_tvm.target import MachineTarget
+
+from .cache_folder import (
+    build_folder,
+    cache_dir,
+    make_private,
+    make_way,
+    require_trusted,
+    stat_own_file,
+    sweep,
+    unwritable,
+)
+from .errors import CompilerMissingError, KernelUnavailableError
 
 _INSTALL_TVM = "install it with `pip install apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post1`"
 
@@ -33,35 +45,18 @@ _DRIVER_SYMBOLS = (
 )
 
 
-# Set in a process that was started to compile for CUDA.
-_COMPILES_CUDA = "SPATTN_COMPILES_CUDA"
-
-
-class CompilerMissingError(RuntimeError):
-    """A kernel would have to be compiled, and TVM, a C++ compiler or nvcc is missing."""
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: ``$SPATTN_CACHE_DIR``, else ``~/.cache/spattn_tvm``
-    (``$XDG_CACHE_HOME``).
-    """
-    named = os.environ.get("SPATTN_CACHE_DIR")
-    if named:
-        return Path(named).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "spattn_tvm"
-
-
-def tvm_version() -> str:
-    """Version of the installed ``apache-tvm``, without importing it.
+def tvm_versions() -> dict[str, str]:
+    """Versions of the installed ``apache-tvm`` (``"tvm"``) and ``apache-tvm-ffi`` (``"tvm_ffi"``), without
+    importing them.
 
     Raises
     ------
     CompilerMissingError
-        When it is not installed; says how to get it.
+        When one is not installed; says how to get it.
     """
+    packages = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
     try:
-        return importlib.metadata.version("apache-tvm")
+        return {name: importlib.metadata.version(package) for name, package in packages.items()}
     except importlib.metadata.PackageNotFoundError:
         reason = f"compiling a kernel needs TVM, which is not installed: {_INSTALL_TVM}"
         raise CompilerMissingError(reason) from None
@@ -89,9 +84,10 @@ def find_compiler() -> str:
 
 
 def _run_compiler(arguments: list[str]) -> None:
+    """Run the C++ compiler on source text of this package, which compiles wherever a compiler works."""
     result = subprocess.run([find_compiler(), *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(
+        raise KernelUnavailableError(
             f"{find_compiler()} {' '.join(arguments)} failed:\n{result.stderr.strip()[-2000:]}"
         )
 
@@ -104,6 +100,22 @@ def find_nvcc() -> str | None:
         if found := shutil.which(candidate):
             return found
     return None
+
+
+@cache
+def _release_of(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    found = re.search(r"V\d+[\d.]*", done.stdout)
+    return found[0] if found else "unknown"
+
+
+def nvcc_release() -> str | None:
+    """The release of :func:`find_nvcc`, such as ``V13.0.88``; asked once in a process, which takes 6 ms."""
+    nvcc = find_nvcc()
+    try:
+        return None if nvcc is None else _release_of(nvcc)
+    except OSError:
+        return "unknown"
 
 
 def _toolkit_folders() -> list[str]:
@@ -134,22 +146,29 @@ def _driver_stub() -> Path:
     source = f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{source}#ifdef __cplusplus\n}}\n#endif\n'
     folder = cache_dir() / f"cuda-stub-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     library = folder / "libcuda.so.1"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not library.exists():
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:
-            code, built = Path(build) / "stub.c", Path(build) / "libcuda.so.1"
-            code.write_text(source, encoding="utf-8")
-            _run_compiler(
-                ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", str(code), "-o", str(built)]
-            )
-            os.replace(built, library)
+    require_trusted(folder.parent, folder)
+    if stat_own_file(library) is None:
+        make_private(folder)
+        with build_folder(folder) as build:
+            code, built = build / "stub.c", build / "libcuda.so.1"
+            try:
+                code.write_text(source, encoding="utf-8")
+                _run_compiler(
+                    ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", str(code), "-o", str(built)]
+                )
+                os.chmod(built, 0o755)
+                make_way(library)
+                os.replace(built, library)
+            except OSError as error:
+                raise unwritable(folder, error) from error
+        sweep(folder)
     return folder
 
 
 def compile_obstacle(target: MachineTarget) -> str | None:
     """What this machine lacks to compile for a target and how to get it, or None."""
     try:
-        tvm_version()
+        tvm_versions()
         compiler = find_compiler()
     except RuntimeError as error:
         return str(error)
@@ -172,8 +191,8 @@ def compile_obstacle(target: MachineTarget) -> str | None:
 def compile_environment(target: MachineTarget) -> dict[str, str]:
     """Environment for a process that compiles for a target, which a search starts once for many kernels.
 
-    For CUDA it makes a driver library findable, a stub's where there is no driver, and lets
-    :func:`compile_kernel` compile in that process. For a CPU it is this process's environment.
+    For CUDA it makes a driver library findable, a stub's where there is no driver. For a CPU it is this
+    process's environment.
     """
     environment = dict(os.environ)
     if target.kind != "cuda":
@@ -185,13 +204,28 @@ def compile_environment(target: MachineTarget) -> dict[str, str]:
         environment.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
     folders += [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
-    environment[_COMPILES_CUDA] = "1"
     return environment
 
 
-def leave_out_torch() -> None:
-    """Keep ``import tvm`` from importing PyTorch in a process that only compiles: with CUDA that is 6 of its
-    8 seconds.
+_only_compiles = False
+
+
+def compile_only_here() -> None:
+    """Say that this process was started to compile and may end over it: kernels are compiled in it, not in a
+    child, and ``import tvm`` leaves PyTorch out, which with CUDA is 6 of its 8 seconds.
+
+    For CUDA it must have been started in :func:`compile_environment`.
     """
+    global _only_compiles
+    _only_compiles = True
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            import tvm  # noqa: F401
+        finally:
+            del sys.modules["torch"]
+
+
+def compiles_only() -> bool:
+    """Whether :func:`compile_only_here` was called in this process."""
+    return _only_compiles

@@ -49,9 +49,9 @@ def _kernel_of(request: Mapping[str, Any]) -> KernelSpec:
 def _warm(request: dict[str, Any]) -> dict[str, Any]:
     """Import what later requests need; for a GPU, also make the process known to its driver."""
     if "torch" not in request["modules"]:
-        from spattn_tvm.build.toolchain import leave_out_torch
+        from spattn_tvm.build.toolchain import compile_only_here
 
-        leave_out_torch()
+        compile_only_here()
     for name in request["modules"]:
         importlib.import_module(name)
     if request.get("device") == "cuda":
@@ -64,9 +64,9 @@ def _warm(request: dict[str, Any]) -> dict[str, Any]:
 def _build(request: dict[str, Any]) -> dict[str, Any]:
     from spattn_tvm.build.library_cache import compile_kernel
     from spattn_tvm.build.resources import library_metadata
-    from spattn_tvm.build.toolchain import leave_out_torch
+    from spattn_tvm.build.toolchain import compile_only_here
 
-    leave_out_torch()
+    compile_only_here()
     if os.nice(0) < _BUILDER_NICENESS:
         os.nice(_BUILDER_NICENESS - os.nice(0))
     path = compile_kernel(_kernel_of(request), MachineTarget(**request["target"]))
