@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .bands import BandLayout
+from .build.errors import KernelUnavailableError
 from .build.library_cache import compile_kernel
-from .build.toolchain import CompilerMissingError, compile_obstacle
+from .build.toolchain import compile_obstacle
 from .bundle import (
     Bundle,
     BundledKernel,
@@ -94,10 +95,21 @@ class Kernel:
 _lock = threading.RLock()
 _found: dict[Any, Kernel] = {}
 _functions: dict[tuple[Path, str], Callable[..., Any]] = {}
-_compiled_paths: dict[tuple[KernelSpec, MachineTarget], Path] = {}
+_compiled_paths: dict[tuple[KernelSpec, MachineTarget], Path | KernelUnavailableError] = {}
+# Replaced whenever earlier answers may no longer hold: one that was under way then is not kept.
+_generation = object()
 _environment_bundle: list[str] = []
 _warned: set[str] = set()
 _listeners: list[Callable[[], None]] = []
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it
 
 
 def implementations() -> tuple[str, ...]:
@@ -145,6 +157,8 @@ def call_on_change(function: Callable[[], None]) -> None:
 
 
 def _forget() -> None:
+    global _generation
+    _generation = object()
     _found.clear()
     for function in _listeners:
         function()
@@ -210,13 +224,29 @@ def _from_bundles(
     return None
 
 
-def _compiled(target: MachineTarget, choice: Choice) -> Kernel:
+def _library(spec: KernelSpec, target: MachineTarget, again: bool) -> Path:
+    """Its path, which takes 2 ms to find on disk, too much for each new length. Unless asked to try again,
+    what could not be compiled is not tried for the next length either.
+    """
+    known = _compiled_paths.get((spec, target))
+    if isinstance(known, Path):
+        return known
+    if known is not None and not again:
+        raise known.with_traceback(None)
+    try:
+        path = compile_kernel(spec, target)
+    except KernelUnavailableError as error:
+        _compiled_paths[spec, target] = error
+        raise
+    _compiled_paths[spec, target] = path
+    return path
+
+
+def _compiled(target: MachineTarget, choice: Choice, again: bool) -> Kernel:
     spec = choice.kernel
-    path = _compiled_paths.get((spec, target))
-    if path is None:
-        # Finding a library on disk takes 2 ms, too much for each new length.
-        path = _compiled_paths[spec, target] = compile_kernel(spec, target)
-    function = _function(path, spec.direction, cuda=target.kind == "cuda")
+    path = _library(spec, target, again)
+    with _lock:
+        function = _function(path, spec.direction, cuda=target.kind == "cuda")
     return Kernel(function, spec, choice.status, choice.reason, path)
 
 
@@ -269,17 +299,21 @@ def _find(
         problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
         target = _target_of(device)
         families = _families(impl, target)
-        kernel = _from_bundles(problem, target, families, deterministic)
-        if kernel is not None:
-            return kernel
-        choice = find_schedule(problem, target, families=families, deterministic=deterministic)
-        return _compiled(target, choice)
-    except (NoKernelError, CompilerMissingError) as error:
+        with _lock:
+            kernel = _from_bundles(problem, target, families, deterministic)
+            if kernel is not None:
+                return kernel
+            choice = find_schedule(problem, target, families=families, deterministic=deterministic)
+        # Outside the lock: while one kernel is compiled, all others are found.
+        return _compiled(target, choice, again=impl != "auto")
+    except (NoKernelError, KernelUnavailableError) as error:
         if impl != "auto":
             raise
         reason = str(error)
-    if reason not in _warned:
+    with _lock:
+        is_new = reason not in _warned
         _warned.add(reason)
+    if is_new:
         warnings.warn(
             f"banded attention runs on the slow eager reference: {reason}",
             FallbackWarning,
@@ -316,23 +350,26 @@ def find_kernel(
     -------
     Kernel
         Without a spec, which is the reference, for float64, and with a :class:`FallbackWarning` where no
-        kernel can serve.
+        kernel can serve; it stays so until :func:`clear_cache`.
 
     Raises
     ------
     ValueError
         For an unknown `impl`, or an explicit one that can't serve the call, with the reason.
     RuntimeError
-        For an explicit `impl` that would have to be compiled without a compiler; or when compiling fails.
+        For an explicit `impl` that can't be compiled here (no compiler, a full disk); or when compiling fails
+        for a reason that lies in the kernel.
     """
     key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads, deterministic)
     kernel = _found.get(key)
     if kernel is None:
+        generation = _generation
+        kernel = _find(*key)
         with _lock:
-            kernel = _find(*key)
-            if len(_found) >= _MAX_ENTRIES:
-                _found.clear()
-            _found[key] = kernel
+            if generation is _generation:
+                if len(_found) >= _MAX_ENTRIES:
+                    _found.clear()
+                kernel = _found.setdefault(key, kernel)
     return kernel
 
 
