@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,13 +151,29 @@ def _targets() -> list[MachineTarget]:
     return list(dict.fromkeys(targets))
 
 
+def _cache() -> Finding:
+    from .build.cache_folder import CACHE_VARIABLE, LIMIT_VARIABLE, describe_cache, distrust, limit_mib
+    from .build.errors import KernelUnavailableError
+
+    try:
+        folder, count, size = describe_cache()
+    except KernelUnavailableError as error:
+        return Finding("kernel cache", str(error), "missing", f"set {CACHE_VARIABLE}")
+    text = f"{folder}: {count} kernels, {size / 2**20:.1f} of {limit_mib()} MiB ({LIMIT_VARIABLE})"
+    reason = distrust(folder) or distrust(folder / "kernels")
+    if reason is not None:
+        return Finding("kernel cache", text, "missing", reason)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("kernel cache", text, "note", f"can't be written to; another one: {CACHE_VARIABLE}")
+    clear = f"; clear it: rm -r {shlex.quote(str(folder))}" if count else ""
+    return Finding("kernel cache", f"{text}; another one: {CACHE_VARIABLE}{clear}")
+
+
 def _kernels() -> Iterator[Finding]:
-    from .build.toolchain import cache_dir
     from .store import load_records, schedules_root
 
-    folder = cache_dir()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-    yield Finding("kernel cache", f"{folder} ({size / 2**20:.1f} MiB); another one: SPATTN_CACHE_DIR")
+    yield _cache()
     root = schedules_root()
     for target in _targets():
         records = load_records(target.folder)
