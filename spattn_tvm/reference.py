@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .bands import BandLayout
+from .bands import LIMIT, BandLayout
+from .placement import check_placement, clamp_offset, place_rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -22,7 +24,9 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _CHUNK_SCORES = 2**22
 
 
-def document_lengths(cu_seqlens: Tensor | Sequence[int] | None, length: int) -> list[int]:
+def document_lengths(
+    cu_seqlens: Tensor | Sequence[int] | None, length: int, name: str = "cu_seqlens"
+) -> list[int]:
     """Lengths of the packed documents of a sequence of `length`; one document if `cu_seqlens` is None.
 
     Raises
@@ -35,8 +39,8 @@ def document_lengths(cu_seqlens: Tensor | Sequence[int] | None, length: int) -> 
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                "cu_seqlens must be one-dimensional and int32 or int64, "
-                f"got shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
+                f"{name} must be one-dimensional and int32 or int64, got "
+                f"shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
             )
         offsets = cu_seqlens.tolist()
     else:
@@ -44,62 +48,125 @@ def document_lengths(cu_seqlens: Tensor | Sequence[int] | None, length: int) -> 
     lengths = [end - begin for begin, end in pairwise(offsets)]
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > length or min(lengths) < 0:
         shown = offsets if len(offsets) <= 8 else [*offsets[:4], "…", *offsets[-3:]]
-        raise ValueError(f"cu_seqlens must rise from 0 to at most the sequence length {length}, got {shown}")
+        raise ValueError(f"{name} must rise from 0 to at most the sequence length {length}, got {shown}")
     return lengths
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Bands and document boundaries as tensors; `row` and `begin` are per position."""
+    """Bands and the places of queries and keys as tensors; `row` and what follows are per query.
+
+    ``R`` is 1, or the batch where each batch row has places of its own.
+    """
 
     table: Tensor  # (M, H, 4)
-    row: Tensor  # (N,) row of `table`
-    begin: Tensor  # (N,) first token of the position's document; N for a position of none
-    documents: list[tuple[int, int]]  # (first token, end) of each
+    row: Tensor  # (Nq,) row of `table`
+    begin: Tensor  # (R, Nq) first key of the query's document; behind all keys for a query of none
+    end: Tensor  # (R, Nq) where those keys end
+    shift: Tensor  # (R, Nq) what makes a query's row its position among the keys
+    documents: list[tuple[int, int, int, int]]  # (first query, end, first key, end) of each
+    host_shift: int | None  # of all queries, where the host knows it
+    has_ranges: bool  # do `begin` and `end` say which of the only document's keys exist?
 
-    def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def allowed(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The definition: may `query` of `head` attend to `key`? Broadcasts its arguments."""
-        distance = query - key
+        if len(self.begin) == 1:
+            batch = torch.zeros_like(batch)
+        distance = query + self.shift[batch, query] - key
         row = self.row[query]
         near = (distance >= self.table[row, head, 0]) & (distance <= self.table[row, head, 1])
         far = (distance >= self.table[row, head, 2]) & (distance <= self.table[row, head, 3])
-        return (near | far) & (key >= self.begin[query])
+        return (near | far) & (key >= self.begin[batch, query]) & (key < self.end[batch, query])
 
-    def mask(self, first: int, last: int, first_key: int) -> Tensor:
-        """Bool ``(H, last - first, last - first_key)`` of the queries ``[first, last)``."""
+    def mask(self, first: int, last: int, first_key: int, last_key: int) -> Tensor:
+        """Bool ``(R, H, last - first, last_key - first_key)`` of the queries ``[first, last)``."""
         device = self.row.device
         return self.allowed(
+            torch.arange(len(self.begin), device=device)[:, None, None, None],
             torch.arange(self.table.shape[1], device=device)[:, None, None],
-            torch.arange(first, last, device=device)[None, :, None],
-            torch.arange(first_key, last, device=device)[None, None, :],
+            torch.arange(first, last, device=device)[:, None],
+            torch.arange(first_key, last_key, device=device),
         )
 
-    def chunks(self, batch_heads: int) -> list[tuple[int, int, int]]:
-        """Query ranges and the first key that each can see: (first, last, first_key).
+    def chunks(self, batch_heads: int) -> list[tuple[int, int, int, int]]:
+        """Query ranges and the keys that each can see: (first, last, first_key, last_key).
 
         None reaches over two documents, because a weight of 0 times a NaN is NaN in a matrix product.
         """
         chunks = []
-        for begin, end in self.documents:
-            rows = max(16, _CHUNK_SCORES // max(1, batch_heads * (end - begin)))
-            chunks += [(first, min(first + rows, end), begin) for first in range(begin, end, rows)]
+        for begin, end, first_key, end_key in self.documents:
+            rows = max(16, _CHUNK_SCORES // max(1, batch_heads * (end_key - first_key)))
+            for first in range(begin, end, rows):
+                last = min(first + rows, end)
+                reach = end_key
+                if self.host_shift is not None:
+                    reach = max(first_key, min(end_key, last + self.host_shift))
+                chunks.append((first, last, first_key, reach))
         return chunks
+
+    def existing(self, keys: Tensor) -> Tensor:
+        """Keys or values ``(B, H, Nk, D)`` with zeros for those that don't exist, whatever is there."""
+        if not self.has_ranges:
+            return keys  # each chunk takes the keys of its document alone
+        key = torch.arange(keys.shape[2], device=keys.device)
+        outside = (key < self.begin[:, :1]) | (key >= self.end[:, :1])
+        return keys.masked_fill(outside[:, None, :, None], 0.0)
 
 
 def _pack(
-    layout: BandLayout, length: int, cu_seqlens: Tensor | Sequence[int] | None, device: torch.device
+    layout: BandLayout,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    cu_seqlens_k: Tensor | Sequence[int] | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> _Packing:
-    lengths = document_lengths(cu_seqlens, length)
-    layout.check_length(max(lengths))
-    table = torch.tensor(layout.packed_table(lengths), dtype=torch.int64, device=device)
-    ends = list(accumulate(lengths))
-    documents = [(end - size, end) for size, end in zip(lengths, ends, strict=True)]
-    row = torch.zeros(length, dtype=torch.int64, device=device)
-    begin = torch.full_like(row, length)
-    for index, (first, end) in enumerate(documents):
-        row[first:end] = index if len(table) > 1 else 0
-        begin[first:end] = first
-    return _Packing(table, row, begin, documents)
+    check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    queries, keys, device = q.shape[2], k.shape[2], q.device
+    own_bands = queries == keys and all(
+        given is None for given in (cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    )
+    lengths = document_lengths(cu_seqlens, queries)
+    key_lengths = [keys] if cu_seqlens is None else lengths
+    if cu_seqlens_k is not None:
+        key_lengths = document_lengths(cu_seqlens_k, keys, "cu_seqlens_k")
+        if len(key_lengths) != len(lengths):
+            raise ValueError(
+                "cu_seqlens_k must have as many documents as cu_seqlens, "
+                f"got {len(key_lengths)} and {len(lengths)}"
+            )
+    if cu_seqlens is not None:
+        layout.check_length(max(key_lengths))
+    # Elsewhere a query sees the same intervals wherever it stands.
+    table = layout.packed_table(lengths) if own_bands or cu_seqlens is not None else layout.table(LIMIT)[None]
+    if cu_seqlens_k is not None:
+        table = layout.table(LIMIT)[None]
+    ends, key_ends = list(accumulate(lengths)), list(accumulate(key_lengths))
+    documents = [
+        (end - size, end, key_end - key_size, key_end)
+        for size, end, key_size, key_end in zip(lengths, ends, key_lengths, key_ends, strict=True)
+    ]
+    by_row = any(isinstance(given, Tensor) for given in (query_offset, kv_lengths, kv_starts))
+    row = torch.zeros(queries, dtype=torch.int64, device=device)
+    if cu_seqlens is None:
+        ranges = torch.empty((q.shape[0] if by_row else 1, 3), dtype=torch.int64, device=device)
+        place_rows(ranges, queries, keys, query_offset, kv_lengths, kv_starts)
+        begin, end, shift = (column[:, None].expand(-1, queries) for column in ranges.unbind(1))
+        host_shift = None
+        if not isinstance(query_offset, Tensor) and (query_offset is not None or kv_lengths is None):
+            host_shift = keys - queries if query_offset is None else clamp_offset(query_offset, queries)
+    else:
+        begin = torch.full((1, queries), keys, dtype=torch.int64, device=device)
+        end, shift = begin.clone(), torch.zeros_like(begin)
+        for index, (first, last, first_key, last_key) in enumerate(documents):
+            row[first:last] = index if len(table) > 1 else 0
+            begin[0, first:last], end[0, first:last] = first_key, last_key
+            shift[0, first:last] = last_key - last
+        host_shift = 0 if cu_seqlens_k is None else None
+    bands = torch.tensor(table, dtype=torch.int64, device=device)
+    return _Packing(bands, row, begin, end, shift, documents, host_shift, by_row)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
@@ -108,9 +175,9 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            "q, k, v must agree in batch, length and head_dim, and k with v in heads, "
+            "q, k, v must agree in batch and head_dim, and k with v in heads and length, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
@@ -152,6 +219,10 @@ def reference_gradients(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens_k: Tensor | Sequence[int] | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `reference_attention` written out, for places where autograd does not record.
 
@@ -159,12 +230,12 @@ def reference_gradients(
 
     Parameters
     ----------
-    q, k, v, layout, scale, cu_seqlens
+    q, k, v, layout, scale, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts
         As in `reference_attention`.
     o, do : Tensor
-        ``(B, Hq, N, D)`` output and its gradient.
+        ``(B, Hq, Nq, D)`` output and its gradient.
     lse, dlse : Tensor
-        ``(B, Hq, N)`` and its gradient; None is zero.
+        ``(B, Hq, Nq)`` and its gradient; None is zero.
 
     Returns
     -------
@@ -173,14 +244,14 @@ def reference_gradients(
     """
     _check_inputs(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    packing = _pack(layout, q.shape[2], cu_seqlens, q.device)
+    packing = _pack(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
     group = q.shape[1] // k.shape[1]
     q, k, v, o, lse, do = (_promoted(tensor) for tensor in (q, k, v, o, lse, do))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = (packing.existing(tensor).repeat_interleave(group, 1) for tensor in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for first, last, first_key in packing.chunks(q.shape[0] * q.shape[1]):
-        rows, keys = slice(first, last), slice(first_key, last)
-        mask = packing.mask(first, last, first_key)
+    for first, last, first_key, last_key in packing.chunks(q.shape[0] * q.shape[1]):
+        rows, keys = slice(first, last), slice(first_key, last_key)
+        mask = packing.mask(first, last, first_key, last_key)
         keyless = ~mask.any(-1)
         q_rows, do_rows = (tensor[:, :, rows].masked_fill(keyless[..., None], 0.0) for tensor in (q, do))
         scores = scale * (q_rows @ k[:, :, keys].mT)
@@ -196,15 +267,58 @@ def reference_gradients(
     return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)
 
 
+def _pack_shapes(
+    layout: BandLayout, length: int, device: torch.device, places: dict[str, Any], kv_length: int | None
+) -> _Packing:
+    by_row = [places[name] for name in ("query_offset", "kv_lengths", "kv_starts")]
+    batch = next((len(value) for value in by_row if isinstance(value, Tensor) and value.dim()), 1)
+    q, k = (
+        torch.empty((batch, 1, rows, 0), device=device)
+        for rows in (length, length if kv_length is None else kv_length)
+    )
+    return _pack(layout, q, k, **places)
+
+
 def attention_mask(
     layout: BandLayout,
     length: int,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
     device: torch.device | str = "cpu",
+    kv_length: int | None = None,
+    cu_seqlens_k: Tensor | Sequence[int] | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> Tensor:
-    """The dense mask of a layout: bool ``(H, N, N)``, True where query i (row) attends to key j (column)."""
-    return _pack(layout, length, cu_seqlens, torch.device(device)).mask(0, length, 0)
+    """The dense mask of a layout, True where query i (row) attends to key j (column).
+
+    Parameters
+    ----------
+    layout : BandLayout
+    length : int
+        Nq, the number of queries.
+    cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts
+        As in `reference_attention`.
+    device : torch.device or str
+    kv_length : int, optional
+        Nk, the number of keys; Nq by default.
+
+    Returns
+    -------
+    Tensor
+        Bool ``(H, Nq, Nk)``; ``(B, H, Nq, Nk)`` where a tensor ``(B,)`` places queries or keys.
+    """
+    places = {
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "query_offset": query_offset,
+        "kv_lengths": kv_lengths,
+        "kv_starts": kv_starts,
+    }
+    packing = _pack_shapes(layout, length, torch.device(device), places, kv_length)
+    mask = packing.mask(0, length, 0, length if kv_length is None else kv_length)
+    return mask if packing.has_ranges else mask[0]
 
 
 def flex_mask_mod(
@@ -213,18 +327,32 @@ def flex_mask_mod(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     *,
     device: torch.device | str = "cpu",
+    kv_length: int | None = None,
+    cu_seqlens_k: Tensor | Sequence[int] | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> MaskMod:
     """The same mask as a ``mask_mod(b, h, q_idx, kv_idx)`` for ``create_block_mask`` of FlexAttention.
 
     Parameters
     ----------
+    layout, length, cu_seqlens, kv_length, cu_seqlens_k, query_offset, kv_lengths, kv_starts
+        As in `attention_mask`.
     device : torch.device or str
         Where the attention runs: the mask reads the layout's table there.
     """
-    packing = _pack(layout, length, cu_seqlens, torch.device(device))
+    places = {
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "query_offset": query_offset,
+        "kv_lengths": kv_lengths,
+        "kv_starts": kv_starts,
+    }
+    packing = _pack_shapes(layout, length, torch.device(device), places, kv_length)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return packing.allowed(h, q_idx, kv_idx)
+        return packing.allowed(b, h, q_idx, kv_idx)
 
     return mask_mod
 
@@ -237,30 +365,43 @@ def reference_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens_k: Tensor | Sequence[int] | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Banded attention by definition; differentiable, any strides, any device.
 
     Parameters
     ----------
     q : Tensor
-        ``(B, Hq, N, D)``, floating point.
+        ``(B, Hq, Nq, D)``, floating point.
     k, v : Tensor
-        ``(B, Hkv, N, D)`` in the dtype of q; query head h reads key/value head ``h // (Hq // Hkv)``.
+        ``(B, Hkv, Nk, D)`` in the dtype of q; query head h reads key/value head ``h // (Hq // Hkv)``.
     layout : BandLayout
         Bands of the ``Hq`` query heads.
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     cu_seqlens : Tensor or sequence of int, optional
-        Rising boundaries of packed documents, from 0 to at most N, the same for each batch row. Documents
+        Rising boundaries of packed documents, from 0 to at most Nq, the same for each batch row. Documents
         never attend to one another; with a layout without context length each document has the bands of its
         own length. Rows behind the last boundary belong to no document: they have and are no key.
+    cu_seqlens_k : Tensor or sequence of int, optional
+        With `cu_seqlens`: boundaries of the documents' keys, from 0 to at most Nk; `cu_seqlens` by default.
+        The queries of a document are its last ones.
+    query_offset : int or Tensor, optional
+        What makes a query's row its position among the keys; an integer tensor ``(B,)`` for each batch row.
+        By default the queries are the last ones: ``Nk - Nq``, or ``kv_lengths - Nq``.
+    kv_lengths, kv_starts : Tensor, optional
+        Integers ``(B,)``, clamped to ``[0, Nk]``: of a batch row's keys those from ``kv_starts[b]`` to below
+        ``kv_lengths[b]`` exist, all by default. The others are never used, not even where they are NaN.
 
     Returns
     -------
     o : Tensor
-        ``(B, Hq, N, D)``; 0 for a query with no key.
+        ``(B, Hq, Nq, D)``; 0 for a query with no key.
     lse : Tensor
-        ``(B, Hq, N)`` natural logarithm of the sum of exponentiated scores; -inf for a query with no key.
+        ``(B, Hq, Nq)`` natural logarithm of the sum of exponentiated scores; -inf for a query with no key.
 
     Both are computed and returned in the dtype of q promoted to at least float32.
 
@@ -273,22 +414,29 @@ def reference_attention(
     Raises
     ------
     ValueError, TypeError
-        Shapes, dtypes, heads or `cu_seqlens` that do not fit, or a sequence longer than the layout's context.
+        Shapes, dtypes, heads or places of queries and keys that do not fit, a sequence longer than the
+        layout's context, and a layout that is not autoregressive where Nq and Nk differ or one of the four
+        last arguments is given.
     """
     _check_inputs(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    packing = _pack(layout, q.shape[2], cu_seqlens, q.device)
+    packing = _pack(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
     group = q.shape[1] // k.shape[1]
     q, k, v = _promoted(q), _promoted(k), _promoted(v)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = (packing.existing(tensor).repeat_interleave(group, 1) for tensor in (k, v))
     chunks = packing.chunks(q.shape[0] * q.shape[1])
     # Keeping each chunk's scores for the backward would be N x N again.
-    scores = q.shape[0] * q.shape[1] * sum((last - first) * (last - key) for first, last, key in chunks)
+    scores = q.shape[0] * q.shape[1] * sum((last - first) * (end - key) for first, last, key, end in chunks)
     recompute = scores > _CHUNK_SCORES and torch.is_grad_enabled()
     outputs, sums = [], []
-    for first, last, first_key in chunks:
-        mask = packing.mask(first, last, first_key)
-        inputs = (q[:, :, first:last], k[:, :, first_key:last], v[:, :, first_key:last], mask, scale)
+    for first, last, first_key, last_key in chunks:
+        if first_key == last_key:
+            outputs.append(torch.zeros_like(q[:, :, first:last]))
+            sums.append(q.new_full((*q.shape[:2], last - first), -torch.inf))
+            continue
+        mask = packing.mask(first, last, first_key, last_key)
+        keys, values = k[:, :, first_key:last_key], v[:, :, first_key:last_key]
+        inputs = (q[:, :, first:last], keys, values, mask, scale)
         if recompute:
             o, lse = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -22,7 +22,8 @@ PACKAGE = "spattn_tvm"
 # floor don't import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("torch_private", "lasting", "file_lock", "file_reading", "bands", "target"),
-    ("problem", "provenance", "reference"),
+    ("problem", "provenance", "placement"),
+    ("reference",),
     ("accuracy", "domains", "families.family", "families.space"),
     ("families.cpu", "families.mma", "families.hopper"),
     ("families",),
