@@ -156,6 +156,26 @@ def test_the_package_prefers_a_chips_own_family() -> None:
     assert families_for(parse_target("x86-64-v2")) == ("cpu",)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("family", ["cpu", "mma", "hopper"])
+def test_functions_take_what_the_abi_says(family: str, direction: str) -> None:
+    """As many arguments, for each set of scratch that decisions can ask for."""
+    target = detect_cpu() if family == "cpu" else parse_target("nvidia/h100")
+    space = find_space(family, direction)
+    dtype = "float32" if family == "cpu" else "bfloat16"
+    untuned = [space.untuned(64, dtype, target, deterministic=asked) for asked in (False, True)]
+    seen = set()
+    for decisions in untuned:
+        spec = KernelSpec(family, direction, dtype, 64, decisions)
+        module = spec.build(target)
+        numbers = 2  # the factor of the scores and the workers
+        taken = len(spec.abi.inputs) + len(spec.abi.outputs) + len(spec.abi.scratch) + numbers
+        assert len(module[direction].params) == taken, decisions
+        seen.add(taken)
+    if family == "mma" and direction == "backward":
+        assert len(seen) == 2, "one pass has a workspace that two passes do not have"
+
+
 def test_a_family_is_registered_once_and_leaves_again(toy: Family) -> None:
     register_family(toy)
     assert family_names()[-1] == "toy" and implementations()[-1] == "toy"

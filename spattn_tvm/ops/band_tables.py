@@ -185,8 +185,8 @@ def _covering(cu_seqlens: Tensor, length: int) -> Tensor:
     """int32 ``[0, c0, …, cn, length]`` of boundaries c: their running maximum, clamped before it is cast."""
     ends = _find_ends(length, cu_seqlens.device)
     rising = torch.cat((ends[:1], cu_seqlens, ends[1:])).cummax(0).values
-    covering = torch.empty(rising.shape, dtype=torch.int32, device=rising.device)
-    return torch.minimum(rising, ends[1:], out=covering)
+    # Not by torch.minimum with an int32 output: on CUDA that casts what it compares.
+    return rising.clamp_(max=length).to(torch.int32)
 
 
 def _tables_of(layout: BandLayout, lengths: Tensor) -> Tensor:

@@ -206,6 +206,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
                 cast_sum(dq_sum, dq, scale, shape, head_dim, dtype)
 
     if not one_pass:
-        kept = [param for param in backward.params if param.name != "dq_sum_handle"]
+        kept = [param for param in backward.params if param.name != "dq_sum"]
         backward = tirx.PrimFunc(kept, backward.body, backward.ret_type, backward.attrs)
     return IRModule({"backward": backward})
