@@ -1,29 +1,31 @@
-"""Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two persistent passes.
+"""Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two persistent
+passes.
 
 :mod:`.backward_one_pass` is the other structure; it has the figures of both.
 
-**Two passes instead of one.** A query tile's gradient takes three matrix products a block (scores, dP, dQ), a key
-tile's four (scores, dP, dV, dK): seven where a single pass over key tiles needs five. In return nothing is
-accumulated through global memory: no float32 dQ to clear, to add to and to convert (134 MB at
-(4, 16, 4096, 128): 0.08 ms at the memory's speed), no dS exchanged through shared memory, no barrier between warpgroups. And the
-gradients are bitwise equal from run to run: each is summed by one warpgroup in one order.
+**Two passes instead of one.** A query tile's gradient takes three matrix products a block (scores, dP, dQ), a
+key tile's four (scores, dP, dV, dK): seven where a single pass over key tiles needs five. In return nothing
+is accumulated through global memory: no float32 dQ to clear, to add to and to convert (134 MB at (4, 16,
+4096, 128): 0.08 ms at the memory's speed), no dS exchanged through shared memory, no barrier between
+warpgroups. And the gradients are bitwise equal from run to run: each is summed by one warpgroup in one order.
 
-**Who does what.** In both passes a CTA stays on its multiprocessor and draws tiles from a counter. The *tile warp*
-draws them and loads what a tile keeps (Q, dO, O or K, V); the *chunk warp* walks the tile's bands and fills a ring
-with chunks of the other side (K, V or Q, dO), across tiles; two *consumer warpgroups* own 64 rows of the tile each.
-What the producers know of a chunk (where it starts, its band, which warpgroups need it) travels beside the data, so
-consumers keep no scheduling state: registers limit this kernel. A warpgroup hands back at once the chunks that only
-the other needs: with bands of 256 distances it works on 5 chunks of 64 a band, where the tile of 128 rows has 6.
+**Who does what.** In both passes a CTA stays on its multiprocessor and draws tiles from a counter. The *tile
+warp* draws them and loads what a tile keeps (Q, dO, O or K, V); the *chunk warp* walks the tile's bands and
+fills a ring with chunks of the other side (K, V or Q, dO), across tiles; two *consumer warpgroups* own 64
+rows of the tile each. What the producers know of a chunk (where it starts, its band, which warpgroups need
+it) travels beside the data, so consumers keep no scheduling state: registers limit this kernel. A warpgroup
+hands back at once the chunks that only the other needs: with bands of 256 distances it works on 5 chunks of
+64 a band, where the tile of 128 rows has 6.
 
-**Ranges.** TMA boxes may start at any row, so chunks start exactly at a band's edge (queries at an even one), and
-only the first and last ones of a band are masked.
+**Ranges.** TMA boxes may start at any row, so chunks start exactly at a band's edge (queries at an even one),
+and only the first and last ones of a band are masked.
 
-Measured on an H200 (bfloat16, spattention, medians, L2 cleared; ms): (4, 16, 4096, 128) 0.40, (1, 16, 16384, 128)
-1.07, (4, 32, 4096, 128) 0.57, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61% (dK/dV) of the
-cycles at the first size (ncu); the loops alone reach about 80% by warp samples, the rest goes to the starts and ends
-of tiles. Handing K and V back before a tile's last dS, not after it, took off 1 to 2%. Running a tile's last dQ product
-under the next tile's first scores did not pay: 0.41 and 0.59 instead of 0.40 and 0.57 at the first and third size, 1%
-less at the second.
+Measured on an H200 (bfloat16, spattention, medians, L2 cleared; ms): (4, 16, 4096, 128) 0.40, (1, 16, 16384,
+128) 1.07, (4, 32, 4096, 128) 0.57, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61%
+(dK/dV) of the cycles at the first size (ncu); the loops alone reach about 80% by warp samples, the rest goes
+to the starts and ends of tiles. Handing K and V back before a tile's last dS, not after it, took off 1 to 2%.
+Running a tile's last dQ product under the next tile's first scores did not pay: 0.41 and 0.59 instead of 0.40
+and 0.57 at the first and third size, 1% less at the second.
 """
 
 from __future__ import annotations
@@ -37,40 +39,45 @@ from .backward_sizes import DTYPES, SHARED_LIMIT, shared_bytes
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
     """The backward of banded attention as one function ``backward`` that launches three kernels.
 
-    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, stats, next_tile, [dq_sum,] scale,
-    workers)``. Batch, heads, length, strides, layout and documents are data of the call. Nothing synchronises; nothing is
-    allocated.
+    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, stats, next_tile, [dq_sum,]
+    scale, workers)``. Batch, heads, length, strides, layout and documents are data of the call. Nothing
+    synchronises; nothing is allocated.
 
-    ============== ======================= ============ ==============================================================
+    ============== ======================= ============ ====================================================
     argument       shape                   dtype        meaning
-    ============== ======================= ============ ==============================================================
+    ============== ======================= ============ ====================================================
     q, o, do, dq   (B, Hq, N, D)           `dtype`      any strides with a contiguous last dimension
-    k, v, dk, dv   (B, Hkv, N, D)          `dtype`      likewise; dk and dv are summed over the group in registers
-    lse, dlse      (B, Hq, N)              float32      contiguous; natural logarithm, -inf for a query with no key
-    bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi; a document's row: table_row
-    cu_seqlens     (documents + 1,)        int32        first token of each document, and N; sorted, from 0 on
-    stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries, lse in base
-                                                        2 twice, then delta = rowsum(do * o) - dlse twice
-    next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first kernel
-    dq_sum         (B, Hq, N, D)           float32      only for ``one_pass``; contiguous workspace, written before it is
-                                                        read
-    scale          scalar                  float32      factor of the scores
+    k, v, dk, dv   (B, Hkv, N, D)          `dtype`      likewise; dk and dv are summed over the group
+    lse, dlse      (B, Hq, N)              float32      contiguous; natural logarithm, -inf for a query with
+                                                        no key
+    bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi; a document's row:
+                                                        table_row
+    cu_seqlens     (documents + 1,)        int32        first token of each document, and N; sorted, from 0
+    stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries,
+                                                        lse in base 2 twice, then rowsum(do * o) - dlse twice
+    next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first
+                                                        kernel
+    dq_sum         (B, Hq, N, D)           float32      only for ``one_pass``; contiguous workspace, written
+                                                        before it is read
+    scale          scalar                  float32      factor of the scores, positive
     workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
-    ============== ======================= ============ ==============================================================
+    ============== ======================= ============ ====================================================
 
-    A query without keys has the gradient 0 whatever `do`, `dlse` and `o` hold there; a NaN or an infinity stays within
-    its document.
+    A query without keys has the gradient 0 whatever `do`, `dlse` and `o` hold there; a NaN or an infinity
+    stays within its document.
 
-    B, Hq, Hkv and N are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer than 1 are
-    multiples of 16 bytes, the gradients' too. Offsets are 64-bit. Gradients of two passes are bitwise reproducible.
+    B, Hq, Hkv and N are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer than
+    1 are multiples of 16 bytes, the gradients' too. Offsets are 64-bit. Gradients of two passes are bitwise
+    reproducible.
 
     Parameters
     ----------
     decisions : mapping of str to int
         ``one_pass`` (1: dQ is added up beside dK and dV, and of the others only those of ``dkv_`` count).
-        ``dq_`` and ``dkv_`` each: ``warpgroups`` (consumers of 64 rows), ``stages`` (chunks in the ring), ``heads``
-        (whose tiles are drawn together), ``registers`` and ``producer_registers`` (a thread); ``dq_keys`` and
-        ``dkv_queries`` (rows of a chunk, a multiple of 16); ``dkv_buffers`` (tiles of K and V in shared memory).
+        ``dq_`` and ``dkv_`` each: ``warpgroups`` (consumers of 64 rows), ``stages`` (chunks in the ring),
+        ``heads`` (whose tiles are drawn together), ``registers`` and ``producer_registers`` (a thread);
+        ``dq_keys`` and ``dkv_queries`` (rows of a chunk, a multiple of 16); ``dkv_buffers`` (tiles of K and V
+        in shared memory).
     head_dim : int
         D: 64 or 128.
     dtype : str
@@ -93,7 +100,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     for name, needed in shared_bytes(decisions, head_dim).items():
         if needed > SHARED_LIMIT:
             raise ValueError(
-                f"the {name} pass needs {needed} bytes of shared memory, a CTA has {SHARED_LIMIT}: fewer stages"
+                f"the {name} pass needs {needed} bytes of shared memory, a CTA has {SHARED_LIMIT}: "
+                "fewer stages"
             )
     if decisions["one_pass"]:
         from .backward_one_pass import build_one_pass

@@ -78,7 +78,8 @@ def produce_for_keys(plan, at, warp, lane, t, maps):
     def load_chunk(stage, barrier, row, b, head):
         T.ptx[LOAD](at("q", stage, plan.chunk_bytes), T.address_of(maps.q), 0, row, 0, head, b, barrier)
         T.ptx[LOAD_STATS](
-            at("stats", stage, plan.chunk_rows * 8), T.address_of(maps.stats), 2 * row, b * t.query_heads + head, barrier
+            at("stats", stage, plan.chunk_rows * 8), T.address_of(maps.stats),
+            2 * row, b * t.query_heads + head, barrier,
         )  # fmt: skip
         T.ptx[LOAD](at("do", stage, plan.chunk_bytes), T.address_of(maps.do), 0, row, 0, head, b, barrier)
 
@@ -97,12 +98,14 @@ def store_gradients(t, tile, my_row, head_dim, k_acc, v_acc, scale, convert_inst
         v_at: T.uint64 = element(t.dv, b, h, row, 0)
         k_at: T.uint64 = element(t.dk, b, h, row, 0)
         store_row(
-            lambda n, e: v_acc[4 * n + 2 * j + e], head_dim, lambda column: v_at + T.Cast("uint64", 2 * column),
-            lambda column: row < tile[2], convert_instruction, lane,
+            lambda n, e: v_acc[4 * n + 2 * j + e], head_dim,
+            lambda column: v_at + T.Cast("uint64", 2 * column), lambda column: row < tile[2],
+            convert_instruction, lane,
         )  # fmt: skip
         store_row(
-            lambda n, e: k_acc[4 * n + 2 * j + e] * scale, head_dim, lambda column: k_at + T.Cast("uint64", 2 * column),
-            lambda column: row < tile[2], convert_instruction, lane,
+            lambda n, e: k_acc[4 * n + 2 * j + e] * scale, head_dim,
+            lambda column: k_at + T.Cast("uint64", 2 * column), lambda column: row < tile[2],
+            convert_instruction, lane,
         )  # fmt: skip
 
 

@@ -1,18 +1,20 @@
-"""Banded attention backward for Hopper in one pass over key tiles: five products, dQ added up in global memory.
+"""Banded attention backward for Hopper in one pass over key tiles: five products, dQ added up in global
+memory.
 
-Three kernels. The first computes the statistics of the queries and clears the float32 sums of dQ; the second draws
-tiles of keys, as the dK/dV pass of :mod:`.backward` does, and adds each chunk's dQ to the sums by bulk
-reductions of 16 KB; the third scales and converts them. Adding goes in no fixed order: gradients differ from run to run
-in the last bits.
+Three kernels. The first computes the statistics of the queries and clears the float32 sums of dQ; the second
+draws tiles of keys, as the dK/dV pass of :mod:`.backward` does, and adds each chunk's dQ to the sums by bulk
+reductions of 16 KB; the third scales and converts them. Adding goes in no fixed order: gradients differ from
+run to run in the last bits.
 
-**A chunk.** Both warpgroups write their 64 keys of dS to shared memory, in two buffers, and meet once. Each then
-multiplies all 128 keys by half of the columns of K, so that half as much is added as if each added its own keys' part.
-The next chunk's scores and this one's dK run while dQ goes to shared memory, dP under the exponentials, dV under dS. dQ
-and dP share registers, and dK takes dS from shared memory: one more fragment of registers and ptxas serializes every
-wgmma (C7512).
+**A chunk.** Both warpgroups write their 64 keys of dS to shared memory, in two buffers, and meet once. Each
+then multiplies all 128 keys by half of the columns of K, so that half as much is added as if each added its
+own keys' part. The next chunk's scores and this one's dK run while dQ goes to shared memory, dP under the
+exponentials, dV under dS. dQ and dP share registers, and dK takes dS from shared memory: one more fragment of
+registers and ptxas serializes every wgmma (C7512).
 
-**Sums.** A warpgroup's columns of all queries of a head lie together, (B, Hq, 2, N, D / 2), so that a chunk of 64 queries
-is one contiguous piece wherever it starts. The order of the columns is that of the accumulators.
+**Sums.** A warpgroup's columns of all queries of a head lie together, (B, Hq, 2, N, D / 2), so that a chunk
+of 64 queries is one contiguous piece wherever it starts. The order of the columns is that of the
+accumulators.
 
 Measured on an H200 (bfloat16, medians, L2 cleared, the two passes in the same run; ms):
 
@@ -30,16 +32,16 @@ Measured on an H200 (bfloat16, medians, L2 cleared, the two passes in the same r
 
 with * before the third kernel was made 0.03 ms faster and dS was turned, which gave 0.01.
 
-So it is for dense causal attention of head dim 128; bands are faster in two passes, the more so the narrower they are:
-clearing, reading and converting the sums takes 0.12 ms at the second size. Of the second
-kernel's 0.98 ms at (1, 16, 16384, 128), writing dQ to shared memory, with the fence and the barrier, cost 0.22 and
-the additions 0.05; leaving out the product, the exponentials or the exchange as well changed little (0.01, 0.09, 0.08).
-Compute throughput was 57% over the cycles that a multiprocessor had work (ncu). By count, the five products with what
-is exchanged move 192 KB through shared memory a block of 64 x 64, the seven of two passes 144 KB, since those of the dQ
-pass have one side in registers. Also tried: `red.global.add.v4.f32`
-from registers (1.35 ms at that size), dS with keys in rows (1.175), dK from registers (1.21), the additions by a warp
-of their own one chunk later (1.175, and 1.499 on the causal layout), that with dK issued after dP (1.27), packs of 4
-and 2 heads instead of 8 (1.20, 1.22).
+So it is for dense causal attention of head dim 128; bands are faster in two passes, the more so the narrower
+they are: clearing, reading and converting the sums takes 0.12 ms at the second size. Of the second kernel's
+0.98 ms at (1, 16, 16384, 128), writing dQ to shared memory, with the fence and the barrier, cost 0.22 and the
+additions 0.05; leaving out the product, the exponentials or the exchange as well changed little (0.01, 0.09,
+0.08). Compute throughput was 57% over the cycles that a multiprocessor had work (ncu). By count, the five
+products with what is exchanged move 192 KB through shared memory a block of 64 x 64, the seven of two passes
+144 KB, since those of the dQ pass have one side in registers. Also tried: `red.global.add.v4.f32` from
+registers (1.35 ms at that size), dS with keys in rows (1.175), dK from registers (1.21), the additions by a
+warp of their own one chunk later (1.175, and 1.499 on the causal layout), that with dK issued after dP
+(1.27), packs of 4 and 2 heads instead of 8 (1.20, 1.22).
 """
 
 # mypy: ignore-errors
@@ -148,8 +150,8 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
 
 
 def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callable[..., None]:
-    """The second kernel's body: tiles of keys, chunks of queries. Scores are transposed (keys in rows), so that
-    P leaves the accumulators in the layout that the product with dO takes from registers.
+    """The second kernel's body: tiles of keys, chunks of queries. Scores are transposed (keys in rows), so
+    that P leaves the accumulators in the layout that the product with dO takes from registers.
     """
     D = head_dim
     ROW = SWIZZLE_ROW_BYTES
@@ -182,7 +184,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         tile = T.alloc_local((4,), "int32")
         steps = T.alloc_local((1,), "int32")
         stat = T.alloc_local((CHUNK // 4,), "float32")
-        # Where stmatrix puts this lane's row of dS: a query, this warpgroup's 64 keys of it, swizzled by the query.
+        # Where stmatrix puts this lane's row of dS: a query, this warpgroup's 64 keys of it, swizzled by the
+        # query.
         frag_at: T.uint32 = at("ds", w * CHUNK + lane // 16 * 8 + lane % 8, ROW) + T.Cast(
             "uint32", ((warp % 4 * 2 + lane // 8 % 2) ^ lane % 8) * 16
         )
@@ -199,7 +202,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         @T.inline
         def issue_product(out, kept, streamed):
             issue_left_shared(
-                SCORE, out, CHUNK // 2, D, at(kept) + own_rows, ROWS, at(streamed, stage, PLAN.chunk_bytes), CHUNK
+                SCORE, out, CHUNK // 2, D, at(kept) + own_rows, ROWS,
+                at(streamed, stage, PLAN.chunk_bytes), CHUNK,
             )  # fmt: skip
 
         # dK = dS^T Q, with dS from shared memory: its registers are free for the next scores.
@@ -230,9 +234,9 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                 )  # fmt: skip
             T.ptx.wgmma.commit_group.sync.aligned()
 
-        # Both warpgroups have written dS, and nothing of the sums before is left in shared memory. Only numbers
-        # watch over this barrier and the one before the addition: without either, dQ was wrong and racecheck
-        # silent, for it knows nothing of what wgmma and bulk copies read.
+        # Both warpgroups have written dS, and nothing of the sums before is left in shared memory. Only
+        # numbers watch over this barrier and the one before the addition: without either, dQ was wrong and
+        # racecheck silent, for it knows nothing of what wgmma and bulk copies read.
         @T.inline
         def exchange():
             if thread % 128 == 0:
@@ -240,8 +244,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
             T.ptx.bar.sync(T.uint32(SUM_BARRIER), T.uint32(128 * W))
             flip = flip ^ T.uint32(ROWS * CHUNK * 2)
 
-        # In groups of 16 columns a lane has 2 and 2 of, which stand side by side in the sums; the groups of odd
-        # queries are swapped in pairs, for the banks.
+        # In groups of 16 columns a lane has 2 and 2 of, which stand side by side in the sums; the groups of
+        # odd queries are swapped in pairs, for the banks.
         @T.inline
         def add_sum():
             T.ptx["ld.shared.v4.s32"](chunk[0], chunk[1], chunk[2], chunk[3], at("info", prev, INFO_BYTES))
@@ -260,7 +264,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
             T.ptx.fence.proxy.async_.shared__cta()
             T.ptx.bar.sync(T.Cast("uint32", SUM_BARRIER + 1 + w), T.uint32(128))
             if thread % 128 == 0:
-                # The box may begin a query before the first that meets the tile, which can be another document's.
+                # The box may begin a query before the first that meets the tile, which can be another
+                # document's.
                 first: T.int32 = T.max(chunk[0], tile[0] + chunk[1])
                 of_head: T.int64 = T.Cast("int64", chunk[3] * W + w) * T.Cast("int64", t.length)
                 T.ptx[REDUCE](
@@ -295,7 +300,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
             T.ptx["ld.shared.v4.s32"](chunk[0], chunk[1], chunk[2], chunk[3], at("info", stage, INFO_BYTES))
             for n in T.unroll(CHUNK // 8):
                 T.ptx["ld.shared.v2.f32"](
-                    stat[2 * n], stat[2 * n + 1], at("stats", stage, CHUNK * 8) + stats_lane + T.uint32(64 * n)
+                    stat[2 * n], stat[2 * n + 1],
+                    at("stats", stage, CHUNK * 8) + stats_lane + T.uint32(64 * n),
                 )  # fmt: skip
             T.ptx.wgmma.wait_group.sync.aligned(2 if follows else 1)
             hold(s_acc, CHUNK // 2)
@@ -392,8 +398,8 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
 
 
 def conversion_pass(warpgroups: int, head_dim: int, dtype: str) -> Callable[..., None]:
-    """The third kernel's body: dQ from its sums. A lane's four are columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16: a
-    quad sorts them, and writes whole 32-byte sectors.
+    """The third kernel's body: dQ from its sums. A lane's four are columns 2t, 2t + 1, 2t + 8 and 2t + 9 of
+    16: a quad sorts them, and writes whole 32-byte sectors.
     """
     D = head_dim
     SPAN = D // warpgroups

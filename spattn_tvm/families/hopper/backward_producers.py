@@ -1,13 +1,13 @@
 """The two loading warps of a pass of the Hopper backward: one draws tiles, the other walks their bands.
 
 The *tile warp* draws tiles from a counter, hands them to the chunk warp through a queue, and loads what stays
-for the whole tile. The *chunk warp* fills a ring of chunks of the other side, across tiles. What they know of a
-chunk (where it starts, its band, which warpgroups need it) travels beside the data, so that the consumers keep
-no scheduling state.
+for the whole tile. The *chunk warp* fills a ring of chunks of the other side, across tiles. What they know of
+a chunk (where it starts, its band, which warpgroups need it) travels beside the data, so that the consumers
+keep no scheduling state.
 
 A copy takes whole boxes, and a box can reach beyond its document. Masks keep such rows' scores out, but their
-weight 0 times a NaN or an infinity is NaN: the rows are set to zero before the consumers see them, by the warp
-that loads them. Only boxes at the ends of packed documents have any.
+weight 0 times a NaN or an infinity is NaN: the rows are set to zero before the consumers see them, by the
+warp that loads them. Only boxes at the ends of packed documents have any.
 """
 
 # mypy: ignore-errors
@@ -33,8 +33,8 @@ from .backward_sizes import (
 )
 from .parts import ALL, advance, arrive, ballot, band_row, load_shared
 
-# Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1 %
-# less time and left racecheck in doubt about the other lanes' reads.
+# Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1
+# % less time and left racecheck in doubt about the other lanes' reads.
 LANES = 32
 UNITS = SWIZZLE_ROW_BYTES // 16
 
@@ -57,7 +57,7 @@ class Plan:
     has_statistics : bool
         Whether the statistics of a chunk's rows are streamed too, 8 bytes each.
     reach : callable
-        ``reach(first, last, low, high, begin, end)``: the rows of the other side that a band gives to a tile's
+        ``reach(first, last, low, high, begin, end)``: the rows of the other side that a band gives to the
         rows ``first ... last`` of the document ``[begin, end)``.
     grain : int
         Chunks start at a multiple of it.
@@ -202,8 +202,8 @@ def clear_rows(plan, starts, rows, first, end, lane):
 
 @T.inline
 def clear_statistics(plan, at, stage, clear_to, clear_from, lane):
-    # Two queries are 16 bytes: lse of both, then delta of both. What else is 0 there, a masked score turns into
-    # the weight 0; an infinity or a NaN it would not.
+    # Two queries are 16 bytes: lse of both, then delta of both. What else is 0 there, a masked score turns
+    # into the weight 0; an infinity or a NaN it would not.
     query: T.int32 = lane
     while query < plan.chunk_rows:
         if T.Or(query < clear_to, query >= clear_from):
@@ -348,8 +348,8 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
                     word: T.int32 = tensors.query_heads * b + h + band // 2
                     if not plan.shared:
                         word = T.Cast("int32", ballot(T.And(c >= own_first, c <= own_last)))
-                    # The box's rows before the first that any of the document's other rows meets in this band,
-                    # and those behind the document.
+                    # The box's rows before the first that any of the document's other rows meets in this
+                    # band, and those behind the document.
                     clear_to: T.int32 = 0
                     if plan.grain > 1:
                         if first == begin:

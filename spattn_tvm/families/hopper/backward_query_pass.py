@@ -1,7 +1,7 @@
 """The dQ pass of the Hopper backward: tiles of queries, chunks of keys.
 
-A warpgroup keeps the fragments of its 64 rows of Q and dO in registers. It also computes the statistics of its
-queries, which the dK/dV pass reads.
+A warpgroup keeps the fragments of its 64 rows of Q and dO in registers. It also computes the statistics of
+its queries, which the dK/dV pass reads.
 """
 
 # mypy: ignore-errors
@@ -209,8 +209,8 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
             if todo > 0:
                 find_chunk(at, w, stage, phase, STAGES, left, found, chunk, STAGES - 2)
 
-        # The loop is rotated so that no product is in flight across its back edge: ptxas serializes every wgmma
-        # otherwise (C7514).
+        # The loop is rotated so that no product is in flight across its back edge: ptxas serializes every
+        # wgmma otherwise (C7514).
         @T.inline
         def run_chunks():
             while todo > 0:
@@ -236,7 +236,8 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
                 has_keys: T.bool = lse2[j] != T.float32(INF)
                 store_row(
                     lambda n, e: T.Select(has_keys, acc[4 * n + 2 * j + e] * scale, T.float32(0)), D,
-                    lambda column: row_at + T.Cast("uint64", 2 * column), lambda column: row < tile[2], CONVERT, lane,
+                    lambda column: row_at + T.Cast("uint64", 2 * column), lambda column: row < tile[2],
+                    CONVERT, lane,
                 )  # fmt: skip
 
         while running == 1:

@@ -9,7 +9,8 @@ PLANE = 64  # columns of a swizzled row: a tile of more columns lies in planes
 SWIZZLE_ROW_BYTES = 128
 DTYPES = ("float16", "bfloat16")
 BARRIER_BYTES = 8
-# Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and head).
+# Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and
+# head).
 INFO_BYTES = 16
 # Of a tile: first row, its document's begin and end, batch and head; chunks of each warpgroup, chunks in all.
 TILE_INFO_BYTES = 32

@@ -19,8 +19,8 @@ RESET_THREADS = 128
 
 @T.inline
 def reset(t):
-    # What the passes share: the tile counters start at zero, and an odd N has one more row of statistics, which
-    # must be finite.
+    # What the passes share: the tile counters start at zero, and an odd N has one more row of statistics,
+    # which must be finite.
     block = T.cta_id([(t.batches * t.query_heads + RESET_THREADS - 1) // RESET_THREADS])
     thread = T.thread_id([RESET_THREADS])
     row: T.int32 = block * RESET_THREADS + thread

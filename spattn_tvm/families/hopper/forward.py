@@ -27,11 +27,11 @@ warpgroups, chunk, queries, overlap  4, 16, 4096, 128  1, 16, 16384, 128  4, 32,
 2, 128, registers, yes               0.146             0.341              0.214             0.113
 ===================================  ================  =================  ================  ===============
 
-Dense causal cuDNN took 0.472 and 1.712 in the same run. Chunks of 80 and 96 keys took 0.156 and 0.160. At
-(4, 16, 4096, 128) the tensor cores were busy 53 % of the time, issue slots 41 %, L2 66 %, memory 42 %: no
-unit is full, the chain from scores to weights is long, which more warpgroups and overlap hide. Overlap across
-tiles (the next tile's first scores issued before this one's output is written) did not pay: 0.133, 0.329, 0.186
-and 0.091 ms where 0.131, 0.324, 0.182 and 0.090 were measured without it in the same run.
+Dense causal cuDNN took 0.472 and 1.712 in the same run. Chunks of 80 and 96 keys took 0.156 and 0.160. At (4,
+16, 4096, 128) the tensor cores were busy 53 % of the time, issue slots 41 %, L2 66 %, memory 42 %: no unit is
+full, the chain from scores to weights is long, which more warpgroups and overlap hide. Overlap across tiles
+(the next tile's first scores issued before this one's output is written) did not pay: 0.133, 0.329, 0.186 and
+0.091 ms where 0.131, 0.324, 0.182 and 0.090 were measured without it in the same run.
 """
 
 # mypy: ignore-errors
@@ -56,9 +56,9 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
     cu_seqlens int32 (documents + 1,), sorted, from 0 to N; lse float32 (B, Hq, N), contiguous, natural
     logarithm; counters int32 (2,), zero before the first call, left zero by each call, not shared by calls
     that may run at the same time; scale float32 > 0; workers int32, the number of thread blocks (one for each
-    multiprocessor). B, N and the head counts must be positive. A query without keys gets o = 0 and lse = -inf.
-    Masked keys of a visited chunk get the weight 0, so a NaN among the values there spreads, as it does in
-    dense attention with a mask, but not to another document.
+    multiprocessor). B, N and the head counts must be positive. A query without keys gets o = 0 and lse =
+    -inf. Masked keys of a visited chunk get the weight 0, so a NaN among the values there spreads, as it does
+    in dense attention with a mask, but not to another document.
 
     Parameters
     ----------
@@ -158,7 +158,8 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
         T.func_attr({"global_symbol": "forward"})
         t = T.meta_var(
             match_tensors(
-                dtype, head_dim, q=q, k=k, v=v, bands=bands, cu_seqlens=cu_seqlens, o=o, lse=lse, counters=counters
+                dtype, head_dim, q=q, k=k, v=v, bands=bands, cu_seqlens=cu_seqlens, o=o, lse=lse,
+                counters=counters,
             )
         )  # fmt: skip
         # Rows before a tensor's first or behind its last are filled with zeros.

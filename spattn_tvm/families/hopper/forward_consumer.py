@@ -36,8 +36,9 @@ from .parts import ALL, INF, LOG2E, convert, element, wgmma
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LN2 = math.log(2.0)
 LARGEST = 3.4028234663852886e38  # of float32
-# Scores of this size in base 2 lose 2**7 when they are rounded to float32: exp2 of the difference of one that is
-# and one that isn't overflows. Beyond it, scores that differ at all differ by more than any weight can tell.
+# Scores of this size in base 2 lose 2**7 when they are rounded to float32: exp2 of the difference of one that
+# is and one that isn't overflows. Beyond it, scores that differ at all differ by more than any weight can
+# tell.
 HUGE_SCORE = 2.0**31.5
 
 
@@ -59,15 +60,15 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         return word if KEYS // 4 < 32 else T.Select(count >= 32, T.uint32(ALL), word)
 
     def columns_below(offset: Any) -> Any:
-        """How many of a row's columns that a thread holds, at 8 j + e, are at most ``offset`` behind its first."""
+        """Of a thread's columns, at 8 j + e: how many are at most ``offset`` behind the first."""
         return T.min(T.max(2 * (offset // 8) + T.min(offset % 8, 1) + 1, 0), KEYS // 4)
 
     @T.inline
     def consume(s, t, scale, warp, lane):
         warpgroup: T.int32 = warp // 4 - 1
         scale2: T.float32 = scale * T.float32(LOG2E)
-        # A factor for huge scores: times a power of two they stay exact; one of at most the scale keeps finite
-        # what the scale does.
+        # A factor for huge scores: times a power of two they stay exact; one of at most the scale keeps
+        # finite what the scale does.
         power: T.float32 = T.reinterpret(
             "float32", T.bitwise_and(T.reinterpret("uint32", scale), T.uint32(0x7F800000))
         )

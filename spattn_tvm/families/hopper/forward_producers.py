@@ -78,8 +78,8 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
             # L2 cache between the near and the far band's reading (all heads at once would read 1.5 times the
             # bytes at (4, 32, 4096, 128)).
             locate_head(tile, slots, t.batches, t.query_heads, decisions["head_group"], slot, batch, head)
-            # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks end
-            # together. Head 0 last: its near and far band coincide in the paper's layout, so it is the
+            # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks
+            # end together. Head 0 last: its near and far band coincide in the paper's layout, so it is the
             # lightest.
             slot = slots - 1 - slot
             head = (head + 1) % t.query_heads
@@ -102,8 +102,8 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
                 far = T.meta_var((FAR_LO, FAR_HI, FAR_TOP, FAR_CHUNKS))
                 tell_band(s.words, far, first, last, far_lo, far_hi, begin)
                 arrive(s, c.tile_full)
-                # Not before the loader nears this tile's end: blocks that claim early end apart (by 7 % of the
-                # kernel's time at (4, 16, 4096, 128) when the ticket was drawn a tile ahead).
+                # Not before the loader nears this tile's end: blocks that claim early end apart (by 7 % of
+                # the kernel's time at (4, 16, 4096, 128) when the ticket was drawn a tile ahead).
                 wait(s, c.tile_empty, word_phase)
                 word_phase = word_phase ^ 1
             if DYNAMIC:
@@ -145,7 +145,8 @@ def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
         while unit < rows * UNITS:
             for plane in T.unroll(c.head_dim // PLANE):
                 T.ptx["st.shared.v4.s32"](
-                    s.v.ptr_to([stage * c.chunk + plane * (c.keys * PLANE) + unit * (PLANE // UNITS)]), 0, 0, 0, 0
+                    s.v.ptr_to([stage * c.chunk + plane * (c.keys * PLANE) + unit * (PLANE // UNITS)]),
+                    0, 0, 0, 0,
                 )  # fmt: skip
             unit = unit + 32
         # Ordinary stores, then products that read them through the asynchronous proxy.

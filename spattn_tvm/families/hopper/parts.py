@@ -47,7 +47,9 @@ __device__ __forceinline__ float spattn_dot2(unsigned int a, unsigned int b, flo
 # A loop that never repeats, for exp2 is never negative; see `pin`.
 _PIN_SOURCE = """
 __device__ __forceinline__ void spattn_pin(float p) {
-  asm volatile("{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
+  asm volatile(
+      "{\\n.reg .pred q;\\nspattn_again:\\nsetp.lt.f32 q, %0, 0f00000000;\\n"
+      "@q nanosleep.u32 32;\\n@q bra spattn_again;\\n}" ::"f"(p) : "memory");
 }
 """
 
@@ -84,7 +86,7 @@ def convert(dtype: str) -> str:
 
 
 def descriptor(plane_bytes: int) -> int:
-    """Bits of a wgmma descriptor besides the address: 128-byte swizzle, 1024 bytes between groups of 8 rows."""
+    """Bits of a wgmma descriptor besides the address: 128-byte swizzle, 1024 bytes a group of 8 rows."""
     return (1 << 62) | (64 << 32) | ((plane_bytes >> 4) << 16)
 
 
@@ -212,9 +214,10 @@ def distances_seen(chunk: Any, most: Any) -> Any:
 
 
 def rows_map(tensor: Any, rows: int) -> Any:
-    """A TMA map for boxes of ``rows`` rows of a (B, H, N, D) tensor: 64 columns, rows, planes of 64 columns."""
+    """A TMA map of a (B, H, N, D) tensor for boxes of 64 columns, ``rows`` rows and all planes."""
     batch, heads, length, head_dim = tensor.shape
-    # A stride that no index ever multiplies may be anything in torch; the encoder wants multiples of 16 bytes.
+    # A stride that no index ever multiplies may be anything in torch; the encoder wants multiples of 16
+    # bytes.
     steps = (
         T.if_then_else(count == 1, 2 * head_dim, 2 * stride)
         for count, stride in zip((length, heads, batch), tensor.strides[2::-1], strict=True)
@@ -265,7 +268,8 @@ def issue_left_shared(instruction, out, count, head_dim, left, left_rows, right,
     for step in T.unroll(head_dim // 16):
         T.ptx[instruction](
             *[out[i] for i in range(count)],
-            left_at + k_step(left_rows, step), right_at + k_step(right_rows, step), T.bool(step > 0), 1, 1, 0, 0,
+            left_at + k_step(left_rows, step), right_at + k_step(right_rows, step),
+            T.bool(step > 0), 1, 1, 0, 0,
         )  # fmt: skip
     T.ptx.wgmma.commit_group.sync.aligned()
 
@@ -348,8 +352,8 @@ def mask_queries(scores, queries, lane, chunk, tile, first_row, row):
 
 @T.inline
 def settle_statistics(lse, delta, j):
-    # From a query's lse to base 2. A query without keys gets +inf, with which its probabilities vanish. An lse
-    # that base 2 can't hold is no sign of that, nor is NaN, which stays.
+    # From a query's lse to base 2. A query without keys gets +inf, with which its probabilities vanish. An
+    # lse that base 2 can't hold is no sign of that, nor is NaN, which stays.
     if lse[j] == T.float32(-INF):
         lse[j] = T.float32(INF)
         delta[j] = T.float32(0)
