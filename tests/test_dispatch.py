@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 from spattn_tvm import bundle as bundle_module
 from spattn_tvm import dispatch, store
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.build.toolchain import CompilerMissingError
+from spattn_tvm.build.errors import CompilerMissingError, KernelUnavailableError
 from spattn_tvm.dispatch import FallbackWarning, explain, find_kernel
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.ops.attention import banded_attention
@@ -222,3 +225,101 @@ def test_a_chip_that_no_kernel_is_made_for_falls_back_visibly(monkeypatch: pytes
         assert find_kernel("forward", query(), LAYOUT.spec).family == "reference"
     with pytest.raises(ValueError, match="vax"):
         find_kernel("forward", query(), LAYOUT.spec, "cpu")
+
+
+def test_while_a_kernel_is_compiled_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_kernel("forward", query(), LAYOUT.spec)
+    compile_kernel, started, go_on = dispatch.compile_kernel, threading.Event(), threading.Event()
+
+    def slowly(spec: KernelSpec, target: MachineTarget) -> Path:
+        if spec.head_dim == 64:
+            started.set()
+            assert go_on.wait(60)
+        return compile_kernel(spec, target)
+
+    monkeypatch.setattr(dispatch, "compile_kernel", slowly)
+    dispatch.clear_cache()
+    with ThreadPoolExecutor(2) as pool:
+        cold = [pool.submit(find_kernel, "forward", query(head_dim=64), LAYOUT.spec) for _ in range(2)]
+        assert started.wait(60)
+        try:
+            assert find_kernel("forward", query(), LAYOUT.spec).family == "cpu"
+            assert find_kernel("forward", query(torch.float64), LAYOUT.spec).family == "reference"
+            assert not any(future.done() for future in cold)
+        finally:
+            go_on.set()
+        first, second = (future.result() for future in cold)
+    assert first is second
+    assert find_kernel("forward", query(head_dim=64), LAYOUT.spec) is first
+
+
+def test_an_answer_that_was_under_way_when_all_were_forgotten_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_kernel = dispatch.compile_kernel
+
+    def clearing(spec: KernelSpec, target: MachineTarget) -> Path:
+        monkeypatch.setattr(dispatch, "compile_kernel", compile_kernel)
+        dispatch.clear_cache()
+        return compile_kernel(spec, target)
+
+    monkeypatch.setattr(dispatch, "compile_kernel", clearing)
+    first = find_kernel("forward", query(), LAYOUT.spec)
+    second = find_kernel("forward", query(), LAYOUT.spec)
+    assert first is not second
+    assert find_kernel("forward", query(), LAYOUT.spec) is second
+
+
+def test_what_could_not_be_compiled_is_tried_again_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_kernel, tries = dispatch.compile_kernel, []
+
+    def on_a_full_disk(spec: KernelSpec, target: MachineTarget) -> Path:
+        tries.append(spec)
+        raise KernelUnavailableError("the disk of this test is full")
+
+    monkeypatch.setattr(dispatch, "compile_kernel", on_a_full_disk)
+    with pytest.warns(FallbackWarning, match="the disk of this test is full") as caught:
+        for length in (70, 71, 72):
+            kernel = find_kernel("forward", torch.randn(2, 4, length, 32), LAYOUT.spec)
+            assert (kernel.family, kernel.reason) == ("reference", "the disk of this test is full")
+    assert (len(caught), len(tries)) == (1, 1)
+    for _ in range(2):
+        with pytest.raises(KernelUnavailableError, match="full"):
+            find_kernel("forward", query(), LAYOUT.spec, "cpu")
+    assert len(tries) == 3
+    monkeypatch.setattr(dispatch, "compile_kernel", compile_kernel)
+    assert find_kernel("forward", query(), LAYOUT.spec, "cpu").family == "cpu"
+    assert find_kernel("forward", torch.randn(2, 4, 73, 32), LAYOUT.spec).family == "cpu"
+    assert find_kernel("forward", query(), LAYOUT.spec).family == "reference"
+    dispatch.clear_cache()
+    assert find_kernel("forward", query(), LAYOUT.spec).family == "cpu"
+
+
+def test_a_kernel_that_cannot_be_compiled_anywhere_is_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(spec: KernelSpec, target: MachineTarget) -> Path:
+        raise RuntimeError("compiling cpu forward failed: the kernel is wrong")
+
+    monkeypatch.setattr(dispatch, "compile_kernel", wrong)
+    with pytest.raises(RuntimeError, match="the kernel is wrong"):
+        find_kernel("forward", query(), LAYOUT.spec)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_while_another_thread_looks_for_a_kernel_is_not_stuck() -> None:
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with dispatch._lock:
+            held.set()
+            release.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if dispatch._lock.acquire(timeout=5) else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    release.set()
+    thread.join()
+    assert status == 0
