@@ -825,6 +825,7 @@ def _parse_spec(spec: str) -> BandLayout:
     if fields.get("longer", "1") not in ("0", "1"):
         raise ValueError(f"layout {spec!r}: longer must be 0 or 1, got {fields['longer']!r}")
     intervals = _parse_bands(spec, fields["bands"]) if "bands" in fields else None
+    indices = _parse_heads(spec, fields["take"], int(fields["heads"])) if "take" in fields else None
     try:
         return BandLayout(
             name,
@@ -834,7 +835,7 @@ def _parse_spec(spec: str) -> BandLayout:
             int(fields["window"]) if "window" in fields else None,
             None if intervals is None else _check_intervals(intervals),
             int(fields["of"]) if "of" in fields else None,
-            _parse_heads(spec, fields["take"], int(fields["heads"])) if "take" in fields else None,
+            indices,
         )
     except ValueError as error:
         raise ValueError(f"layout {spec!r}: {error}") from error

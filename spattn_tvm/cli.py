@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +30,6 @@ app = typer.Typer(
     name="spattn",
     help="Banded sparse attention: search, ship, check and measure its kernels.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,6 +41,38 @@ plot_app = typer.Typer(
     epilog="Example: spattn plot layout --heads 16 --context 4096 --out bands.png",
 )
 app.add_typer(plot_app, name="plot")
+
+
+# The common base of what typer says about options and arguments, which it exports by a subclass only.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+# Seeds of NumPy and of the searches have 32 bits.
+_LARGEST_SEED = 2**32 - 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"spattn-tvm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def spattn(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Banded sparse attention: search, ship, check and measure its kernels."""
+
+
+def _require_finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 class Dtype(str, enum.Enum):
@@ -75,7 +106,7 @@ LayoutOption = Annotated[
 ]
 ContextOption = Annotated[
     int | None,
-    typer.Option(help="Context length that the layout is made for; the sequence's own by default."),
+    typer.Option(min=1, help="Context length that the layout is made for; the sequence's own by default."),
 ]
 DirectionOption = Annotated[Direction, typer.Option(help="Pass.")]
 TargetOption = Annotated[
@@ -123,8 +154,9 @@ def parse_problems(
         parts = [part.strip() for part in shape.split(",")]
         try:
             batch, heads, length, head_dim = parts
-            query_heads, _, kv_heads = heads.partition("/")
-            sizes = (int(batch), int(query_heads), int(kv_heads or query_heads), int(length), int(head_dim))
+            query_heads, slash, kv_heads = heads.partition("/")
+            kv_heads = kv_heads if slash else query_heads
+            sizes = (int(batch), int(query_heads), int(kv_heads), int(length), int(head_dim))
         except ValueError:
             raise ValueError(
                 f"--shape is B,H,N,D such as 1,16,4096,64 or 1,16/4,4096,64, got {shape!r}"
@@ -160,7 +192,7 @@ def _replace_head_dims(shapes: list[str], head_dims: str | None) -> list[str]:
     if head_dims is None:
         return shapes
     stems = list(dict.fromkeys(shape.rpartition(",")[0] for shape in shapes))
-    return [f"{stem},{head_dim}" for stem in stems for head_dim in _names(head_dims)]
+    return [f"{stem},{head_dim}" for stem in stems for head_dim in _names("--head-dims", head_dims)]
 
 
 def _target_and_fleet(text: str, rpc: str | None, key: str | None) -> tuple[MachineTarget, Fleet | None]:
@@ -229,13 +261,16 @@ def tune(
         typer.Option(help="HOST:PORT of a TVM RPC tracker: its servers measure instead of this machine."),
     ] = None,
     key: Annotated[str | None, typer.Option(help="Key that the servers were started with.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search and of the data.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="Seed of the search and of the data.")
+    ] = 0,
     log_root: LogRoot = Path("autotune_logs"),
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="Put the winners into schedules/ afterwards.")
     ] = True,
     verify: Annotated[
-        int, typer.Option(help="Check each winner on so many random problems, if it runs here; 0: don't.")
+        int,
+        typer.Option(min=0, help="Check each winner on so many random problems, if it runs here; 0: don't."),
     ] = 20,
     schedules: SchedulesOption = None,
 ) -> None:
@@ -386,8 +421,8 @@ def distill(
     target: TargetOption = "cpu",
     log_root: LogRoot = Path("autotune_logs"),
     schedules: SchedulesOption = None,
-    top: Annotated[int, typer.Option(help="Candidates to compare for each problem and family.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Timings of each.")] = 9,
+    top: Annotated[int, typer.Option(min=1, help="Candidates to compare for each problem and family.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each.")] = 9,
 ) -> None:
     """Time the best candidates of each logged search side by side and put the winners into schedules/."""
     from .target import parse_target
@@ -402,9 +437,12 @@ def distill(
 @app.command(epilog="Example: spattn verify --target cpu --problems 1000")
 def verify(
     target: TargetOption = "cpu",
-    problems: Annotated[int, typer.Option(help="Random problems in all.")] = 200,
-    max_length: Annotated[int, typer.Option(help="Longest sequence.")] = 700,
-    seed: Annotated[int | None, typer.Option(help="Seed of the problems; a fresh one by default.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Random problems in all.")] = 200,
+    max_length: Annotated[int, typer.Option(min=1, help="Longest sequence.")] = 700,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=_LARGEST_SEED, help="Seed of the problems; a fresh one by default."),
+    ] = None,
 ) -> None:
     """Check shipped and untuned kernels on fresh random problems; exit code 1 when one is wrong."""
     from rich.console import Console
@@ -500,13 +538,23 @@ def bench(
     steps: Annotated[
         str, typer.Option(help="Comma-separated: forward, backward, forward_backward.")
     ] = "forward,forward_backward",
-    rounds: Annotated[int, typer.Option(help="Timings per peer and step.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings per peer and step.")] = 15,
     budget: Annotated[
-        float, typer.Option(help="Seconds a step may take; at least 5 rounds are made.")
+        float,
+        typer.Option(
+            min=0, callback=_require_finite, help="Seconds a step may take; at least 5 rounds are made."
+        ),
     ] = 60.0,
-    idle_ms: Annotated[float, typer.Option(help="Idle time before each CPU timing, ms.")] = 80.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the inputs; a fresh one by default.")] = None,
+    idle_ms: Annotated[
+        float, typer.Option(min=0, callback=_require_finite, help="Idle time before each CPU timing, ms.")
+    ] = 80.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="CPU threads; PyTorch's choice by default.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=_LARGEST_SEED, help="Seed of the inputs; a fresh one by default."),
+    ] = None,
     log_root: LogRoot = Path("autotune_logs"),
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the JSON report.")] = True,
 ) -> None:
@@ -522,8 +570,8 @@ def bench(
     with Console(stderr=True).status("starting") as status:
         report = benchmark(
             problems,
-            steps=_names(steps),
-            peers=None if peers is None else _names(peers),
+            steps=_names("--steps", steps),
+            peers=None if peers is None else _names("--peers", peers),
             device=device,
             rounds=rounds,
             budget_s=budget,
@@ -545,8 +593,12 @@ def bench(
         raise typer.Exit(1)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, text: str) -> list[str]:
+    """The different names of a comma-separated option."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{option} is a comma-separated list, got {text!r}")
+    return list(dict.fromkeys(names))
 
 
 @plot_app.command(
@@ -555,9 +607,11 @@ def _names(text: str) -> list[str]:
 )
 def plot_layout(
     layout: LayoutOption = "spattention",
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 16,
-    context: Annotated[int, typer.Option(help="Context length.")] = 4096,
-    length: Annotated[int | None, typer.Option(help="Sequence length; the context by default.")] = None,
+    heads: Annotated[int, typer.Option(min=1, max=1024, help="Query heads.")] = 16,
+    context: Annotated[int, typer.Option(min=1, help="Context length.")] = 4096,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length; the context by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG, SVG or PDF to write.")] = Path("layout.png"),
 ) -> None:
     """Draw a layout's bands and per-head load, and print its work and coverage."""
@@ -655,10 +709,20 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: mistakes of the user end in one line, not in a traceback."""
     try:
-        app()
+        code = app(prog_name="spattn", standalone_mode=False)
+    except _UsageError as error:
+        message = error.format_message()
+        if message:  # else it is the help, which was printed
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(1)
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # PyTorch appends where in its C++ code an error was raised.
+        message, _, _ = str(error).partition("\nException raised from")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

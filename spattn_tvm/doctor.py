@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .provenance import available_cpus, versions
@@ -190,12 +190,35 @@ def _kernels() -> Iterator[Finding]:
             )
 
 
+def _bundle() -> Iterator[Finding]:
+    named = os.environ.get("SPATTN_BUNDLE")
+    if not named:
+        return
+    from .bundle import load_bundle
+
+    bundle = load_bundle(named, register=False)
+    made_for = ", ".join(target.folder for target in bundle.targets)
+    yield Finding("bundle", f"{bundle.path}: {len(bundle.kernels)} kernels for {made_for}")
+
+
+def _examined(topic: str, look: Callable[[], Iterable[Finding]], remedy: str) -> Iterator[Finding]:
+    """What was found until something failed, which is then a finding of its own."""
+    try:
+        yield from look()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        yield Finding(topic, str(error), "missing", remedy)
+
+
 def examine() -> list[Finding]:
     """Everything that `spattn doctor` prints, in order; nothing is compiled and TVM is not imported."""
     gpus = _gpus()
-    findings = [*_python(), *_compilers(any(gpu.topic != "GPU" for gpu in gpus)), *_cpu(), *gpus]
-    try:
-        findings += _kernels()
-    except ImportError as error:
-        findings.append(Finding("kernels", str(error), "missing", "see the packages above"))
-    return findings
+    return [
+        *_python(),
+        *_compilers(any(gpu.topic != "GPU" for gpu in gpus)),
+        *_cpu(),
+        *gpus,
+        *_examined("kernels", _kernels, "see the packages above, SPATTN_CACHE_DIR and SPATTN_SCHEDULES"),
+        *_examined(
+            "bundle", _bundle, "every call needs it: make it with spattn export, or unset SPATTN_BUNDLE"
+        ),
+    ]

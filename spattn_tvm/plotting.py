@@ -59,6 +59,13 @@ def _add_axes(figure: Any, *arguments: Any, **keywords: Any) -> Any:
 
 def _save(figure: Any, path: str | PathLike[str]) -> Path:
     path = Path(path)
+    # Without one of its endings matplotlib would write to another file than was said.
+    endings = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix.lower()[1:] not in endings:
+        raise ValueError(
+            "the name of a picture says its format, such as bands.png, bands.svg or bands.pdf; "
+            f"got {str(path)!r}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
@@ -289,12 +296,45 @@ def plot_loss_curves(
     return _save(figure, path)
 
 
-def _benchmark_rows(report: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    if not isinstance(report, Mapping):
-        return list(report)
-    return [
-        {**entry, "shape": result["shape"]} for result in report["results"] for entry in result["entries"]
-    ]
+def _benchmark_rows(report: Any) -> list[Mapping[str, Any]]:
+    """The rows of a report, or rows that were given as such.
+
+    Raises
+    ------
+    ValueError
+        Something that is neither.
+    """
+    try:
+        if isinstance(report, Mapping):
+            rows: list[Mapping[str, Any]] = [
+                {**entry, "shape": result["shape"]}
+                for result in report["results"]
+                for entry in result["entries"]
+            ]
+        else:
+            rows = [dict(row) for row in report]
+        for row in rows:
+            for name in ("shape", "pass"):
+                if not isinstance(row[name], str):
+                    raise TypeError(f"{name} is {row[name]!r}")
+            for name in ("median_ms", "p25_ms", "p75_ms", "ratio_to_dense"):
+                value = row[name] if name == "median_ms" else row.get(name)
+                if value is not None and not isinstance(value, (int, float)):
+                    raise TypeError(f"{name} is {value!r}")
+            if row.get("p25_ms") is not None and row.get("p75_ms") is None:
+                raise TypeError("p75_ms is missing")
+    except KeyError as error:
+        raise ValueError(f"no report of a benchmark: {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no report of a benchmark: {error}") from error
+    return rows
+
+
+def _read_report(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no report of a benchmark: it is no JSON ({error})") from error
 
 
 def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -341,9 +381,9 @@ def plot_benchmark(
     ImportError
         matplotlib is missing; names the extra that installs it.
     ValueError
-        The report has no entries.
+        The report has no entries, or is none.
     """
-    read = json.loads(Path(report).read_text("utf-8")) if isinstance(report, (str, PathLike)) else report
+    read = _read_report(Path(report)) if isinstance(report, (str, PathLike)) else report
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in _benchmark_rows(read):
         panels.setdefault((row["shape"], row["pass"]), []).append(row)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .bands import BandLayout
+from .bands import LIMIT, BandLayout
 
 DIRECTIONS = ("forward", "backward")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,8 +50,8 @@ class AttentionProblem:
     Raises
     ------
     ValueError, TypeError
-        From the constructor: an unknown direction or dtype, a size below 1, heads that do not divide, a
-        layout for another number of heads or a shorter context.
+        From the constructor: an unknown direction or dtype, a size below 1 or beyond what a layout can
+        hold, heads that do not divide, a layout for another number of heads or a shorter context.
     """
 
     direction: str
@@ -74,6 +74,8 @@ class AttentionProblem:
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value > LIMIT:
+                raise ValueError(f"{name} must be at most {LIMIT}, got {value}")
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}"

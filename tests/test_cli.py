@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from spattn_tvm import cli
@@ -26,7 +27,7 @@ def invoke(*arguments: str, code: int = 0) -> str:
 
 def spattn(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "spattn_tvm.cli", *arguments],
+        [sys.executable, "-m", "spattn_tvm", *arguments],
         env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
@@ -72,13 +73,239 @@ def test_help_loads_neither_torch_nor_tvm() -> None:
 def test_mistakes_end_in_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    code, line = mistake(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert message in line
+
+
+def mistake(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[object, str]:
+    """The exit code and the one line that a mistake ends in."""
     monkeypatch.setattr(sys, "argv", ["spattn", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ")
-    assert message in lines[-1]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) > len("error: ") + 5
+    return stop.value.code, lines[0]
+
+
+# Values that nobody can mean, by option. {file}, {folder} and {json} are there, {json} is not JSON.
+BAD_VALUES = {
+    "--shape": (
+        "", "1,16,4096", "a,b,c,d", "1,16,64,64,3", "0,16,64,64", "1,0,64,64", "1,16,0,64", "1,16,64,0",
+        "-1,16,64,64", "1,16/0,64,64", "1,/4,64,64", "1,16/,64,64", "1,6/4,64,32", "1.5,2,64,64",
+        "1,2,99999999999999999999,64", "1,99999999999999999999,64,64", "1,2,64,640,2,64,64", "1;2;64;64",
+    ),
+    "--layout": (
+        "", "nonsense", ":", "=", "sliding_window", "sliding_window:window=0", "sliding_window:window=-1",
+        "sliding_window:window=x", "custom", "custom:bands=", "custom:bands=5-1/0-1", "custom:bands=0-1",
+        "spattention:foo=1", "spattention:heads=3", "spattention:heads=2,context=10", "causal:window=3",
+        "spattention:heads=2,of=4,take=0-9", "spattention:longer=1", "spattention:heads=2,heads=2",
+    ),
+    "--context": ("", "0", "-1", "x", "1.5", "63", "99999999999999"),
+    "--dtype": ("", "float64", "FLOAT32", "x"),
+    "--direction": ("", "sideways"),
+    "--target": ("", "nonsense", "../x", "sm_10", "sm_", "nvidia/", "nvidia/nonsense", "x86-64-v9", "cpu x"),
+    "--device": ("", "tpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:99", "cpu:1", "meta", "cuda:0,1"),
+    "--peers": ("", ",", "nobody", "ours,nobody"),
+    "--steps": ("", ",", "sideways", "forward,sideways"),
+    "--rounds": ("", "0", "-1", "x", "1.5"),
+    "--top": ("", "0", "-1", "x"),
+    "--idle-ms": ("", "-1", "x", "nan", "inf"),
+    "--threads": ("", "0", "-1", "x", "99999999999999"),
+    "--seed": ("", "-1", "x", "1.5", "99999999999999999999999"),
+    "--budget": ("", "x", "-1", "nan"),
+    "--family": ("", "nonsense", "hopper", "mma"),
+    "--head-dims": ("", ",", "x", "0", "-64", "7", "300", "64,x"),
+    "--strategy": ("", "nonsense"),
+    "--verify": ("", "-1", "x"),
+    "--rpc": ("", "x", "host", "host:", "host:x", "host:99999999", ":1"),
+    "--key": ("k",),
+    "--problems": ("", "0", "-1", "x"),
+    "--max-length": ("", "0", "-1", "x"),
+    "--heads": ("", "0", "-1", "x", "99999999999"),
+    "--length": ("", "0", "-1", "x", "4097"),
+    "--out": ("", "{folder}", "{folder}/picture", "{folder}/picture.xyz", "{file}/picture.png",
+              "/proc/nonexistent/picture.png"),
+    "--log-root": ("{file}", "/proc/nonexistent", "{json}"),
+    "--nonsense": ("1",),
+}  # fmt: skip
+# Each command with arguments that are good and quick, and its options.
+SMALL = ["--shape", "1,2,64,32"]
+PROBLEM = ["--shape", "--layout", "--context", "--dtype"]
+COMMAND_OPTIONS = [
+    (["explain", *SMALL], [*PROBLEM, "--direction", "--target"]),
+    (["export", "{folder}/bundle", *SMALL], [*PROBLEM, "--direction", "--target"]),
+    (
+        ["bench", "--no-save", *SMALL],
+        [*PROBLEM, "--device", "--peers", "--steps", "--rounds", "--budget", "--idle-ms", "--threads",
+         "--seed"],
+    ),
+    (
+        ["tune", "--budget", "1", "--no-distill", "--log-root", "{folder}/logs", *SMALL],
+        [*PROBLEM, "--direction", "--target", "--budget", "--strategy", "--family", "--rpc", "--key",
+         "--head-dims", "--seed", "--verify", "--log-root"],
+    ),
+    (["distill", "--log-root", "{folder}"], ["--target", "--top", "--rounds", "--log-root"]),
+    (
+        ["verify", "--problems", "2", "--max-length", "20"],
+        ["--problems", "--max-length", "--seed", "--target"],
+    ),
+    (
+        ["plot", "layout", "--out", "{folder}/a.png"],
+        ["--layout", "--heads", "--context", "--length", "--out"],
+    ),
+    (["plot", "bench", "{file}"], ["--out"]),
+    (["plot", "tuning", "{folder}"], ["--out"]),
+    (["doctor"], []),
+]  # fmt: skip
+# The layout of `plot layout` has 16 heads, a length of 4096 and no other demands.
+GOOD_AFTER_ALL = {
+    ("plot", "--layout"): ("spattention:heads=3", "spattention:longer=1", "custom:bands=0-1"),
+    ("plot", "--context"): ("63",),
+    ("plot", "--length"): (),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command, options in COMMAND_OPTIONS for option in [*options, "--nonsense"]],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
+)
+def test_every_bad_value_of_every_option_ends_in_one_line(
+    command: list[str],
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("no report")
+    (tmp_path / "file.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    places = {"folder": str(tmp_path), "file": str(tmp_path / "file"), "json": str(tmp_path / "file.json")}
+    for value in BAD_VALUES[option]:
+        if value in GOOD_AFTER_ALL.get((command[0], option), ()):
+            continue
+        others = command[: -len(SMALL)] if option == "--shape" else command
+        arguments = [argument.format(**places) for argument in (*others, option, value)]
+        code, line = mistake(arguments, monkeypatch, capsys)
+        assert code in (1, 2), (arguments, line)
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("[1, 2]", "no report of a benchmark"),
+        ("null", "no report of a benchmark"),
+        ("{}", "'results' is missing"),
+        ('{"results": 7}', "no report of a benchmark"),
+        ('{"results": [{"shape": "x", "entries": [{"pass": "forward"}]}]}', "'median_ms' is missing"),
+        ('{"results": [{"shape": "x", "entries": [{"pass": 1, "median_ms": 1}]}]}', "pass is 1"),
+        ('{"results": [{"shape": "x", "entries": [{"pass": "f", "median_ms": "1"}]}]}', "median_ms is '1'"),
+        ('[{"shape": "x", "pass": "f", "median_ms": 1, "p25_ms": 1}]', "p75_ms is missing"),
+        ('{"results": []}', "has no entries"),
+        (b"\xff\xfe\x00", "it is no JSON"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_report_is_not_drawn(
+    text: str | bytes | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, line = mistake(["plot", "bench", str(path), "--out", str(tmp_path / "a.png")], monkeypatch, capsys)
+    assert code == 2
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["plot", "nonsense"], "No such command 'nonsense'"),
+        (["explain", "extra"], "unexpected extra argument"),
+        (["explain", "--shape"], "requires an argument"),
+        (["export"], "Missing argument"),
+        (["plot", "tuning"], "Missing argument"),
+        (["bench", "--device", "cuda"], "no CUDA device 0"),
+        (["bench", "--layout", "sliding_window"], "needs a window"),
+    ],
+)
+def test_a_call_that_can_not_be_meant(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, line = mistake(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert message in line
+
+
+CHECKING = ["verify", "--problems", "1", "--max-length", "9"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "commands"),
+    [
+        ("SPATTN_BUNDLE", "/nonexistent", [["doctor"], ["explain"]]),
+        ("SPATTN_BUNDLE", "/dev/null", [["doctor"], ["explain"]]),
+        ("SPATTN_BUNDLE", "{folder}", [["doctor"], ["explain"]]),
+        ("SPATTN_CACHE_DIR", "/dev/null/cache", [["doctor"], CHECKING]),
+        ("SPATTN_CACHE_DIR", "{file}", [["doctor"], CHECKING]),
+        ("SPATTN_SCHEDULES", "/nonexistent", [["doctor"], ["explain"]]),
+        ("SPATTN_SCHEDULES", "{file}", [["doctor"], ["explain"]]),
+        ("SPATTN_TVM_RUNTIME", "/nonexistent", [["doctor"], CHECKING]),
+        ("CXX", "/nonexistent", [["doctor"]]),
+        ("CUDA_HOME", "/nonexistent", [["doctor"]]),
+    ],
+)
+def test_nonsense_in_the_environment_ends_in_no_traceback(
+    variable: str, value: str, commands: list[list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("text")
+    value = value.format(folder=tmp_path, file=tmp_path / "file")
+    for command in commands:
+        done = spattn(*command, **{variable: value, "COLUMNS": "250"})
+        assert "Traceback" not in done.stderr + done.stdout, done.stderr
+        assert done.returncode in (0, 1, 2)
+        if variable == "SPATTN_BUNDLE":
+            # Every call would fail with it.
+            assert done.returncode != 0
+            assert value in done.stdout + done.stderr
+
+
+def test_version_and_module() -> None:
+    import spattn_tvm
+
+    for arguments in (["-m", "spattn_tvm"], ["-m", "spattn_tvm.cli"]):
+        done = subprocess.run([sys.executable, *arguments, "--version"], capture_output=True, text=True)
+        assert done.stdout == f"spattn-tvm {spattn_tvm.__version__}\n"
+        assert done.returncode == 0
+    assert spattn().returncode == 2
+    assert "Usage: spattn " in spattn("explain", "--help").stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    script = spattn("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert script.returncode == 0, script.stderr
+    assert "_SPATTN_COMPLETE" in script.stdout
+    words = {"COMP_WORDS": "spattn ex", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "spattn ex",
+             "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
+    found = spattn(_SPATTN_COMPLETE=f"complete_{shell}", **words)
+    assert "explain" in found.stdout and "export" in found.stdout
+    assert "bench" not in found.stdout
 
 
 @pytest.mark.parametrize(

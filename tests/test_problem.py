@@ -88,6 +88,8 @@ def test_min_bytes_count_each_tensor_once():
         ({"direction": "sideways"}, ValueError, "sideways"),
         ({"dtype": "float64"}, ValueError, "float64"),
         ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"length": 2**30}, ValueError, "length must be at most 1073741823, got 1073741824"),
+        ({"batch": 10**20}, ValueError, "batch must be at most"),
         ({"length": -3}, ValueError, "length must be at least 1, got -3"),
         ({"head_dim": 64.0}, TypeError, "head_dim must be an int, got 64.0"),
         ({"batch": True}, TypeError, "batch must be an int, got True"),

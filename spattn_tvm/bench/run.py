@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -335,6 +336,19 @@ def _benchmark_problem(
     }
 
 
+def _find_device(name: str) -> torch.device:
+    import torch
+
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
+    if match is None:
+        raise ValueError(f"device must be cpu, cuda or a CUDA device such as cuda:1, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if match[1] is not None:
+        return torch.device("cuda", int(match[1]))
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
 def benchmark(
     problems: Sequence[AttentionProblem],
     *,
@@ -379,7 +393,7 @@ def benchmark(
     Raises
     ------
     ValueError
-        For an unknown step or peer, or no problem.
+        For an unknown step, peer or device, a CUDA device that isn't there, or no problem.
     """
     import random
 
@@ -393,9 +407,7 @@ def benchmark(
             raise ValueError(f"unknown step {step_name!r}; known: {', '.join(STEPS)}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
+    place = _find_device(device)
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index)
     chosen = peers_for(target) if peers is None else {name: find_peer(name, target) for name in peers}
     clock: _CpuClock | _CudaClock = _CpuClock(idle_ms) if place.type == "cpu" else _CudaClock(place)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class _Bands(NamedTuple):
     packed: Tensor  # (3, Hq, 4): empty, the bands, empty
 
 
+_HOST = torch.device("cpu")
 # How many tensors are made at once.
 _CHUNK = 64
 # Of lengths and of layouts. Then all are made anew: an entry is 1.5 KiB at 32 heads.
@@ -71,6 +73,7 @@ def _drop() -> None:
     _entries.clear()
     _unused.clear()
     _lookups.clear()
+    _packed_on_host.cache_clear()
 
 
 def clear_tables() -> None:
@@ -163,7 +166,7 @@ def _find_bands(layout: BandLayout, length: int, device: torch.device) -> _Bands
 # --- packed documents ------------------------------------------------------------------------------------
 
 
-def _check_boundaries(boundaries: list[int], length: int, layout: BandLayout) -> None:
+def _check_boundaries(boundaries: tuple[int, ...], length: int, layout: BandLayout) -> None:
     if boundaries[0] != 0:
         raise ValueError(f"cu_seqlens must start with 0, got {boundaries[0]}")
     longest = 0
@@ -232,6 +235,14 @@ def _packed(layout: BandLayout, length: int, cu_seqlens: Tensor) -> tuple[Tensor
     return (_tables_of(layout, lengths) if lookup is None else lookup.index_select(0, lengths)), boundaries
 
 
+# A pass through a model asks for the same again and again, 2 us instead of 30. More would hold the heap.
+@lru_cache(maxsize=16)
+def _packed_on_host(spec: str, length: int, boundaries: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    layout = BandLayout.from_spec(spec)
+    _check_boundaries(boundaries, length, layout)
+    return make_lasting(_HOST, lambda: _packed(layout, length, torch.tensor(boundaries, device=_HOST)))
+
+
 def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The band table and the document boundaries, as kernels take them.
 
@@ -263,5 +274,5 @@ def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
     if cu_seqlens is None:
         return _find_bands(layout, length, device).single, _find_ends(length, device)
     if cu_seqlens.is_cpu:
-        _check_boundaries(cu_seqlens.tolist(), length, layout)
+        return _packed_on_host(spec, length, tuple(cu_seqlens.tolist()))
     return _packed(layout, length, cu_seqlens)

@@ -76,7 +76,7 @@ class Measurement:
         How much slower than at the start of the search the untuned default ran during this measurement; the
         clock showed about ``latency_us * slowdown``.
     resources : dict or None
-        Registers and spills of a CUDA candidate; see :func:`spattn_tvm.compiler.read_ptxas`.
+        Registers and spills of a CUDA candidate; see :func:`spattn_tvm.build.resources.read_ptxas`.
     server : str or None
         Address of the fleet's server that measured it; None for this machine.
     """

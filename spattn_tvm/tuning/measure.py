@@ -38,7 +38,7 @@ class Outcome:
     slowdown : float
         Of the machine during the measurement, 1 as usual.
     resources : dict or None
-        What ptxas said of the candidate; see :func:`spattn_tvm.compiler.read_ptxas`.
+        What ptxas said of the candidate; see :func:`spattn_tvm.build.resources.read_ptxas`.
     server : str or None
         The fleet's server that measured it.
     """
