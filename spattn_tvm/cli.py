@@ -87,6 +87,11 @@ class Direction(str, enum.Enum):
     both = "both"
 
 
+class Sharding(str, enum.Enum):
+    contiguous = "contiguous"
+    head_tail = "head_tail"
+
+
 class Strategy(str, enum.Enum):
     evolutionary = "evolutionary"
     random = "random"
@@ -459,7 +464,26 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: spattn explain --shape 1,16,4096,64 --target cpu")
+def _plan_of_ranks(problem: AttentionProblem, ranks: int, sharding: Sharding) -> str:
+    from .distributed import Shards, plan_ranks
+    from .problem import DTYPE_BYTES
+
+    cut = {Sharding.contiguous: Shards.contiguous, Sharding.head_tail: Shards.head_tail}[sharding]
+    itemsize = DTYPE_BYTES[problem.dtype]
+    plan = plan_ranks(
+        problem.layout,
+        cut(problem.length, ranks),
+        kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        itemsize=itemsize,
+    )
+    return plan.describe(problem.batch * problem.head_dim * itemsize)
+
+
+@app.command(
+    epilog="Example: spattn explain --shape 1,16,4096,64 --target cpu   "
+    "(on several cards: --shape 1,16,131072,128 --ranks 8)"
+)
 def explain(
     shape: Shape = "1,16,4096,64",
     dtype: DtypeOption = Dtype.float32,
@@ -470,12 +494,24 @@ def explain(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Only kernels with bitwise reproducible results.")
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks that share the sequence: instead, what context parallelism would move, and why."
+        ),
+    ] = None,
+    sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
+        Sharding.contiguous
+    ),
 ) -> None:
     """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
+    problems = parse_problems([shape], dtype.value, layout, context, direction.value)
+    if ranks is not None:
+        typer.echo(_plan_of_ranks(problems[0], ranks, sharding))
+        return
     from .dispatch import explain as explanation
     from .target import parse_target
 
-    problems = parse_problems([shape], dtype.value, layout, context, direction.value)
     machine = parse_target(target)
     typer.echo("\n\n".join(explanation(problem, machine, deterministic) for problem in problems))
 

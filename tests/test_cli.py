@@ -384,6 +384,16 @@ def test_explain_says_status_and_reason() -> None:
     assert "reason" in text
 
 
+def test_explain_plans_ranks() -> None:
+    text = invoke("explain", "--shape", "1,16,131072,128", "--ranks", "4", "--dtype", "bfloat16")
+    assert "strategy  heads: 0.84 of the time of 'bands'" in text
+    assert "rank 3" in text
+    shape = ["--shape", "1,16/2,131072,128", "--layout", "spattention:context=8192,longer=1"]
+    text = invoke("explain", *shape, "--ranks", "8", "--sharding", "head_tail")
+    assert "strategy  bands" in text
+    assert "6 copies of key/value heads" in text
+
+
 def test_plot_layout_prints_work_and_writes_a_picture(tmp_path: Path) -> None:
     out = tmp_path / "layout.png"
     text = invoke("plot", "layout", "--heads", "4", "--context", "64", "--out", str(out))

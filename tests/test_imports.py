@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export", "dispatch"),
     ("launch",),
     ("ops",),
-    ("nn", "verify", "tuning", "bench"),
+    ("nn", "verify", "tuning", "bench", "distributed"),
     ("plotting", "doctor"),
     ("cli",),
     ("__init__",),
