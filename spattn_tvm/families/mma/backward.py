@@ -175,7 +175,10 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         flatten(q, k, v, o, do, dq, dk, dv)
         flat_lse = T.decl_buffer((B * HQ * N,), "float32", data=lse.data)
         flat_delta = T.decl_buffer((B * HQ * N,), "float32", data=delta.data)
-        flat_sum = T.decl_buffer((B * HQ * N * head_dim,), "float32", data=dq_sum.data)
+        # In two passes there is none, and nobody looks at this one.
+        flat_sum = T.decl_buffer(
+            (B * HQ * N * head_dim,), "float32", data=dq_sum.data if one_pass else delta.data
+        )
         flat_bands = T.decl_buffer((M * HQ * 4,), "int32", data=bands.data)
         batches: T.let[T.int32] = T.cast(B, "int32")
         query_heads: T.let[T.int32] = T.cast(HQ, "int32")
