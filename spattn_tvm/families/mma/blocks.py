@@ -55,6 +55,7 @@ BEFORE_HOPPER = ("sm_80", "sm_86", "sm_89")
 
 # What `locate_macro` tells about a tile, as int32 words.
 LOCATION_WORDS = 9
+LOCATION_BYTES = 4 * LOCATION_WORDS + 12  # in shared memory: a multiple of 16
 BATCH, HEAD, ROW0, DOC_BEGIN, DOC_END, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(LOCATION_WORDS)
 
 

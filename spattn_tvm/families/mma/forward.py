@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 
 from .blocks import (
     BLOCK,
-    LOCATION_WORDS,
+    LOCATION_BYTES,
     element_bytes,
     registers_most,
     row_pitch,
@@ -55,13 +55,13 @@ from .blocks import (
 if TYPE_CHECKING:
     import tvm
 
-TILE_BYTES = 4 * LOCATION_WORDS + 12  # a multiple of 16
-
 
 def shared_bytes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:
     """Shared memory of a block: the query tile, a ring of chunks of keys and of values, the tile's words."""
     rows = decisions["warps"] * decisions["warp_rows"] + 2 * decisions["stages"] * decisions["key_rows"]
-    return rows * row_pitch(head_dim, dtype) * element_bytes(dtype) + TILE_BYTES + 16 * decisions["stages"]
+    return (
+        rows * row_pitch(head_dim, dtype) * element_bytes(dtype) + LOCATION_BYTES + 16 * decisions["stages"]
+    )
 
 
 def registers_needed(decisions: Mapping[str, int], head_dim: int, dtype: str) -> int:

@@ -24,6 +24,7 @@ from .blocks import (
     FAR_HI,
     FAR_LO,
     HEAD,
+    LOCATION_BYTES,
     LOCATION_WORDS,
     NEAR_HI,
     NEAR_LO,
@@ -36,7 +37,6 @@ from .blocks import (
     scalar,
     wait_macro,
 )
-from .forward import TILE_BYTES
 
 LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
 ALL_LANES = 0xFFFFFFFF
@@ -91,7 +91,7 @@ class ForwardTile:
         self.keys_at = self.rows * self.pitch
         self.values_at = self.keys_at + self.stages * self.chunk_size
         self.tile_at = self.values_at + self.stages * self.chunk_size
-        self.arena_size = self.tile_at + (TILE_BYTES + 16 * self.stages) // element_bytes(dtype)
+        self.arena_size = self.tile_at + (LOCATION_BYTES + 16 * self.stages) // element_bytes(dtype)
 
     @T.inline
     def run(self):
@@ -148,8 +148,8 @@ class ForwardTile:
         self.query_words = view("uint32", self.keys_at * size // 4, 0)
         # In shared memory, because registers are what this kernel is short of.
         self.tile = view("int32", LOCATION_WORDS, self.tile_at)
-        self.full = view("uint64", self.stages, self.tile_at + TILE_BYTES // size)
-        self.empty = view("uint64", self.stages, self.tile_at + (TILE_BYTES + 8 * self.stages) // size)
+        self.full = view("uint64", self.stages, self.tile_at + LOCATION_BYTES // size)
+        self.empty = view("uint64", self.stages, self.tile_at + (LOCATION_BYTES + 8 * self.stages) // size)
 
     @T.inline
     def start(self, number):
