@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plotting", "doctor"),
     ("cli",),
     ("__init__",),
+    ("__main__",),
 )
 
 
