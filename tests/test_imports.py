@@ -36,8 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("nn", "verify", "tuning", "bench", "distributed"),
     ("plotting", "doctor"),
-    ("cli",),
     ("__init__",),
+    ("cli",),
     ("__main__",),
 )
 
