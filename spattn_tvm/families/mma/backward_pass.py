@@ -136,7 +136,7 @@ class TilePass:
         """This warp's rows, the walk over the chunks, and what is kept in registers."""
         sizes, words = self.sizes, self.words
         group = self.call.query_heads // self.call.kv_heads
-        self.last = scalar("int32", T.min(self.row0 + sizes.tile, self.end) - 1)
+        self.last = T.min(self.row0 + sizes.tile, self.end) - 1
         self.across = scalar("int32", self.warp % sizes.split)
         self.strip_row = scalar("int32", self.warp // sizes.split * sizes.rows)  # of this warp in the tile
         self.first_row = scalar("int32", self.row0 + self.strip_row)
@@ -146,16 +146,18 @@ class TilePass:
         # The two bands of each query head that reads, or is, this head.
         self.group = scalar("int32", group)
         self.first_head = scalar("int32", self.head * self.group if sizes.keys else self.head)
+        self.table_at = scalar("int32", self.document * self.call.query_heads + self.first_head)
         self.segments = scalar("int32", 2 * self.group if sizes.keys else 2)
         self.segment = scalar("int32", -1)
         self.place = scalar("int32", 0)  # of the chunk to load
         self.place_end = scalar("int32", 0)
         self.band = T.alloc_local((2,), "int32")
         self.made = scalar("int32", 0)  # chunks asked for
-        self.put = scalar("int32", 0)  # the stage to fill
+        self.put = T.truncmod(self.made, sizes.stages)  # the stage to fill
         self.done = scalar("int32", 0)  # chunks computed with
-        self.take = scalar("int32", 0)  # the stage they are in
-        self.buffer = scalar("int32", 0)  # which of the two exchange buffers, in elements
+        self.take = T.truncmod(self.done, sizes.stages)  # the stage they are in
+        # Which of the two exchange buffers, in elements.
+        self.buffer = self.done % 2 * (sizes.exchange_bytes // sizes.element) if sizes.drifts else 0
         self.info = T.alloc_local((INFO_WORDS,), "int32")
 
         # Where a lane's elements of the operands lie.
@@ -167,8 +169,8 @@ class TilePass:
         self.slab = scalar("int32", blocks.lane_b(lane) + self.across * sizes.out_columns)
         exchange_row = self.strip_row * self.exchange_pitch
         self.exchange_lane = scalar("int32", self.exchanged.lane_a(lane) + exchange_row)
-        self.third = scalar("int32", 0)  # of the chunk in the stage `take`
-        self.fourth = scalar("int32", 0)
+        self.third = self.at("third") + self.take * (sizes.chunk * self.pitch)  # of the chunk to compute with
+        self.fourth = self.at("fourth") + self.take * (sizes.chunk * self.pitch)
 
         self.s = T.alloc_local((sizes.scores,), "float32")  # scores, then P
         self.p = T.alloc_local((sizes.scores,), "float32")  # dP, then dS
@@ -199,10 +201,10 @@ class TilePass:
 
     @T.inline
     def load(self, load_rows, at, tensor, head, first):
-        """Rows of a head to the arena; those outside of the document become zeros."""
+        """Rows of a head to the arena; those behind the document become zeros, none lies before it."""
         load_rows(
             self.arena, at, tensor.flat, tensor.origin(self.batch, head), tensor.row_stride,
-            first, self.begin, self.end, self.thread,
+            first, None, self.end, self.thread,
         )  # fmt: skip
 
     @T.inline
@@ -211,10 +213,8 @@ class TilePass:
         sizes, call = T.meta_var(self.sizes), T.meta_var(self.call)
         while T.And(self.place >= self.place_end, self.segment + 1 < self.segments):
             self.segment = self.segment + 1
-            row: T.int64 = T.cast(self.document * call.query_heads + self.first_head, "int64") * T.int64(4)
-            T.ptx["ld.global.nc.v2.s32"](
-                self.band[0], self.band[1], call.bands.ptr_to([row + T.cast(2 * self.segment, "int64")])
-            )
+            row: T.int64 = T.cast(2 * self.table_at + self.segment, "int64") * T.int64(2)
+            T.ptx["ld.global.nc.v2.s32"](self.band[0], self.band[1], call.bands.ptr_to([row]))
             if sizes.keys:
                 columns = T.meta_var(query_range(self.row0, self.last, self.band[0], self.band[1], self.end))
             else:
@@ -237,7 +237,6 @@ class TilePass:
                 )  # fmt: skip
             self.place = self.place + sizes.chunk
             self.made = self.made + 1
-            self.put = T.Select(self.put == sizes.stages - 1, 0, self.put + 1)
 
     @T.inline
     def load_column_statistics(self, head):
@@ -309,8 +308,6 @@ class TilePass:
         T.ptx["ld.shared.v4.s32"](
             *[self.info[i] for i in range(INFO_WORDS)], self.infos.ptr_to([self.take * INFO_WORDS])
         )
-        self.third = self.at("third") + self.take * (sizes.chunk * self.pitch)
-        self.fourth = self.at("fourth") + self.take * (sizes.chunk * self.pitch)
 
     @T.inline
     def hand_over(self):
@@ -339,11 +336,8 @@ class TilePass:
     @T.inline
     def pass_chunk(self):
         sizes = T.meta_var(self.sizes)
-        self.take = T.Select(self.take == sizes.stages - 1, 0, self.take + 1)
         self.done = self.done + 1
-        if sizes.drifts:
-            self.buffer = sizes.exchange_bytes // sizes.element - self.buffer
-        else:
+        if not sizes.drifts:
             T.cuda.cta_sync()
             self.load_next_chunk()
             T.ptx.cp.async_.commit_group()
@@ -687,7 +681,7 @@ class TilePass:
     def clear_rows_without_keys(self):
         """Whatever arrived for their o and lse."""
         sizes, call = T.meta_var(self.sizes), T.meta_var(self.call)
-        row: T.int64 = T.cast(self.document * call.query_heads + self.head, "int64") * T.int64(4)
+        row: T.int64 = T.cast(self.table_at, "int64") * T.int64(4)
         keyed: T.int32 = first_query_with_keys(self.begin, call.bands[row], call.bands[row + 2])
         if self.first_row < keyed:
             for m in T.unroll(sizes.row_blocks):

@@ -205,7 +205,8 @@ def row_loader_macro(
     All `threads` copy rows ``row0 ... row0 + rows - 1`` of ``source`` (a flat buffer; row r starts at
     element ``origin + r * stride``, both int64) to element ``at`` of the shared buffer ``target`` on. Rows
     outside of ``first <= r < end`` become zeros without being read. The caller commits the group and waits.
-    ``whole`` says whether tiles that lie inside have instructions of their own.
+    ``whole`` says whether tiles that lie inside have instructions of their own; without, ``first`` may be
+    None where no row lies before it.
     """
     from tvm.script import tirx as T
 
@@ -226,7 +227,7 @@ def row_loader_macro(
         place: T.int32 = at + mine * PITCH + left
         start: T.int64 = origin + T.cast(row0 + mine, "int64") * stride + T.cast(left, "int64")
         # A test for each row costs half of what its copies cost, and most tiles need none.
-        if T.And(whole, T.And(row0 >= first, row0 + rows <= end)):
+        if whole and T.And(row0 >= first, row0 + rows <= end):
             for i in T.unroll(PASSES):
                 for j in T.unroll(UNITS // ABREAST):
                     if T.Or(not RAGGED, mine + i * HIGH < rows):
@@ -238,7 +239,9 @@ def row_loader_macro(
         else:
             for i in T.unroll(PASSES):
                 row: T.int32 = row0 + mine + i * HIGH
-                bytes_read: T.uint32 = T.Select(T.And(row >= first, row < end), T.uint32(16), T.uint32(0))
+                bytes_read: T.uint32 = T.Select(
+                    row < end if first is None else T.And(row >= first, row < end), T.uint32(16), T.uint32(0)
+                )
                 for j in T.unroll(UNITS // ABREAST):
                     if T.Or(not RAGGED, mine + i * HIGH < rows):
                         T.ptx[COPY](
