@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .families import families_for, find_space, has_space
+from .families import families_for, find_family, find_space, has_space
 from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .store import ScheduleRecord, read_cached, schedules_root, target_folders
@@ -39,15 +39,16 @@ def _difference(wanted: AttentionProblem, record: ScheduleRecord, target: Machin
         parts.append(f"on {record.target}")
     if known.dtype != wanted.dtype:
         parts.append(f"for {known.dtype}")
-    if (known.batch, known.query_heads, known.kv_heads, known.length) != (
+    if (known.batch, known.query_heads, known.kv_heads, known.length, known.keys) != (
         wanted.batch,
         wanted.query_heads,
         wanted.kv_heads,
         wanted.length,
+        wanted.keys,
     ):
         parts.append(
             f"at batch {known.batch}, {known.query_heads} query and {known.kv_heads} key heads, "
-            f"length {known.length}"
+            f"length {known.length}" + (f" of {known.keys} keys" if known.keys != known.length else "")
         )
     if known.layout != wanted.layout:
         parts.append(f"with layout {known.layout.name}, C = {known.layout.context_length or known.length}")
@@ -77,13 +78,16 @@ def _other_models(target: MachineTarget, root: Path) -> list[str]:
 
 
 def _families(
-    problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None
+    problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None, other_keys: bool
 ) -> tuple[list[str], list[str]]:
     """Families that can serve the problem, and why the others can't."""
     able, reasons = [], []
     for family in families_for(target) if families is None else families:
         if not has_space(family, problem.direction):
             reasons.append(f"{family} has no {problem.direction}")
+            continue
+        if other_keys and not find_family(family).abis[problem.direction].takes_other_keys:
+            reasons.append(f"{family} takes calls with as many queries as keys only, all of which exist")
             continue
         space = find_space(family, problem.direction)
         reason = space.unsupported(problem.head_dim, problem.dtype, target)
@@ -101,6 +105,7 @@ def find_schedule(
     families: Sequence[str] | None = None,
     root: Path | None = None,
     deterministic: bool = False,
+    other_keys: bool = False,
 ) -> Choice:
     """Decisions for a problem on a target, from the records or the space's default.
 
@@ -122,6 +127,9 @@ def find_schedule(
         Instead of :func:`schedules_root`.
     deterministic : bool
         Only kernels whose results are bitwise equal from run to run.
+    other_keys : bool
+        Only kernels that take keys that are not the queries' own rows; always so where the problem has other
+        numbers of them.
 
     Returns
     -------
@@ -135,7 +143,8 @@ def find_schedule(
         When no family can serve the problem, with each family's reason.
     """
     root = root or schedules_root()
-    able, refusals = _families(problem, target, families)
+    other_keys = other_keys or problem.keys != problem.length
+    able, refusals = _families(problem, target, families, other_keys)
     if not able:
         detail = "; ".join(refusals) or "no kernel family runs there"
         raise NoKernelError(

@@ -34,7 +34,7 @@ from .bundle import (
 )
 from .choice import Choice, NoKernelError, find_schedule
 from .families import call_on_registration as call_on_family_registration
-from .families import families_for, family_names
+from .families import families_for, family_names, find_family
 from .families.family import Abi
 from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem
@@ -207,9 +207,20 @@ def _bundled_status(problem: AttentionProblem, bundle: Bundle, entry: BundledKer
     )
 
 
+def _takes_other_keys(family: str, direction: str) -> bool:
+    abi = find_family(family).abis.get(direction)
+    return abi is not None and abi.takes_other_keys
+
+
 def _from_bundles(
-    problem: AttentionProblem, target: MachineTarget, families: tuple[str, ...], deterministic: bool
+    problem: AttentionProblem,
+    target: MachineTarget,
+    families: tuple[str, ...],
+    deterministic: bool,
+    other_keys: bool,
 ) -> Kernel | None:
+    if other_keys:
+        families = tuple(name for name in families if _takes_other_keys(name, problem.direction))
     for bundle in _bundles_in_use():
         entry = bundle.nearest(problem, target, families, deterministic)
         if entry is None:
@@ -261,7 +272,12 @@ def _families(impl: str, target: MachineTarget) -> tuple[str, ...]:
 
 
 def _problem(
-    direction: str, dtype: torch.dtype, shape: tuple[int, ...], kv_heads: int, spec: str
+    direction: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    spec: str,
+    kv_length: int | None,
 ) -> AttentionProblem:
     name = _DTYPE_NAMES.get(dtype)
     if name is None:
@@ -269,10 +285,11 @@ def _problem(
         raise NoKernelError(f"kernels take {known}, got {str(dtype).removeprefix('torch.')}")
     batch, heads, length, head_dim = shape
     layout = BandLayout.from_spec(spec)
-    if layout.context_length is not None and length > layout.context_length:
-        # Packed documents may be longer together than the context; each was checked by the caller.
+    if layout.context_length is not None and max(length, kv_length or 0) > layout.context_length:
+        # Packed documents may be longer together than the context, and so may the rows of a cache; what can
+        # be checked was checked by the caller.
         layout = dataclasses.replace(layout, allow_longer=True)
-    return AttentionProblem(direction, name, batch, heads, kv_heads, length, head_dim, layout)
+    return AttentionProblem(direction, name, batch, heads, kv_heads, length, head_dim, layout, kv_length)
 
 
 def _reference(reason: str) -> Kernel:
@@ -288,6 +305,7 @@ def _find(
     impl: str,
     kv_heads: int | None,
     deterministic: bool,
+    kv_length: int | None,
 ) -> Kernel:
     if impl not in implementations():
         raise ValueError(f"impl must be one of {', '.join(implementations())}, got {impl!r}")
@@ -296,14 +314,17 @@ def _find(
     if impl == "auto" and dtype is torch.float64:
         return _reference("float64 is what the reference is for")
     try:
-        problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout)
+        problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout, kv_length)
         target = _target_of(device)
         families = _families(impl, target)
+        other_keys = kv_length is not None
         with _lock:
-            kernel = _from_bundles(problem, target, families, deterministic)
+            kernel = _from_bundles(problem, target, families, deterministic, other_keys)
             if kernel is not None:
                 return kernel
-            choice = find_schedule(problem, target, families=families, deterministic=deterministic)
+            choice = find_schedule(
+                problem, target, families=families, deterministic=deterministic, other_keys=other_keys
+            )
         # Outside the lock: while one kernel is compiled, all others are found.
         return _compiled(target, choice, again=impl != "auto")
     except (NoKernelError, KernelUnavailableError) as error:
@@ -329,6 +350,7 @@ def find_kernel(
     impl: str = "auto",
     deterministic: bool = False,
     kv_heads: int | None = None,
+    kv_length: int | None = None,
 ) -> Kernel:
     """The kernel of a call; the first time for a shape it may be compiled, which takes seconds.
 
@@ -336,7 +358,7 @@ def find_kernel(
     ----------
     direction : {"forward", "backward"}
     q : Tensor
-        ``(B, Hq, N, D)``; its shape, dtype and device matter.
+        ``(B, Hq, Nq, D)``; its shape, dtype and device matter.
     layout : str
         ``BandLayout.spec``.
     impl : str
@@ -345,6 +367,8 @@ def find_kernel(
         Only a kernel whose results are bitwise equal from run to run.
     kv_heads : int, optional
         Key heads, where they differ from the query heads.
+    kv_length : int, optional
+        Number of keys of a call whose keys are not the queries' own rows, or don't all exist.
 
     Returns
     -------
@@ -360,7 +384,7 @@ def find_kernel(
         For an explicit `impl` that can't be compiled here (no compiler, a full disk); or when compiling fails
         for a reason that lies in the kernel.
     """
-    key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads, deterministic)
+    key = (direction, q.dtype, q.device, q.shape, layout, impl, kv_heads, deterministic, kv_length)
     kernel = _found.get(key)
     if kernel is None:
         generation = _generation

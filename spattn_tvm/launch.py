@@ -6,9 +6,9 @@ that :func:`ready_forward` serves those that are called again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,44 @@ if TYPE_CHECKING:
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-# What a caller of each direction has, in the order in which families without other needs take it.
-_FORWARD_INPUTS = ("q", "k", "v", "bands", "cu_seqlens")
-_BACKWARD_INPUTS = ("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens")
+class Domain(NamedTuple):
+    """Which keys the queries of a call attend to, as kernels take it: contiguous int32 tensors.
+
+    Parameters
+    ----------
+    bands : Tensor
+        ``(M, Hq, 4)``.
+    cu_seqlens, cu_seqlens_k : Tensor
+        ``(documents + 1,)``: boundaries of the documents' queries and of their keys, the same tensor where
+        queries and keys are the same rows. The queries of a document are its last rows.
+    key_ranges : Tensor
+        ``(R, 3)``: where the keys begin and end, and what makes a query's row its position among them, for
+        each batch row (R = B) or for all (R = 1), in place of what the boundaries say. R = 0: those hold.
+    """
+
+    bands: Tensor
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor
+    key_ranges: Tensor
+
+    @classmethod
+    def of_same_rows(cls, bands: Tensor, cu_seqlens: Tensor) -> Domain:
+        """Of a call with as many queries as keys."""
+        return cls(bands, cu_seqlens, cu_seqlens, bands.new_empty((0, 3)))
+
+
+# What a caller of each direction has beside the domain, in the order in which families take it.
+_FORWARD_TENSORS = ("q", "k", "v")
+_BACKWARD_TENSORS = ("q", "k", "v", "o", "lse", "do", "dlse")
+
+
+@cache
+def _domain_of(abi: Abi, tensors: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Which parts of a domain a function takes behind these tensors; None if it takes other things."""
+    rest = abi.inputs[len(tensors) :]
+    if abi.inputs[: len(tensors)] != tensors or not set(rest) <= set(Domain._fields):
+        return None
+    return tuple(Domain._fields.index(name) for name in rest)
 
 
 @cache
@@ -245,8 +280,17 @@ def _launch(kernel: Kernel, inputs: list[Tensor], scale: float) -> list[Tensor]:
     return outputs
 
 
+def _launch_on(
+    kernel: Kernel, names: tuple[str, ...], tensors: list[Tensor], domain: Domain, scale: float
+) -> Sequence[Tensor]:
+    parts = _domain_of(kernel.abi, names)
+    if parts is not None:
+        return _launch(kernel, [*tensors, *[domain[part] for part in parts]], scale)
+    return launch(kernel, {**dict(zip(names, tensors, strict=True)), **domain._asdict()}, scale)
+
+
 def launch_forward(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bands: Tensor, cu_seqlens: Tensor, scale: float
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domain, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Run a forward kernel.
 
@@ -255,13 +299,10 @@ def launch_forward(
     kernel : Kernel
         From ``dispatch.find_kernel("forward", …)``.
     q : Tensor
-        ``(B, Hq, N, D)``.
+        ``(B, Hq, Nq, D)``.
     k, v : Tensor
-        ``(B, Hkv, N, D)`` in q's dtype and on its device.
-    bands : Tensor
-        int32 ``(M, Hq, 4)``, contiguous.
-    cu_seqlens : Tensor
-        int32 ``(num_documents + 1,)``, contiguous.
+        ``(B, Hkv, Nk, D)`` in q's dtype and on its device.
+    domain : Domain
     scale : float
         Factor of the scores.
 
@@ -270,25 +311,20 @@ def launch_forward(
     o : Tensor
         ``torch.empty_like(q)``, filled; of ``q.contiguous()`` when q's last dimension is not contiguous.
     lse : Tensor
-        ``(B, Hq, N)`` float32, contiguous.
+        ``(B, Hq, Nq)`` float32, contiguous.
     """
-    if kernel.abi.inputs == _FORWARD_INPUTS:
-        o, lse = _launch(kernel, [q, k, v, bands, cu_seqlens], scale)
-    else:
-        o, lse = launch(kernel, dict(zip(_FORWARD_INPUTS, (q, k, v, bands, cu_seqlens), strict=True)), scale)
+    o, lse = _launch_on(kernel, _FORWARD_TENSORS, [q, k, v], domain, scale)
     return o, lse
 
 
-def ready_forward(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bands: Tensor, cu_seqlens: Tensor
-) -> Forward:
+def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domain) -> Forward:
     """`launch_forward` for many calls on tensors like these: what they have in common is settled once.
 
     Not while a CUDA graph is captured, whose memory is its own; what it returns may be called then.
 
     Parameters
     ----------
-    kernel, q, k, v, bands, cu_seqlens
+    kernel, q, k, v, domain
         As in :func:`launch_forward`.
 
     Returns
@@ -301,19 +337,20 @@ def ready_forward(
     alignment = abi.alignment
 
     def launch_with_copies(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
+        return launch_forward(kernel, q, k, v, domain, scale)
 
+    parts = _domain_of(abi, _FORWARD_TENSORS)
     o_like = torch.empty_like(q)
     is_usual = (
-        abi.inputs == _FORWARD_INPUTS
-        and abi.results == ("o", "lse")
+        abi.results == ("o", "lse")
         and [output.like for output in abi.outputs] == ["q", ""]
         and abi.writes_results
         and all(item.kept for item in abi.scratch)
         and all(_has_aligned_strides(tensor, alignment) for tensor in (q, k, v, o_like))
     )
-    if not is_usual:
+    if not is_usual or parts is None:
         return launch_with_copies
+    tables = tuple(domain[part] for part in parts)
     workers = _workers(index)
     layouts, scratch_layouts = _layouts(abi, q.shape, k.shape, workers)
     o_shape, o_strides, dtype = tuple(q.shape), o_like.stride(), q.dtype
@@ -331,7 +368,7 @@ def ready_forward(
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cpu(o_shape, o_strides, dtype)
         lse = empty_on_cpu(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, torch.get_num_threads())
+        function(q, k, v, *tables, o, lse, *kept, scale, torch.get_num_threads())
         return o, lse
 
     if index < 0:
@@ -349,7 +386,7 @@ def ready_forward(
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cuda(o_shape, o_strides, dtype)
         lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, bands, cu_seqlens, o, lse, *kept, scale, workers)
+        function(q, k, v, *tables, o, lse, *kept, scale, workers)
         return o, lse
 
     return launch_on_cuda
@@ -364,8 +401,7 @@ def launch_backward(
     lse: Tensor,
     do: Tensor,
     dlse: Tensor,
-    bands: Tensor,
-    cu_seqlens: Tensor,
+    domain: Domain,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a backward kernel.
@@ -374,21 +410,17 @@ def launch_backward(
     ----------
     kernel : Kernel
         From ``dispatch.find_kernel("backward", …)``.
-    q, k, v, bands, cu_seqlens, scale
+    q, k, v, domain, scale
         As in :func:`launch_forward`.
     o, do : Tensor
-        ``(B, Hq, N, D)``: the forward's output and the gradient with respect to it.
+        ``(B, Hq, Nq, D)``: the forward's output and the gradient with respect to it.
     lse, dlse : Tensor
-        ``(B, Hq, N)`` float32: the forward's log-sum-exp and the gradient with respect to it.
+        ``(B, Hq, Nq)`` float32: the forward's log-sum-exp and the gradient with respect to it.
 
     Returns
     -------
     dq, dk, dv : Tensor
         Each like ``torch.empty_like`` of q, k and v, in their dtype.
     """
-    inputs = [q, k, v, o, lse, do, dlse, bands, cu_seqlens]
-    if kernel.abi.inputs == _BACKWARD_INPUTS:
-        dq, dk, dv = _launch(kernel, inputs, scale)
-    else:
-        dq, dk, dv = launch(kernel, dict(zip(_BACKWARD_INPUTS, inputs, strict=True)), scale)
+    dq, dk, dv = _launch_on(kernel, _BACKWARD_TENSORS, [q, k, v, o, lse, do, dlse], domain, scale)
     return dq, dk, dv

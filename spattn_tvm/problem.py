@@ -32,6 +32,15 @@ def layout_key(layout: BandLayout) -> str:
     return "-".join(parts)
 
 
+def useful_flops(layout: BandLayout, queries: int, keys: int, head_dim: int, direction: str) -> int:
+    """Floating-point operations of the pairs that the last ``queries`` of ``keys`` positions attend to:
+    ``4*D`` each forward, ``10*D`` backward.
+    """
+    flops = layout.useful_flops(keys, head_dim, direction)
+    # What comes before the queries would be a sequence of its own.
+    return flops - (layout.useful_flops(keys - queries, head_dim, direction) if keys > queries else 0)
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """One direction of banded attention on inputs of one shape.
@@ -43,15 +52,18 @@ class AttentionProblem:
     dtype : str
         Dtype of q, k, v: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
     batch, query_heads, kv_heads, length, head_dim : int
-        q is ``(batch, query_heads, length, head_dim)``, k and v ``(batch, kv_heads, length, head_dim)``.
+        q is ``(batch, query_heads, length, head_dim)``, k and v ``(batch, kv_heads, keys, head_dim)``.
     layout : BandLayout
         Its `num_heads` equals `query_heads`.
+    kv_length : int, optional
+        Number of keys, where it is not `length`; the queries are the last ones.
 
     Raises
     ------
     ValueError, TypeError
         From the constructor: an unknown direction or dtype, a size below 1 or beyond what a layout can
-        hold, heads that do not divide, a layout for another number of heads or a shorter context.
+        hold, heads that do not divide, a layout for another number of heads or a shorter context, or one that
+        is not autoregressive although there are other numbers of keys.
     """
 
     direction: str
@@ -62,14 +74,19 @@ class AttentionProblem:
     length: int
     head_dim: int
     layout: BandLayout
+    kv_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {tuple(DTYPE_BYTES)}, got {self.dtype!r}")
-        for name in ("batch", "query_heads", "kv_heads", "length", "head_dim"):
+        if self.kv_length == self.length:
+            object.__setattr__(self, "kv_length", None)
+        for name in ("batch", "query_heads", "kv_heads", "length", "head_dim", "kv_length"):
             value = getattr(self, name)
+            if name == "kv_length" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1:
@@ -83,12 +100,19 @@ class AttentionProblem:
         if not isinstance(self.layout, BandLayout):
             raise TypeError(f"layout must be a BandLayout, got {type(self.layout).__name__}")
         self.layout.check_heads(self.query_heads)
-        self.layout.check_length(self.length)
+        if self.kv_length is not None:
+            self.layout.require_autoregressive(f"{self.length} queries to {self.kv_length} keys")
+        self.layout.check_length(self.keys)
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.length if self.kv_length is None else self.kv_length
 
     @property
     def useful_flops(self) -> int:
         """Floating-point operations of the attended pairs: ``4*D`` each forward, ``10*D`` backward."""
-        return self.batch * self.layout.useful_flops(self.length, self.head_dim, self.direction)
+        return self.batch * useful_flops(self.layout, self.length, self.keys, self.head_dim, self.direction)
 
     @property
     def min_bytes(self) -> int:
@@ -97,7 +121,7 @@ class AttentionProblem:
         Forward: q, k, v in, o and lse out. Backward: q, k, v, o, do, lse, dlse in, dq, dk, dv out.
         """
         query = self.batch * self.query_heads * self.length * self.head_dim * DTYPE_BYTES[self.dtype]
-        key = self.batch * self.kv_heads * self.length * self.head_dim * DTYPE_BYTES[self.dtype]
+        key = self.batch * self.kv_heads * self.keys * self.head_dim * DTYPE_BYTES[self.dtype]
         row = self.batch * self.query_heads * self.length * 4
         return 2 * query + 2 * key + row if self.direction == "forward" else 4 * query + 4 * key + 2 * row
 
@@ -106,12 +130,13 @@ class AttentionProblem:
         """Short filesystem-safe name, such as ``forward-float32-b1-h16-k16-n4096-d64-spattention-c4096``."""
         return (
             f"{self.direction}-{self.dtype}-b{self.batch}-h{self.query_heads}-k{self.kv_heads}"
-            f"-n{self.length}-d{self.head_dim}-{layout_key(self.layout)}"
+            f"-n{self.length}{'' if self.kv_length is None else f'-m{self.keys}'}"
+            f"-d{self.head_dim}-{layout_key(self.layout)}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values; the layout is its spec."""
-        return {
+        """A dict of JSON values; the layout is its spec, and `kv_length` is left out where it is None."""
+        data = {
             "direction": self.direction,
             "dtype": self.dtype,
             "batch": self.batch,
@@ -121,6 +146,7 @@ class AttentionProblem:
             "head_dim": self.head_dim,
             "layout": self.layout.spec,
         }
+        return data if self.kv_length is None else {**data, "kv_length": self.kv_length}
 
     @classmethod
     def from_json(cls, data: dict[str, Any] | str) -> AttentionProblem:
@@ -135,11 +161,11 @@ class AttentionProblem:
             data = json.loads(data)
         if not isinstance(data, dict):
             raise ValueError(f"a problem is a JSON object, got {data!r}")
-        names = set(cls.__dataclass_fields__)
-        if set(data) != names:
+        names = set(cls.__dataclass_fields__) - {"kv_length"}
+        if set(data) - {"kv_length"} != names:
             raise ValueError(
-                f"a problem has the fields {sorted(names)}; "
-                f"missing {sorted(names - set(data))}, unknown {sorted(set(data) - names)}"
+                f"a problem has the fields {sorted(names)} and may have kv_length; "
+                f"missing {sorted(names - set(data))}, unknown {sorted(set(data) - names - {'kv_length'})}"
             )
         return cls(**{**data, "layout": BandLayout.from_spec(data["layout"])})
 
@@ -147,12 +173,14 @@ class AttentionProblem:
 def problem_distance(wanted: AttentionProblem, known: AttentionProblem) -> float:
     """How far a problem is from one that was measured.
 
-    The sum of ``|log2|`` of the ratios of length, of batch times query heads and of queries per key head,
-    plus 1 for a layout of another name and 4 for another dtype: a doubled length weighs as much as another
-    layout, and a record of the same dtype is preferred unless its shape is 16 times further off.
+    The sum of ``|log2|`` of the ratios of length, of keys per query, of batch times query heads and of query
+    heads per key head, plus 1 for a layout of another name and 4 for another dtype: a doubled length weighs
+    as much as another layout, and a record of the same dtype is preferred unless its shape is 16 times
+    further off.
     """
     ratios = (
         wanted.length / known.length,
+        (wanted.keys / wanted.length) / (known.keys / known.length),
         wanted.batch * wanted.query_heads / (known.batch * known.query_heads),
         (wanted.query_heads / wanted.kv_heads) / (known.query_heads / known.kv_heads),
     )
@@ -167,7 +195,9 @@ def is_same_problem(wanted: AttentionProblem, known: AttentionProblem) -> bool:
     """
     if wanted == known:
         return True
-    shapes = ("direction", "dtype", "batch", "query_heads", "kv_heads", "length", "head_dim")
+    shapes = ("direction", "dtype", "batch", "query_heads", "kv_heads", "length", "keys", "head_dim")
     if any(getattr(wanted, name) != getattr(known, name) for name in shapes):
         return False
+    if wanted.kv_length is not None:
+        return wanted.layout.has_bands_of(known.layout)
     return bool((wanted.layout.table(wanted.length) == known.layout.table(known.length)).all())

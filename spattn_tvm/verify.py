@@ -162,7 +162,7 @@ def kernels_of(target: MachineTarget) -> list[CheckedKernel]:
 
 def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -> str:
     """How a kernel's results on a problem are wrong; "" when they are right."""
-    from .launch import launch
+    from .launch import Domain, launch
 
     results = kernel.abi.results
     has_gradients = "dq" in results
@@ -190,7 +190,7 @@ def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -
 
     lengths = [end - begin for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     bands = torch.from_numpy(problem.layout.packed_table(lengths).copy()).to(device)
-    given = {**t, "bands": bands, "cu_seqlens": offsets.to(device)}
+    given = {**t, **Domain.of_same_rows(bands, offsets.to(device))._asdict()}
     given |= {"o": exact["o"].to(t["q"].dtype), "lse": exact["lse"].float()}
     # Fills what the launcher allocates with NaN, so that a place that no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)

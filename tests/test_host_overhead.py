@@ -22,8 +22,8 @@ from torch import Tensor
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.launch import launch_forward
-from spattn_tvm.ops import operators as torch_ops
 from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.band_tables import find_domain
 
 LIMITS_US = {"cpu": 15.0, "cuda": 10.0}
 ATTEMPTS = 8
@@ -72,7 +72,7 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
     layout = BandLayout.spattention(1)
     q, k, v = (torch.randn(1, 1, 1, head_dim, dtype=dtype, device=device) for _ in range(3))
     kernel = find_kernel("forward", q, layout.spec, kv_heads=1)
-    bands, cu_seqlens = torch_ops.find_bands(layout.spec, q, None)
+    domain = find_domain(layout.spec, q, k)
     scale = head_dim**-0.5
     leaves = [tensor.detach().requires_grad_(mode == "grad") for tensor in (q, k, v)]
 
@@ -81,7 +81,7 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
 
     arguments: list[object] = []
     recorder = dataclasses.replace(kernel, function=lambda *given: arguments.extend(given))
-    launch_forward(recorder, q, k, v, bands, cu_seqlens, scale)
+    launch_forward(recorder, q, k, v, domain, scale)
 
     def bare() -> object:
         return kernel.function(*arguments)

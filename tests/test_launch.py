@@ -11,7 +11,7 @@ from spattn_tvm import launch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.launch import launch_backward, launch_forward
+from spattn_tvm.launch import Domain, launch_backward, launch_forward
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.reference import reference_attention
 
@@ -87,7 +87,7 @@ class Recorder:
             output.fill_(1.0)
 
 
-TABLES = (torch.zeros(1, 4, 4, dtype=torch.int32), torch.tensor([0, 6], dtype=torch.int32))
+DOMAIN = Domain.of_same_rows(torch.zeros(1, 4, 4, dtype=torch.int32), torch.tensor([0, 6], dtype=torch.int32))
 
 
 def test_forward_outputs_have_the_strides_of_q_and_only_unreadable_inputs_are_copied() -> None:
@@ -95,7 +95,7 @@ def test_forward_outputs_have_the_strides_of_q_and_only_unreadable_inputs_are_co
     k = torch.randn(2, 2, 32, 6).transpose(2, 3)
     v = torch.randn(2, 2, 6, 40)[..., :32]
     forward = Recorder("forward")
-    o, lse = launch_forward(forward.kernel, q, k, v, *TABLES, 0.5)
+    o, lse = launch_forward(forward.kernel, q, k, v, DOMAIN, 0.5)
     assert (o.stride(), o.dtype) == (q.stride(), q.dtype)
     assert (lse.shape, lse.dtype, lse.is_contiguous()) == ((2, 4, 6), torch.float32, True)
     given_q, given_k, given_v = forward.arguments[:3]
@@ -115,11 +115,11 @@ def test_backward_sums_the_heads_of_a_group_and_keeps_dtype_and_strides(
     q, k, v = (torch.randn(2, 6, heads, 32, dtype=dtype).transpose(1, 2) for heads in (4, kv_heads, kv_heads))
     lse = torch.zeros(2, 4, 6)
     backward = Recorder("backward")
-    dq, dk, dv = launch_backward(backward.kernel, q, k, v, q, lse, q, lse, *TABLES, 0.5)
+    dq, dk, dv = launch_backward(backward.kernel, q, k, v, q, lse, q, lse, DOMAIN, 0.5)
     for gradient, model, heads_summed in ((dq, q, 1), (dk, k, 4 // kv_heads), (dv, v, 4 // kv_heads)):
         assert (gradient.dtype, gradient.shape, gradient.stride()) == (dtype, model.shape, model.stride())
         assert torch.equal(gradient, torch.full_like(model, heads_summed))
-    for accumulator in backward.arguments[10:12]:
+    for accumulator in backward.arguments[12:14]:
         assert isinstance(accumulator, torch.Tensor)
         assert (accumulator.dtype, accumulator.shape) == (torch.float32, q.shape)
         assert accumulator.is_contiguous()
@@ -132,14 +132,14 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
     q, k, v = (torch.randn(2, heads, 7, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
     lse = torch.zeros(2, 4, 7)
     recorder = Recorder("backward", "hopper", one_pass=one_pass)
-    given = [launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, *TABLES, scale) for _ in range(2)]
+    given = [launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale) for _ in range(2)]
     arguments = recorder.arguments
     stats, next_tile = arguments[12:14]
     assert isinstance(stats, torch.Tensor) and isinstance(next_tile, torch.Tensor)
     assert (stats.shape, stats.dtype) == ((2, 4, 4, 4), torch.float32)
     assert (next_tile.tolist(), next_tile.dtype) == ([0, 0], torch.int32)
     first = recorder.arguments
-    launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, *TABLES, scale)
+    launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale)
     assert recorder.arguments[13] is first[13] and recorder.arguments[12] is not first[12]
     sums = arguments[14:-2]
     assert [(s.shape, s.dtype) for s in sums] == [((2, 4, 7, 64), torch.float32)] * one_pass  # type: ignore[attr-defined]
@@ -154,9 +154,9 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
 def test_calls_again_get_what_the_first_call_got() -> None:
     q, k, v = (torch.randn(2, heads, 7, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
     recorder = Recorder("forward", "hopper")
-    launch_forward(recorder.kernel, q, k, v, *TABLES, 0.5)
+    launch_forward(recorder.kernel, q, k, v, DOMAIN, 0.5)
     first = recorder.arguments
-    again = launch.ready_forward(recorder.kernel, q, k, v, *TABLES)
+    again = launch.ready_forward(recorder.kernel, q, k, v, DOMAIN)
     for scale in (0.5, -0.5, 0.0):
         o, lse = again(q, k, v, scale)
         assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 7), torch.float32)
@@ -176,7 +176,7 @@ def test_nothing_is_kept_for_each_length() -> None:
     launch._layouts.cache_clear()
     for length in range(1, 1500):
         q = torch.empty(1, 1, length, 32)
-        launch_forward(recorder.kernel, q, q, q, *TABLES, 0.5)
+        launch_forward(recorder.kernel, q, q, q, DOMAIN, 0.5)
     assert launch._layouts.cache_info().currsize <= 1024
     kept = [value for value in vars(launch).values() if hasattr(value, "cache_info")]
     assert kept and all(value.cache_info().currsize <= 1024 for value in kept)

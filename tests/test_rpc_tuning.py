@@ -27,7 +27,7 @@ from spattn_tvm import cli
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.dispatch import Kernel
-from spattn_tvm.launch import launch_backward, launch_forward
+from spattn_tvm.launch import Domain, launch_backward, launch_forward
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
@@ -150,17 +150,17 @@ def test_servers_share_a_search_whose_winners_are_right(services: _Services, tmp
     o, lse = reference_attention(q, k, v, PROBLEM.layout)
     wanted = torch.autograd.grad(o, (q, k, v), do)
     bands = torch.from_numpy(PROBLEM.layout.table(160)[None].copy())
-    cu_seqlens = torch.tensor([0, 160], dtype=torch.int32)
+    domain = Domain.of_same_rows(bands, torch.tensor([0, 160], dtype=torch.int32))
     kernels = {}
     for direction, record in records.items():
         path = compile_kernel(record.kernel, detect_cpu())
         kernels[direction] = Kernel(load_library(path, direction), record.kernel)
     with torch.no_grad():
-        actual, actual_lse = launch_forward(kernels["forward"], q, k, v, bands, cu_seqlens, 32**-0.5)
+        actual, actual_lse = launch_forward(kernels["forward"], q, k, v, domain, 32**-0.5)
         torch.testing.assert_close(actual, o, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(actual_lse, lse, rtol=1e-4, atol=1e-5)
         gradients = launch_backward(
-            kernels["backward"], q, k, v, o, lse, do, torch.zeros_like(lse), bands, cu_seqlens, 32**-0.5
+            kernels["backward"], q, k, v, o, lse, do, torch.zeros_like(lse), domain, 32**-0.5
         )
     for gradient, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)

@@ -79,12 +79,12 @@ def test_workload_matches_reference(name: str, direction: str) -> None:
     if direction == "forward":
         actual_o = torch.full(query_shape, torch.nan, dtype=dtype)
         actual_lse = torch.full(query_shape[:3], torch.nan)
-        run(q, k, v, bands, cu_seqlens, scale, actual_o, actual_lse)
+        run(q, k, v, bands, cu_seqlens, cu_seqlens, scale, actual_o, actual_lse)
         _close(actual_o, o.detach(), case.dtype)
         torch.testing.assert_close(actual_lse.double(), lse.detach(), rtol=1e-5, atol=1e-5)
         return
     outputs = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    arguments = (o.detach().to(dtype), lse.detach().float(), do, dlse, bands, cu_seqlens, scale)
+    arguments = (o.detach().to(dtype), lse.detach().float(), do, dlse, bands, cu_seqlens, cu_seqlens, scale)
     run(q, k, v, *arguments, *outputs)
     for actual, expected in zip(outputs, gradients, strict=True):
         _close(actual, expected, case.dtype)

@@ -21,6 +21,22 @@ def key_range(query_begin, query_last, low, high, document_begin):
     return maximum(document_begin, query_begin - high), query_last - low + 1
 
 
+def document_keys(document, batch, boundaries, key_boundaries, ranges, num_ranges):
+    """Which keys a document's queries may attend to: (begin, end, shift); TensorIR only.
+
+    ``shift`` makes a query's row its position among the keys: ``d = i + shift - j``. The queries of a
+    document are its last rows, unless there are ``ranges``, int32 ``(num_ranges, 3)`` of begin, end and shift
+    for each batch row, or one for all, of a call that is not packed.
+    """
+    row = T.min(batch, num_ranges - 1)
+    end = key_boundaries[document + 1]
+    return (
+        T.if_then_else(num_ranges > 0, ranges[row, 0], key_boundaries[document]),
+        T.if_then_else(num_ranges > 0, ranges[row, 1], end),
+        T.if_then_else(num_ranges > 0, ranges[row, 2], end - boundaries[document + 1]),
+    )
+
+
 def query_range(key_begin, key_last, low, high, document_end):
     """Queries ``[begin, end)`` that attend through a band to the keys ``key_begin ... key_last``."""
     return key_begin + low, minimum(document_end, key_last + high + 1)
@@ -32,6 +48,14 @@ def first_query_with_keys(document_begin, near_low, far_low):
     The lower bound of an interval that is missing lies behind every document.
     """
     return document_begin + minimum(near_low, far_low)
+
+
+def has_key(position, low, high, key_begin, key_end):
+    """Whether a band gives a query at a position one of the keys ``[key_begin, key_end)``.
+
+    The lower bound of an interval that is missing lies behind every position.
+    """
+    return (position - low >= key_begin) & (position - high < key_end) & (key_begin < key_end)
 
 
 def crosses_edge(query_begin, query_last, key_begin, key_last, low, high):

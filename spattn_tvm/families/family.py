@@ -149,6 +149,11 @@ class Abi:
         """Names of the outputs."""
         return tuple(output.name for output in self.outputs)
 
+    @property
+    def takes_other_keys(self) -> bool:
+        """Whether a call may have other numbers of keys than of queries, or keys that don't exist."""
+        return "key_ranges" in self.inputs
+
     @cached_property
     def positions(self) -> tuple[int, int]:
         """Of q and k among the inputs."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import implementations
+from spattn_tvm.placement import check_placement
 from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 
 from . import flops  # noqa: F401  (registers formulas)
-from .operators import are_plain, attend_by_operator, check_finite, is_watched
+from .operators import SAME_ROWS, are_plain, attend_by_operator, check_finite, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
 from .transforms import attend_transformed
 
@@ -73,14 +74,14 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
         raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
     batch, query_heads, length, head_dim = q_shape
     kv_batch, kv_heads, kv_length, kv_head_dim = k_shape
-    if batch != kv_batch or length != kv_length or head_dim != kv_head_dim:
+    if batch != kv_batch or head_dim != kv_head_dim:
         raise ValueError(
-            "q, k and v must agree in batch, length and head_dim (dimensions 0, 2 and 3), "
+            "q, k and v must agree in batch and head_dim (dimensions 0 and 3), "
             f"got {tuple(q_shape)} and {tuple(k_shape)}"
         )
-    if query_heads == 0 or kv_heads == 0 or length == 0 or head_dim == 0:
+    if query_heads == 0 or kv_heads == 0 or length == 0 or kv_length == 0 or head_dim == 0:
         raise ValueError(
-            "heads, length and head_dim must be at least 1 (only the batch may be empty), "
+            "heads, lengths and head_dim must be at least 1 (only the batch may be empty), "
             f"got {tuple(q_shape)} and {tuple(k_shape)}"
         )
     if query_heads % kv_heads:
@@ -113,18 +114,27 @@ def _autocast(tensor: Any, device_type: str) -> Any:
     return tensor
 
 
-def _check_cu_seqlens(cu_seqlens: Any, device: torch.device) -> None:
+def _check_cu_seqlens(name: str, cu_seqlens: Any, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    _check_dense("cu_seqlens", cu_seqlens)
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    _check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens must have shape (number of documents + 1,), got {tuple(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"{name} must have shape (number of documents + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu_seqlens.device}")
+        raise ValueError(f"{name} must be on the device of q, {device}, got {cu_seqlens.device}")
+
+
+def _check_documents(cu_seqlens: Any, cu_seqlens_k: Any, device: torch.device) -> None:
+    _check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    if cu_seqlens_k is not None:
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
+        if cu_seqlens_k.shape[0] != cu_seqlens.shape[0]:
+            raise ValueError(
+                "cu_seqlens_k must have as many documents as cu_seqlens, "
+                f"got {cu_seqlens_k.shape[0] - 1} and {cu_seqlens.shape[0] - 1}"
+            )
 
 
 @overload
@@ -136,6 +146,10 @@ def banded_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
     return_lse: Literal[False] = False,
     deterministic: bool = False,
     impl: str = "auto",
@@ -149,6 +163,10 @@ def banded_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
     return_lse: Literal[True],
     deterministic: bool = False,
     impl: str = "auto",
@@ -161,6 +179,10 @@ def banded_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     impl: str = "auto",
@@ -175,17 +197,17 @@ def banded_attention(
     Parameters
     ----------
     q : Tensor
-        ``(B, Hq, N, D)``: float32, bfloat16 or float16, on a CPU or CUDA device; float64 is served by the
+        ``(B, Hq, Nq, D)``: float32, bfloat16 or float16, on a CPU or CUDA device; float64 is served by the
         reference. Any strides; a tensor whose last dimension is not contiguous is copied. D: a multiple of
         8 from 32 to 256.
     k, v : Tensor
-        ``(B, Hkv, N, D)``, dtype and device of q. ``Hq % Hkv == 0``: query head h reads head ``h // (Hq //
+        ``(B, Hkv, Nk, D)``, dtype and device of q. ``Hq % Hkv == 0``: query head h reads head ``h // (Hq //
         Hkv)``.
     layout : BandLayout
         Bands of the Hq query heads, such as ``BandLayout.spattention(Hq, context_length)``. Without a
-        context length the bands follow N, so that what a token sees depends on how many tokens come after it
-        (``BandLayout.is_autoregressive``). Where q holds some of a model's heads, ``layout.heads(start,
-        stop)`` has their bands.
+        context length the bands follow N = Nq = Nk, so that what a token sees depends on how many tokens
+        come after it (``BandLayout.is_autoregressive``). Where q holds some of a model's heads,
+        ``layout.heads(start, stop)`` has their bands.
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     cu_seqlens : Tensor, optional
@@ -197,6 +219,18 @@ def banded_attention(
         there kernels take their running maximum, clamped to ``[0, N]``, and what lies before the first or
         behind the last boundary belongs to no document. For the same reason a CUDA call does not compare
         the documents' lengths with the layout's context length.
+    cu_seqlens_k : Tensor, optional
+        With `cu_seqlens`, which then are the queries': ``(number of documents + 1,)``, boundaries of the
+        documents' keys, from 0 to at most Nk; `cu_seqlens` by default. The queries of a document are its last
+        ones.
+    query_offset : int or Tensor, optional
+        What makes a query's row its position among the keys: query row r attends to key row j at the
+        distance ``r + query_offset - j``. An int, or an int32 or int64 tensor ``(B,)`` on the device of q.
+        By default the queries are the last ones: ``Nk - Nq``, or ``kv_lengths - Nq``.
+    kv_lengths, kv_starts : Tensor, optional
+        ``(B,)`` int32 or int64, on the device of q: of a batch row's keys those from ``kv_starts[b]`` (0) to
+        below ``kv_lengths[b]`` (Nk) exist. The others are never used, not even where they are NaN, and get
+        gradients of zero. No value is read by the host; they are clamped to ``[0, Nk]``.
     return_lse : bool
         Also return the logarithm of the sum of exponentiated scores.
     deterministic : bool
@@ -211,9 +245,9 @@ def banded_attention(
     Returns
     -------
     o : Tensor
-        ``(B, Hq, N, D)`` in the dtype and the dimension order of q. A query with no key has o = 0.
+        ``(B, Hq, Nq, D)`` in the dtype and the dimension order of q. A query with no key has o = 0.
     lse : Tensor
-        Only with ``return_lse``: ``(B, Hq, N)`` float32 (float64 for float64 inputs), natural logarithm,
+        Only with ``return_lse``: ``(B, Hq, Nq)`` float32 (float64 for float64 inputs), natural logarithm,
         -inf for a query with no key.
 
     Raises
@@ -222,7 +256,9 @@ def banded_attention(
         Something that is not a tensor or a BandLayout, mixed or unsupported dtypes.
     ValueError
         Shapes, heads, devices or boundaries that do not fit, a sequence longer than the layout's context
-        length, a scale that is not finite, an unknown `impl`.
+        length, a scale that is not finite, an unknown `impl`. `query_offset`, `kv_lengths` or `kv_starts`
+        beside `cu_seqlens`. A layout that is not autoregressive where Nq and Nk differ, or with one of
+        `cu_seqlens_k`, `query_offset`, `kv_lengths` and `kv_starts`.
 
     Notes
     -----
@@ -245,26 +281,30 @@ def banded_attention(
             q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
     if scale is not None:
         scale = _check_scale(scale)
-    if cu_seqlens is None and isinstance(layout, BandLayout):
+    is_usual = cu_seqlens_k is None and query_offset is None and kv_lengths is None and kv_starts is None
+    if cu_seqlens is None and is_usual and isinstance(layout, BandLayout):
         outputs = attend_again(q, k, v, layout.spec, impl, scale, deterministic, return_lse)
         if outputs is not None:
             return outputs
 
     _check_inputs(q, k, v, layout, impl)
-    if cu_seqlens is None:
-        layout.check_length(q.shape[2])
-    else:
-        _check_cu_seqlens(cu_seqlens, q.device)
+    check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    if cu_seqlens is not None:
+        _check_documents(cu_seqlens, cu_seqlens_k, q.device)
     if scale is None:
         scale = _check_scale(q.shape[3] ** -0.5)
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
-    settings = (layout.spec, scale, deterministic, impl)
-    if not is_watched() and are_plain((q, k, v, cu_seqlens)):
-        o, lse = attend_eagerly(q, k, v, cu_seqlens, settings)
-        if cu_seqlens is None:
+    offset, offsets = (None, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
+    places = SAME_ROWS
+    if cu_seqlens is not None or not is_usual:
+        places = (cu_seqlens, cu_seqlens_k, offsets, kv_lengths, kv_starts)
+    settings = (offset, layout.spec, scale, deterministic, impl)
+    if not is_watched() and are_plain((q, k, v, *places)):
+        o, lse = attend_eagerly(q, k, v, places, settings)
+        if cu_seqlens is None and is_usual:
             remember(q, k, v, layout.spec, impl)
     elif torch.compiler.is_dynamo_compiling() or not is_differentiated():
-        o, lse = attend_by_operator(q, k, v, cu_seqlens, settings)
+        o, lse = attend_by_operator(q, k, v, places, settings)
     else:
-        o, lse = attend_transformed(q, k, v, cu_seqlens, settings)
+        o, lse = attend_transformed(q, k, v, places, settings)
     return (o, lse) if return_lse else o

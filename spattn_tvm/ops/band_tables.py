@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spattn_tvm.bands import EMPTY, BandLayout, length_tables
+from spattn_tvm.bands import EMPTY, LIMIT, BandLayout, length_tables
 from spattn_tvm.lasting import make_lasting
+from spattn_tvm.launch import Domain
+from spattn_tvm.placement import clamp_offset, place_rows
 from spattn_tvm.torch_private import add_to_each, is_capturing
 
 
@@ -163,25 +165,28 @@ def _find_bands(layout: BandLayout, length: int, device: torch.device) -> _Bands
     return found
 
 
+@cache
+def _no_ranges(device: torch.device) -> Tensor:
+    # It has no memory that could belong to a stream or a graph.
+    with torch.inference_mode(False):
+        return torch.empty((0, 3), dtype=torch.int32, device=device)
+
+
 # --- packed documents ------------------------------------------------------------------------------------
 
 
-def _check_boundaries(boundaries: tuple[int, ...], length: int, layout: BandLayout) -> None:
+def _check_boundaries(name: str, boundaries: tuple[int, ...], length: int) -> None:
     if boundaries[0] != 0:
-        raise ValueError(f"cu_seqlens must start with 0, got {boundaries[0]}")
-    longest = 0
+        raise ValueError(f"{name} must start with 0, got {boundaries[0]}")
     for index, (begin, end) in enumerate(pairwise(boundaries)):
         if end < begin:
             raise ValueError(
-                "cu_seqlens must be sorted, "
-                f"got cu_seqlens[{index}] = {begin} and cu_seqlens[{index + 1}] = {end}"
+                f"{name} must be sorted, got {name}[{index}] = {begin} and {name}[{index + 1}] = {end}"
             )
-        longest = max(longest, end - begin)
     if boundaries[-1] > length:
         raise ValueError(
-            f"cu_seqlens must not exceed the sequence length {length}, got {boundaries[-1]} at its end"
+            f"{name} must not exceed the sequence length {length}, got {boundaries[-1]} at its end"
         )
-    layout.check_length(longest)
 
 
 def _covering(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -224,55 +229,116 @@ def _find_lookup(layout: BandLayout, length: int, device: torch.device) -> Tenso
     return lookup
 
 
-def _packed(layout: BandLayout, length: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _packed(
+    layout: BandLayout, length: int, cu_seqlens: Tensor, key_length: int, cu_seqlens_k: Tensor | None
+) -> Domain:
     device = cu_seqlens.device
     boundaries = _covering(cu_seqlens, length)
+    if cu_seqlens_k is not None:
+        layout.require_autoregressive("cu_seqlens_k")
+        bands = _find_bands(layout, LIMIT, device).packed
+        return Domain(bands, boundaries, _covering(cu_seqlens_k, key_length), _no_ranges(device))
     if not layout.depends_on_length:
-        return _find_bands(layout, 1, device).packed, boundaries
+        bands = _find_bands(layout, 1, device).packed
+        return Domain(bands, boundaries, boundaries, _no_ranges(device))
     # The first and the last document, which are nobody's, count as having no row.
     lengths = boundaries[1:-1].diff(prepend=boundaries[1:2], append=boundaries[-2:-1])
     lookup = _find_lookup(layout, length, device)
-    return (_tables_of(layout, lengths) if lookup is None else lookup.index_select(0, lengths)), boundaries
+    bands = _tables_of(layout, lengths) if lookup is None else lookup.index_select(0, lengths)
+    return Domain(bands, boundaries, boundaries, _no_ranges(device))
 
 
 # A pass through a model asks for the same again and again, 2 us instead of 30. More would hold the heap.
 @lru_cache(maxsize=16)
-def _packed_on_host(spec: str, length: int, boundaries: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    layout = BandLayout.from_spec(spec)
-    _check_boundaries(boundaries, length, layout)
-    return make_lasting(_HOST, lambda: _packed(layout, length, torch.tensor(boundaries, device=_HOST)))
+def _packed_on_host(
+    spec: str,
+    length: int,
+    boundaries: tuple[int, ...],
+    key_length: int,
+    key_boundaries: tuple[int, ...] | None,
+) -> Domain:
+    layout, cu_seqlens_k = BandLayout.from_spec(spec), None
+    _check_boundaries("cu_seqlens", boundaries, length)
+    if key_boundaries is not None:
+        _check_boundaries("cu_seqlens_k", key_boundaries, key_length)
+        cu_seqlens_k = torch.tensor(key_boundaries, device=_HOST)
+    layout.check_length(max(end - begin for begin, end in pairwise(key_boundaries or boundaries)))
+    cu_seqlens = torch.tensor(boundaries, device=_HOST)
+    return make_lasting(_HOST, lambda: _packed(layout, length, cu_seqlens, key_length, cu_seqlens_k))
 
 
-def find_bands(spec: str, q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The band table and the document boundaries, as kernels take them.
+# --- calls -----------------------------------------------------------------------------------------------
+
+
+def _find_ranges(
+    q: Tensor,
+    keys: int,
+    query_offset: int | Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+) -> Tensor:
+    """``Domain.key_ranges`` of a call that is not packed. An offset is not kept: each step of generation has
+    another.
+    """
+    queries, device = q.shape[2], q.device
+    if kv_lengths is None and kv_starts is None and not isinstance(query_offset, Tensor):
+        if query_offset is None:
+            return _no_ranges(device)
+        values = [[0, keys, clamp_offset(query_offset, queries)]]
+        if device.type == "cpu":
+            return torch.tensor(values, dtype=torch.int32)
+        return _written_by_launches(np.array(values), device)
+    ranges = torch.empty((q.shape[0], 3), dtype=torch.int32, device=device)
+    return place_rows(ranges, queries, keys, query_offset, kv_lengths, kv_starts)
+
+
+def find_domain(
+    spec: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+) -> Domain:
+    """Which keys the queries of a call attend to, as kernels take it.
 
     Parameters
     ----------
     spec : str
         ``BandLayout.spec``.
-    q : Tensor
-        ``(B, Hq, N, D)``; its length and its device matter.
-    cu_seqlens : Tensor or None
-        ``(documents + 1,)`` int32 or int64 on the device of q. On a CUDA device nothing waits for its
-        values: they are taken as their running maximum, clamped to ``[0, N]``.
+    q, k : Tensor
+        ``(B, Hq, Nq, D)`` and ``(B, Hkv, Nk, D)``; their lengths and their device matter.
+    cu_seqlens, cu_seqlens_k : Tensor, optional
+        ``(documents + 1,)`` int32 or int64 on the device of q. On a CUDA device nothing waits for their
+        values: they are taken as their running maximum, clamped to ``[0, Nq]`` and ``[0, Nk]``.
+    query_offset, kv_lengths, kv_starts : int or Tensor, optional
+        As in ``banded_attention``. No value of a tensor is read; they are clamped before they are cast.
 
     Returns
     -------
-    bands : Tensor
-        int32 ``(M, Hq, 4)``.
-    boundaries : Tensor
-        int32 ``(documents + 1,)``, of a packed call with two documents more than the caller's.
+    Domain
+        A packed call has two documents more than the caller's.
 
     Raises
     ------
     ValueError
-        On the CPU, boundaries that are not sorted, don't start with 0 or exceed N, and a document that is
-        longer than the layout's context.
+        On the CPU, boundaries that are not sorted, don't start with 0 or exceed the length, and a document
+        that is longer than the layout's context.
     """
-    device, length = q.device, q.shape[2]
+    device, length, key_length = q.device, q.shape[2], k.shape[2]
     layout = BandLayout.from_spec(spec)
     if cu_seqlens is None:
-        return _find_bands(layout, length, device).single, _find_ends(length, device)
+        ends = _find_ends(length, device)
+        if query_offset is None and kv_lengths is None and kv_starts is None and length == key_length:
+            return Domain(_find_bands(layout, length, device).single, ends, ends, _no_ranges(device))
+        layout.require_autoregressive("attention to other keys than the queries' own")
+        # The same intervals wherever a query stands.
+        bands = _find_bands(layout, LIMIT, device).single
+        ranges = _find_ranges(q, key_length, query_offset, kv_lengths, kv_starts)
+        return Domain(bands, ends, _find_ends(key_length, device), ranges)
     if cu_seqlens.is_cpu:
-        return _packed_on_host(spec, length, tuple(cu_seqlens.tolist()))
-    return _packed(layout, length, cu_seqlens)
+        key_boundaries = None if cu_seqlens_k is None else tuple(cu_seqlens_k.tolist())
+        return _packed_on_host(spec, length, tuple(cu_seqlens.tolist()), key_length, key_boundaries)
+    return _packed(layout, length, cu_seqlens, key_length, cu_seqlens_k)

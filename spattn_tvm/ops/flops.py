@@ -11,43 +11,84 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.problem import useful_flops
 
 from .operators import BACKWARD, FORWARD
 
+# Queries and keys of a document.
+_Document = tuple[int, int]
 
-def _document_lengths(layout: BandLayout, length: int, cu_seqlens: Tensor | None) -> list[int]:
-    """Lengths of the documents; where boundaries have no values, those that attend to the most pairs."""
+
+def _documents(
+    layout: BandLayout, queries: int, keys: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[_Document]:
+    """The documents; where boundaries have no values, those that attend to the most pairs."""
     if cu_seqlens is None:
-        return [length]
-    has_values = type(cu_seqlens) is Tensor and not cu_seqlens.is_meta
-    if has_values and not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        offsets = [min(max(offset, 0), length) for offset in cu_seqlens.tolist()]
-        return [end - begin for begin, end in pairwise(offsets) if end > begin]
-    longest = min(length, layout.context_length or length)
-    return [longest] * (length // longest) + [length % longest] * (length % longest > 0)
+        return [(queries, keys)]
+    both = (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
+    have_values = all(type(boundaries) is Tensor and not boundaries.is_meta for boundaries in both)
+    if have_values and not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        offsets, key_offsets = (
+            [min(max(offset, 0), length) for offset in boundaries.tolist()]
+            for boundaries, length in zip(both, (queries, keys), strict=True)
+        )
+        pairs = zip(pairwise(offsets), pairwise(key_offsets), strict=True)
+        lengths = [(end - begin, last - first) for (begin, end), (first, last) in pairs]
+        return [(rows, others) for rows, others in lengths if rows > 0 and others > 0]
+    longest = min(keys, layout.context_length or keys)
+    count, rest = divmod(keys, longest)
+    if cu_seqlens_k is not None:
+        # As many queries as each of them can have.
+        return [(min(queries, longest), longest)] * count + [(min(queries, rest), rest)] * (rest > 0)
+    return [(longest, longest)] * count + [(rest, rest)] * (rest > 0)
 
 
-def _count(direction: str, q: Tensor, cu_seqlens: Tensor | None, spec: str) -> int:
+def _count(
+    direction: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offset: int | None,
+    spec: str,
+) -> int:
     batch, _, length, head_dim = map(int, q.shape)
+    keys = int(k.shape[2])
     layout = BandLayout.from_spec(spec)
     if layout.context_length is not None:
         # Nobody compared documents on a GPU with it, and a counter is not the place to refuse them.
         layout = replace(layout, allow_longer=True)
-    lengths = _document_lengths(layout, length, cu_seqlens)
-    return batch * sum(layout.useful_flops(length, head_dim, direction) for length in lengths)
+    if query_offset is not None:
+        # Keys behind the queries are seen by none.
+        keys = min(keys, max(0, length + int(query_offset)))
+    documents = _documents(layout, length, keys, cu_seqlens, cu_seqlens_k)
+    return batch * sum(useful_flops(layout, *document, head_dim, direction) for document in documents)
 
 
 @register_flop_formula(FORWARD.overloadpacket, get_raw=True)
 def count_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, layout: str, *rest: Any, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offsets: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    query_offset: int | None,
+    layout: str,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Useful floating-point operations of ``banded_attention_forward``: ``4*D`` an attended pair.
 
     Boundaries of packed documents are read, which waits for the GPU there, as PyTorch's own formulas do.
     Where they have no values (fake and meta tensors) or can't be waited for (while a CUDA graph is captured)
     the sequence is counted as one document, or as several of the layout's context length: an upper bound.
+    What other tensors say of queries and keys is not read: queries count as the last ones of keys that all
+    exist.
     """
-    return _count("forward", q, cu_seqlens, layout)
+    return _count("forward", q, k, cu_seqlens, cu_seqlens_k, query_offset, layout)
 
 
 @register_flop_formula(BACKWARD.overloadpacket, get_raw=True)
@@ -60,9 +101,14 @@ def count_backward(
     o: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offsets: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    query_offset: int | None,
     layout: str,
     *rest: Any,
     **_: Any,
 ) -> int:
     """Useful floating-point operations of ``banded_attention_backward``: ``10*D`` an attended pair."""
-    return _count("backward", q, cu_seqlens, layout)
+    return _count("backward", q, k, cu_seqlens, cu_seqlens_k, query_offset, layout)

@@ -41,26 +41,32 @@ from spattn_tvm.torch_private import (
     is_transformed,
 )
 
-from .band_tables import find_bands
+from .band_tables import find_domain
 
-# Layout (BandLayout.spec), scale, deterministic, impl.
-Settings = tuple[str, float, bool, str]
+# cu_seqlens, cu_seqlens_k, query_offsets, kv_lengths, kv_starts.
+Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+SAME_ROWS: Places = (None, None, None, None, None)
+# query_offset, layout (BandLayout.spec), scale, deterministic, impl.
+Settings = tuple[int | None, str, float, bool, str]
+
+_PLACES = (
+    "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, "
+    "SymInt? query_offset"
+)
 
 LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 LIBRARY.define(
-    "banded_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str layout, Scalar scale, "
+    "banded_attention_forward(Tensor q, Tensor k, Tensor v, " + _PLACES + ", str layout, Scalar scale, "
     "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    "Tensor? cu_seqlens, str layout, Scalar scale, bool deterministic, str impl) "
+    + _PLACES
+    + ", str layout, Scalar scale, bool deterministic, str impl) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-
-# --- band tables: int32 (M, Hq, 4), M = 1 or one row a document ----------------------------------------
-
 
 # --- the implementation of both operators --------------------------------------------------------------
 
@@ -78,11 +84,29 @@ def check_finite(scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
+def _other_keys(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_k: Tensor | None,
+    query_offset: int | Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+) -> int | None:
+    """Number of keys of a call whose keys are not the queries' own rows, or don't all exist; else None."""
+    is_usual = cu_seqlens_k is None and query_offset is None and kv_lengths is None and kv_starts is None
+    return None if is_usual and q.shape[2] == k.shape[2] else k.shape[2]
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offsets: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    query_offset: int | None,
     layout: str,
     scale: float,
     deterministic: bool,
@@ -92,15 +116,26 @@ def _forward(
     q = _with_contiguous_rows(q)
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
-    kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1])
+    offset = query_offset if query_offsets is None else query_offsets
+    kv_length = _other_keys(q, k, cu_seqlens_k, offset, kv_lengths, kv_starts)
+    kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1], kv_length)
     if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             o, lse = reference_attention(
-                q, k, v, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
+                q,
+                k,
+                v,
+                BandLayout.from_spec(layout),
+                scale=scale,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                query_offset=offset,
+                kv_lengths=kv_lengths,
+                kv_starts=kv_starts,
             )
             return like(o, q), lse.to(_lse_dtype(q.dtype))
-    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
-    return launch_forward(kernel, q, k, v, bands, cu_seqlens, scale)
+    domain = find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
+    return launch_forward(kernel, q, k, v, domain, scale)
 
 
 def _backward(
@@ -112,6 +147,11 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offsets: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    query_offset: int | None,
     layout: str,
     scale: float,
     deterministic: bool,
@@ -122,16 +162,31 @@ def _backward(
     o, lse, do = o.to(q.dtype), lse.to(_lse_dtype(q.dtype)).contiguous(), do.to(q.dtype)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1])
+    offset = query_offset if query_offsets is None else query_offsets
+    kv_length = _other_keys(q, k, cu_seqlens_k, offset, kv_lengths, kv_starts)
+    kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1], kv_length)
     if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = reference_gradients(
-                q, k, v, o, lse, do, dlse, BandLayout.from_spec(layout), scale=scale, cu_seqlens=cu_seqlens
+                q,
+                k,
+                v,
+                o,
+                lse,
+                do,
+                dlse,
+                BandLayout.from_spec(layout),
+                scale=scale,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                query_offset=offset,
+                kv_lengths=kv_lengths,
+                kv_starts=kv_starts,
             )
             return like(dq, q), like(dk, k), like(dv, v)
-    bands, cu_seqlens = find_bands(layout, q, cu_seqlens)
+    domain = find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
-    return launch_backward(kernel, q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale)
+    return launch_backward(kernel, q, k, v, o, lse, do, dlse, domain, scale)
 
 
 # --- registration --------------------------------------------------------------------------------------
@@ -149,6 +204,11 @@ def _fake_forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    query_offsets: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    query_offset: int | None,
     layout: str,
     scale: float,
     deterministic: bool,
@@ -170,8 +230,9 @@ torch.library.register_fake("spattn_tvm::banded_attention_backward", _fake_backw
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, *rest[: len(SAME_ROWS)])
+    ctx.settings = rest[len(SAME_ROWS) :]
     ctx.set_materialize_grads(False)
 
 
@@ -181,10 +242,10 @@ def find_gradients(
     """dq, dk and dv from what `save` or its like saved; by the operator if somebody watches."""
     if do is None and dlse is None:
         return None, None, None
-    q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+    q, k, v, o, lse, *places = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    tensors = (do, dlse, q, k, v, o, lse, cu_seqlens)
+    tensors = (do, dlse, q, k, v, o, lse, *(places or SAME_ROWS))
     # With create_graph=True the gradients need a history that raises, which only the operator gives them.
     is_eager = not torch.is_grad_enabled() and not is_watched() and are_plain(tensors)
     return (_backward if is_eager else operator)(*tensors, *ctx.settings)
@@ -194,7 +255,8 @@ def differentiate(
     ctx: Any, do: Tensor | None, dlse: Tensor | None, operator: Callable[..., Any] = BACKWARD
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each input of the forward operator."""
-    return *find_gradients(ctx, do, dlse, operator), None, None, None, None, None
+    others = len(SAME_ROWS) + len(ctx.settings)
+    return *find_gradients(ctx, do, dlse, operator), *[None] * others
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
@@ -250,10 +312,10 @@ def are_plain(tensors: tuple[Any, ...]) -> bool:
 
 
 def attend_by_operator(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, places: Places, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` through the dispatcher, for who needs to see an operator; unchecked."""
     # An operator with a registered backward drops tangents without a word.
     if is_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
         refuse_forward_mode()
-    return FORWARD(q, k, v, cu_seqlens, *settings)
+    return FORWARD(q, k, v, *places, *settings)

@@ -28,8 +28,10 @@ from spattn_tvm.torch_private import (
     keep_for_backward,
 )
 
-from .band_tables import call_when_dropped, find_bands
+from .band_tables import call_when_dropped, find_domain
 from .operators import (
+    SAME_ROWS,
+    Places,
     Settings,
     _forward,
     find_gradients,
@@ -89,7 +91,8 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
             _called_once.clear()
         _called_once.add(key)
         return
-    kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1])
+    kv_length = None if q.shape[2] == k.shape[2] else k.shape[2]
+    kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1], kv_length=kv_length)
     if kernel.spec is None:
         return
     serves = guard_inputs(q, k, v)
@@ -97,7 +100,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         return
     prepared = _Prepared(
         serves=serves,
-        launch=ready_forward(kernel, q, k, v, *find_bands(layout, q, None)),
+        launch=ready_forward(kernel, q, k, v, find_domain(layout, q, k)),
         requires_grad=q.requires_grad or k.requires_grad or v.requires_grad,
         scale=q.shape[3] ** -0.5,
         index=index,
@@ -117,16 +120,16 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens: Tensor | None,
+        places: Places,
         settings: Settings,
         launch: Forward | None,
     ) -> tuple[Tensor, Tensor]:
         if launch is None:
-            o, lse = _forward(q, k, v, cu_seqlens, *settings)
+            o, lse = _forward(q, k, v, *places, *settings)
         else:
-            o, lse = launch(q, k, v, settings[1])
+            o, lse = launch(q, k, v, settings[2])
         ctx.settings = settings
-        keep_for_backward(ctx, (q, k, v, o, lse, cu_seqlens))
+        keep_for_backward(ctx, (q, k, v, o, lse) if places is SAME_ROWS else (q, k, v, o, lse, *places))
         return o, lse
 
     @staticmethod
@@ -139,9 +142,9 @@ class _OutputAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, launch: Forward, settings: Settings) -> Tensor:
-        o, lse = launch(q, k, v, settings[1])
+        o, lse = launch(q, k, v, settings[2])
         ctx.settings = settings
-        keep_for_backward(ctx, (q, k, v, o, lse, None))
+        keep_for_backward(ctx, (q, k, v, o, lse))
         return o
 
     @staticmethod
@@ -205,32 +208,35 @@ def attend_again(
     if not (prepared.requires_grad and _is_grad_enabled()):
         o, lse = prepared.launch(q, k, v, scale)
         return (o, lse) if return_lse else o
-    settings = (layout, scale, bool(deterministic or _is_determinism_asked()), impl)
+    settings = (None, layout, scale, bool(deterministic or _is_determinism_asked()), impl)
     if return_lse:
-        return _apply(q, k, v, None, settings, prepared.launch)
+        return _apply(q, k, v, SAME_ROWS, settings, prepared.launch)
     return _apply_for_output(q, k, v, prepared.launch, settings)
 
 
 def attend_eagerly(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, places: Places, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` past the dispatcher, for a plain call; differentiable, unchecked.
 
     Parameters
     ----------
-    q, k, v, cu_seqlens
+    q, k, v
         As in ``banded_attention``.
-    settings : (str, float, bool, str)
-        The operator's further arguments: ``BandLayout.spec``, factor of the scores, whether gradients must
-        be bitwise equal from run to run, and one of :func:`~spattn_tvm.dispatch.implementations`.
+    places : Places
+        Tensors that say where queries and keys lie; `SAME_ROWS` where there are none.
+    settings : (int or None, str, float, bool, str)
+        The operator's further arguments: an offset of the queries known here, ``BandLayout.spec``, factor of
+        the scores, whether gradients must be bitwise equal from run to run, and one of
+        :func:`~spattn_tvm.dispatch.implementations`.
 
     Returns
     -------
     o : Tensor
-        ``(B, Hq, N, D)`` in the dtype and the dimension order of q.
+        ``(B, Hq, Nq, D)`` in the dtype and the dimension order of q.
     lse : Tensor
-        ``(B, Hq, N)`` float32, float64 for float64 inputs.
+        ``(B, Hq, Nq)`` float32, float64 for float64 inputs.
     """
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _apply(q, k, v, cu_seqlens, settings, None)
-    return _forward(q, k, v, cu_seqlens, *settings)
+        return _apply(q, k, v, places, settings, None)
+    return _forward(q, k, v, *places, *settings)

@@ -21,6 +21,8 @@ from .operators import (
     BACKWARD,
     FORWARD,
     LIBRARY,
+    SAME_ROWS,
+    Places,
     Settings,
     differentiate,
     refuse_forward_mode,
@@ -32,8 +34,10 @@ Outputs = tuple[Tensor, ...]
 
 # Elements of a call's largest tensor: 64 MiB in float32.
 _MOST_ELEMENTS = 2**24
-# q, k, v; do, dlse, q, k, v, o, lse. The boundaries of packed documents follow, then the settings.
+# q, k, v; do, dlse, q, k, v, o, lse. The boundaries of packed documents follow, which a batch shares, what
+# each batch row has of its own, then the settings.
 _FORWARD_TENSORS, _BACKWARD_TENSORS = 3, 7
+_BOUNDARIES, _PLACES = 2, len(SAME_ROWS)
 
 
 def _map(
@@ -49,20 +53,20 @@ def _map(
     a call each.
     """
     size = info.batch_size
-    tensors = [
-        tensor if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(inputs[:num_tensors], in_dims[:num_tensors], strict=True)
-    ]
-    is_mapped = [dim is not None for dim in in_dims[:num_tensors]]
-    cu_seqlens, cu_seqlens_dim = inputs[num_tensors], in_dims[num_tensors]
-    settings = inputs[num_tensors + 1 :]
+    shared, by_row = num_tensors + _BOUNDARIES, num_tensors + _PLACES
+    pairs = list(zip(inputs, in_dims, strict=True))
+    mapped_pairs = pairs[:num_tensors] + pairs[shared:by_row]
+    tensors = [tensor if dim is None else tensor.movedim(dim, 0) for tensor, dim in mapped_pairs]
+    is_mapped = [dim is not None for _, dim in mapped_pairs]
+    boundaries = pairs[num_tensors:shared]
+    settings = inputs[by_row:]
 
     sizes = [
         tensor.numel() // (max(size, 1) if mapped else 1)
         for tensor, mapped in zip(tensors, is_mapped, strict=True)
         if tensor is not None
     ]
-    at_once = max(1, _MOST_ELEMENTS // max(1, *sizes)) if cu_seqlens_dim is None else 1
+    at_once = max(1, _MOST_ELEMENTS // max(1, *sizes)) if all(dim is None for _, dim in boundaries) else 1
 
     def fold(tensor: Tensor | None, mapped: bool, begin: int, count: int) -> Tensor | None:
         if tensor is None:
@@ -74,8 +78,8 @@ def _map(
     for begin in range(0, max(size, 1), at_once):
         count = min(at_once, size - begin)
         folded = [fold(*each, begin, count) for each in zip(tensors, is_mapped, strict=True)]
-        boundaries = cu_seqlens if cu_seqlens_dim is None else cu_seqlens.select(cu_seqlens_dim, begin)
-        outputs = attend(*folded, boundaries, *settings)
+        own = [tensor if dim is None else tensor.select(dim, begin) for tensor, dim in boundaries]
+        outputs = attend(*folded[:num_tensors], *own, *folded[num_tensors:], *settings)
         parts.append([output.unflatten(0, (count, output.shape[0] // max(count, 1))) for output in outputs])
     return tuple(torch.cat(part) for part in zip(*parts, strict=True)), (0,) * len(parts[0])
 
@@ -107,13 +111,9 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens: Tensor | None,
-        layout: str,
-        scale: float,
-        deterministic: bool,
-        impl: str,
+        *others: Any,
     ) -> Outputs:
-        return FORWARD(q, k, v, cu_seqlens, layout, scale, deterministic, impl)
+        return FORWARD(q, k, v, *others)
 
     setup_context = staticmethod(save)
 
@@ -139,7 +139,7 @@ for _name, _operator, _tensors in (
 
 
 def attend_transformed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, places: Places, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` under functional transforms of which one differentiates; unchecked."""
-    return _Attention.apply(q, k, v, cu_seqlens, *settings)
+    return _Attention.apply(q, k, v, *places, *settings)

@@ -76,14 +76,16 @@ class TrialData:
             return torch.randn(shape, generator=generator, device=self.device)
 
         rows = (problem.batch, problem.query_heads, problem.length)
-        keys = (problem.batch, problem.kv_heads, problem.length)
+        keys = (problem.batch, problem.kv_heads, problem.keys)
         self.q = normal(*rows, problem.head_dim).to(dtype)
         self.k = normal(*keys, problem.head_dim).to(dtype)
         self.v = normal(*keys, problem.head_dim).to(dtype)
         self.do = normal(*rows, problem.head_dim).to(dtype)
         self.dlse = normal(*rows)
-        self.bands = torch.tensor(problem.layout.table(problem.length)[None], device=self.device)
+        self.bands = torch.tensor(problem.layout.table(problem.keys)[None], device=self.device)
         self.cu_seqlens = torch.tensor([0, problem.length], dtype=torch.int32, device=self.device)
+        self.cu_seqlens_k = torch.tensor([0, problem.keys], dtype=torch.int32, device=self.device)
+        self.key_ranges = torch.empty((0, 3), dtype=torch.int32, device=self.device)
         if cache is not None and cache.exists():
             expected = torch.load(cache, weights_only=True)
         else:
@@ -112,7 +114,8 @@ class TrialData:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a kernel of any direction may take, by the names of its ABI."""
-        names = ("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens")
+        tensors = ("q", "k", "v", "o", "lse", "do", "dlse")
+        names = (*tensors, "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges")
         return {name: getattr(self, name) for name in names}
 
     def outputs(self, launch: Callable[[TrialData], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ its block ``attention`` carries the decisions as annotations. It runs, so that a
 reference, but it is written to be read, not to be fast: one query after another, the row of scores kept
 whole.
 
-The keys of query ``i`` are two ranges, far band first, clipped at the first token of the query's document, so
-that one loop of ``far_count + near_count`` steps visits exactly the attended pairs.
+The keys of query ``i`` are two ranges, far band first, clipped at the first key of the query's document, so
+that one loop of ``far_count + near_count`` steps visits exactly the attended pairs. The queries of a document
+are its last rows.
 
 MetaSchedule accepts tensors with static shapes only, so ``scale`` is a tensor of one element here and the
 ``workers`` argument of the real kernels is absent.
@@ -23,16 +24,17 @@ from spattn_tvm.problem import AttentionProblem
 DECISIONS_BLOCK = "attention"
 
 
-def _build_forward(B, HQ, HKV, N, D, dtype, documents, tables):
+def _build_forward(B, HQ, HKV, N, NK, D, dtype, documents, tables):
     group = HQ // HKV
 
     @T.prim_func(s_tir=True)
     def forward(
         q: T.Buffer((B, HQ, N, D), dtype),
-        k: T.Buffer((B, HKV, N, D), dtype),
-        v: T.Buffer((B, HKV, N, D), dtype),
+        k: T.Buffer((B, HKV, NK, D), dtype),
+        v: T.Buffer((B, HKV, NK, D), dtype),
         bands: T.Buffer((tables, HQ, 4), "int32"),
         cu_seqlens: T.Buffer((documents + 1,), "int32"),
+        cu_seqlens_k: T.Buffer((documents + 1,), "int32"),
         scale: T.Buffer((1,), "float32"),
         o: T.Buffer((B, HQ, N, D), dtype),
         lse: T.Buffer((B, HQ, N), "float32"),
@@ -43,15 +45,16 @@ def _build_forward(B, HQ, HKV, N, D, dtype, documents, tables):
                 vb, vh, vi = T.axis.remap("SSS", [b, h, i])
                 T.reads(
                     q[vb, vh, vi, 0:D],
-                    k[vb, vh // group, 0:N, 0:D],
-                    v[vb, vh // group, 0:N, 0:D],
+                    k[vb, vh // group, 0:NK, 0:D],
+                    v[vb, vh // group, 0:NK, 0:D],
                     bands[0:tables, vh, 0:4],
                     cu_seqlens[0 : documents + 1],
+                    cu_seqlens_k[0 : documents + 1],
                     scale[0],
                 )
                 T.writes(o[vb, vh, vi, 0:D], lse[vb, vh, vi])
                 document = T.sblock_alloc_buffer((1,), "int32")
-                scores = T.sblock_alloc_buffer((N,), "float32")
+                scores = T.sblock_alloc_buffer((NK,), "float32")
                 row_max = T.sblock_alloc_buffer((1,), "float32")
                 row_sum = T.sblock_alloc_buffer((1,), "float32")
                 output = T.sblock_alloc_buffer((D,), "float32")
@@ -61,11 +64,12 @@ def _build_forward(B, HQ, HKV, N, D, dtype, documents, tables):
                     if cu_seqlens[m] <= vi:
                         document[0] = m
                 table: T.let[T.int32] = T.min(document[0], tables - 1)
-                first: T.let[T.int32] = cu_seqlens[document[0]]
-                far_begin: T.let[T.int32] = T.max(first, vi - bands[table, vh, 3])
-                far_count: T.let[T.int32] = T.max(0, vi - bands[table, vh, 2] - far_begin + 1)
-                near_begin: T.let[T.int32] = T.max(first, vi - bands[table, vh, 1])
-                near_count: T.let[T.int32] = T.max(0, vi - bands[table, vh, 0] - near_begin + 1)
+                first: T.let[T.int32] = cu_seqlens_k[document[0]]
+                position: T.let[T.int32] = vi + (cu_seqlens_k[document[0] + 1] - cu_seqlens[document[0] + 1])
+                far_begin: T.let[T.int32] = T.max(first, position - bands[table, vh, 3])
+                far_count: T.let[T.int32] = T.max(0, position - bands[table, vh, 2] - far_begin + 1)
+                near_begin: T.let[T.int32] = T.max(first, position - bands[table, vh, 1])
+                near_count: T.let[T.int32] = T.max(0, position - bands[table, vh, 0] - near_begin + 1)
 
                 row_max[0] = T.float32(-math.inf)
                 for s in range(far_count + near_count):
@@ -104,24 +108,25 @@ def _build_forward(B, HQ, HKV, N, D, dtype, documents, tables):
     return forward
 
 
-def _build_backward(B, HQ, HKV, N, D, dtype, documents, tables):
+def _build_backward(B, HQ, HKV, N, NK, D, dtype, documents, tables):
     group = HQ // HKV
 
     @T.prim_func(s_tir=True)
     def backward(
         q: T.Buffer((B, HQ, N, D), dtype),
-        k: T.Buffer((B, HKV, N, D), dtype),
-        v: T.Buffer((B, HKV, N, D), dtype),
+        k: T.Buffer((B, HKV, NK, D), dtype),
+        v: T.Buffer((B, HKV, NK, D), dtype),
         o: T.Buffer((B, HQ, N, D), dtype),
         lse: T.Buffer((B, HQ, N), "float32"),
         do: T.Buffer((B, HQ, N, D), dtype),
         dlse: T.Buffer((B, HQ, N), "float32"),
         bands: T.Buffer((tables, HQ, 4), "int32"),
         cu_seqlens: T.Buffer((documents + 1,), "int32"),
+        cu_seqlens_k: T.Buffer((documents + 1,), "int32"),
         scale: T.Buffer((1,), "float32"),
         dq: T.Buffer((B, HQ, N, D), dtype),
-        dk: T.Buffer((B, HKV, N, D), dtype),
-        dv: T.Buffer((B, HKV, N, D), dtype),
+        dk: T.Buffer((B, HKV, NK, D), dtype),
+        dv: T.Buffer((B, HKV, NK, D), dtype),
     ):
         T.func_attr({"global_symbol": "backward", "tirx.noalias": True})
         for b, g in T.grid(B, HKV):
@@ -129,30 +134,31 @@ def _build_backward(B, HQ, HKV, N, D, dtype, documents, tables):
                 vb, vg = T.axis.remap("SS", [b, g])
                 T.reads(
                     q[vb, vg * group : vg * group + group, 0:N, 0:D],
-                    k[vb, vg, 0:N, 0:D],
-                    v[vb, vg, 0:N, 0:D],
+                    k[vb, vg, 0:NK, 0:D],
+                    v[vb, vg, 0:NK, 0:D],
                     o[vb, vg * group : vg * group + group, 0:N, 0:D],
                     lse[vb, vg * group : vg * group + group, 0:N],
                     do[vb, vg * group : vg * group + group, 0:N, 0:D],
                     dlse[vb, vg * group : vg * group + group, 0:N],
                     bands[0:tables, vg * group : vg * group + group, 0:4],
                     cu_seqlens[0 : documents + 1],
+                    cu_seqlens_k[0 : documents + 1],
                     scale[0],
                 )
                 T.writes(
                     dq[vb, vg * group : vg * group + group, 0:N, 0:D],
-                    dk[vb, vg, 0:N, 0:D],
-                    dv[vb, vg, 0:N, 0:D],
+                    dk[vb, vg, 0:NK, 0:D],
+                    dv[vb, vg, 0:NK, 0:D],
                 )
                 document = T.sblock_alloc_buffer((1,), "int32")
                 delta = T.sblock_alloc_buffer((1,), "float32")
                 score = T.sblock_alloc_buffer((1,), "float32")
                 dp = T.sblock_alloc_buffer((1,), "float32")
                 dq_sum = T.sblock_alloc_buffer((D,), "float32")
-                dk_sum = T.sblock_alloc_buffer((N, D), "float32")
-                dv_sum = T.sblock_alloc_buffer((N, D), "float32")
+                dk_sum = T.sblock_alloc_buffer((NK, D), "float32")
+                dv_sum = T.sblock_alloc_buffer((NK, D), "float32")
 
-                for j, d in T.grid(N, D):
+                for j, d in T.grid(NK, D):
                     dk_sum[j, d] = T.float32(0)
                     dv_sum[j, d] = T.float32(0)
 
@@ -163,11 +169,14 @@ def _build_backward(B, HQ, HKV, N, D, dtype, documents, tables):
                         if cu_seqlens[m] <= i:
                             document[0] = m
                     table: T.let[T.int32] = T.min(document[0], tables - 1)
-                    first: T.let[T.int32] = cu_seqlens[document[0]]
-                    far_begin: T.let[T.int32] = T.max(first, i - bands[table, h, 3])
-                    far_count: T.let[T.int32] = T.max(0, i - bands[table, h, 2] - far_begin + 1)
-                    near_begin: T.let[T.int32] = T.max(first, i - bands[table, h, 1])
-                    near_count: T.let[T.int32] = T.max(0, i - bands[table, h, 0] - near_begin + 1)
+                    first: T.let[T.int32] = cu_seqlens_k[document[0]]
+                    position: T.let[T.int32] = i + (
+                        cu_seqlens_k[document[0] + 1] - cu_seqlens[document[0] + 1]
+                    )
+                    far_begin: T.let[T.int32] = T.max(first, position - bands[table, h, 3])
+                    far_count: T.let[T.int32] = T.max(0, position - bands[table, h, 2] - far_begin + 1)
+                    near_begin: T.let[T.int32] = T.max(first, position - bands[table, h, 1])
+                    near_count: T.let[T.int32] = T.max(0, position - bands[table, h, 0] - near_begin + 1)
 
                     # dS = P * (dP - delta): the softmax's Jacobian, and P * dlse, the derivative of lse
                     # being P.
@@ -201,7 +210,7 @@ def _build_backward(B, HQ, HKV, N, D, dtype, documents, tables):
                     for d in range(D):
                         dq[vb, h, i, d] = T.cast(dq_sum[d], dtype)
 
-                for j, d in T.grid(N, D):
+                for j, d in T.grid(NK, D):
                     dk[vb, vg, j, d] = T.cast(dk_sum[j, d], dtype)
                     dv[vb, vg, j, d] = T.cast(dv_sum[j, d], dtype)
 
@@ -219,17 +228,17 @@ def build_workload(
         Its layout becomes an attribute of the function, so that two layouts of one shape are two
         workloads; the bands themselves stay an argument.
     documents : int
-        Documents that ``cu_seqlens`` separates.
+        Documents that ``cu_seqlens`` (their queries) and ``cu_seqlens_k`` (their keys) separate.
     per_document_bands : bool
         Whether the band table has a row for each document (a layout without context length), or one for all.
 
     Returns
     -------
     IRModule
-        ``forward(q, k, v, bands, cu_seqlens, scale, o, lse)`` or
-        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, scale, dq, dk, dv)``. Shapes and dtypes
-        are those of the kernel ABI; ``scale`` is float32 of shape (1,), dq, dk, dv have the dtype and
-        shape of q, k, v.
+        ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, scale, o, lse)`` or
+        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, scale, dq, dk, dv)``. Shapes
+        and dtypes are those of the kernel ABI; ``scale`` is float32 of shape (1,), dq, dk, dv have the dtype
+        and shape of q, k, v.
 
     Raises
     ------
@@ -244,6 +253,7 @@ def build_workload(
         problem.query_heads,
         problem.kv_heads,
         problem.length,
+        problem.keys,
         problem.head_dim,
         problem.dtype,
         documents,

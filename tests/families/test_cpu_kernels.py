@@ -9,6 +9,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.launch import Domain
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
 from spattn_tvm.target import detect_cpu
@@ -71,7 +72,7 @@ def test_forward_under_other_decisions(dtype, head_dim, changes):
         )
         o = torch.full_like(q, math.nan)
         lse = torch.full(q.shape[:3], math.nan)
-        kernel(q, k, v, table, cu_seqlens, o, lse, head_dim**-0.5, 2)
+        kernel(q, k, v, *Domain.of_same_rows(table, cu_seqlens), o, lse, head_dim**-0.5, 2)
         assert relative(o, expected) < 4 * UNIT[dtype] + 1e-6
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -90,8 +91,8 @@ def test_backward_under_other_decisions(dtype, head_dim, changes):
         dq = torch.full_like(q, math.nan)
         dk, dv = (torch.full(tuple(q.shape), math.nan) for _ in range(2))
         kernel(
-            q, k, v, o.detach().to(q.dtype), lse.detach().float(), do, dlse.float(), table, cu_seqlens,
-            dq, dk, dv, head_dim**-0.5, 2,
+            q, k, v, o.detach().to(q.dtype), lse.detach().float(), do, dlse.float(),
+            *Domain.of_same_rows(table, cu_seqlens), dq, dk, dv, head_dim**-0.5, 2,
         )  # fmt: skip
         group = q.shape[1] // k.shape[1]
         dk, dv = (g.unflatten(1, (k.shape[1], group)).sum(2) for g in (dk, dv))

@@ -21,7 +21,7 @@ from spattn_tvm.families import find_space
 from spattn_tvm.families.hopper.backward import build_hopper_backward
 from spattn_tvm.families.hopper.backward_sizes import SHARED_LIMIT, shared_bytes
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.launch import launch_backward
+from spattn_tvm.launch import Domain, launch_backward
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.runtime import load_library
 from spattn_tvm.target import MachineTarget, parse_target
@@ -183,8 +183,9 @@ class Inputs:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def launch(self, kernel: Kernel, **changed: Tensor) -> dict[str, Tensor]:
-        given = {**self.tensors(), **changed}
-        gradients = launch_backward(kernel, *given.values(), self.q.shape[-1] ** -0.5)
+        *given, bands, cu_seqlens = {**self.tensors(), **changed}.values()
+        domain = Domain.of_same_rows(bands, cu_seqlens)
+        gradients = launch_backward(kernel, *given, domain, self.q.shape[-1] ** -0.5)
         return dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
     def exact(self, layout: BandLayout, documents: list[int] | None) -> dict[str, Tensor]:

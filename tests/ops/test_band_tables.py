@@ -15,7 +15,7 @@ from torch import Tensor
 from spattn_tvm.bands import EMPTY, BandLayout
 from spattn_tvm.ops import band_tables, repeated_calls
 from spattn_tvm.ops.attention import banded_attention
-from spattn_tvm.ops.band_tables import find_bands
+from spattn_tvm.ops.band_tables import find_domain
 from spattn_tvm.reference import reference_attention
 
 HEADS = 4
@@ -165,7 +165,8 @@ def test_tables_and_boundaries_of_packed_calls(layout: BandLayout, device: str) 
     for _ in range(100):
         length = rng.choice([1, 2, 17, 100, 400])
         offsets = draw_boundaries(length, rng)
-        bands, boundaries = band_tables._packed(layout, length, torch.tensor(offsets, device=device))
+        cu_seqlens = torch.tensor(offsets, device=device)
+        bands, boundaries, *_ = band_tables._packed(layout, length, cu_seqlens, length, None)
         expected = [0, *clamped(offsets, length), length]
         assert boundaries.dtype == bands.dtype == torch.int32
         assert boundaries.tolist() == expected
@@ -187,11 +188,11 @@ def test_tables_that_are_too_large_to_keep_are_made_for_the_call(
 ) -> None:
     offsets = torch.tensor([2, 5, 5, 40, 90], device=device)
     for layout in (BandLayout.spattention(HEADS), BandLayout.equal_area(HEADS)):
-        kept = band_tables._packed(layout, 100, offsets)
+        kept = band_tables._packed(layout, 100, offsets, 100, None)
         band_tables.clear_tables()
         with monkeypatch.context() as patch:
             patch.setattr(band_tables, "_LOOKUP_BYTES", 1000)
-            made = band_tables._packed(layout, 100, offsets)
+            made = band_tables._packed(layout, 100, offsets, 100, None)
         assert all(torch.equal(*pair) for pair in zip(kept, made, strict=True))
 
 
@@ -241,7 +242,7 @@ def test_tables_made_in_inference_mode_can_be_used_outside() -> None:
     with torch.inference_mode():
         for cu_seqlens in (None, torch.tensor([0, 9])):
             for layout in LAYOUTS:
-                find_bands(layout.spec, q, cu_seqlens)
+                find_domain(layout.spec, q, q, cu_seqlens)
     kept = [*band_tables._entries.values(), *band_tables._lookups.values()]
     tensors = [t for entry in kept for t in (entry if isinstance(entry, tuple) else (entry,))]
     assert tensors

@@ -32,6 +32,8 @@ from spattn_tvm.reference import reference_attention
 
 FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
 BACKWARD = torch.ops.spattn_tvm.banded_attention_backward.default
+# Keys are the queries' own rows: cu_seqlens_k, query_offsets, kv_lengths, kv_starts, query_offset.
+ELSE = (None,) * 5
 
 # --- the contract of operators -------------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ def operator_arguments(dtype: torch.dtype, impl: str, packed: bool, grad: bool) 
     if grad:
         q, k, v = requiring_grad(q, k, v)
     cu_seqlens = torch.tensor([0, 5, 5, 37], dtype=torch.int32) if packed else None
-    return q, k, v, cu_seqlens, SPATTENTION.spec, 0.2, False, impl
+    return q, k, v, cu_seqlens, *ELSE, SPATTENTION.spec, 0.2, False, impl
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -83,7 +85,7 @@ def test_opcheck_backward(dtype: torch.dtype, impl: str, with_dlse: bool) -> Non
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_fakes_promise_the_strides_that_kernels_return(arrange: Callable[..., Tensor], impl: str) -> None:
     q, k, v = (arrange(t) for t in draw())
-    arguments = (q, k, v, None, SPATTENTION.spec, 0.2, False, impl)
+    arguments = (q, k, v, None, *ELSE, SPATTENTION.spec, 0.2, False, impl)
     o, lse = FORWARD(*arguments)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = FORWARD(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
@@ -115,7 +117,7 @@ def test_gradcheck(layout: BandLayout, cu_seqlens: tuple[int, ...] | None, route
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if route == "operator":
-            o, lse = FORWARD(q, k, v, offsets, layout.spec, 0.4, False, "auto")
+            o, lse = FORWARD(q, k, v, offsets, *ELSE, layout.spec, 0.4, False, "auto")
         else:
             o, lse = banded_attention(
                 q, k, v, layout, scale=0.4, cu_seqlens=offsets, return_lse=True, impl="auto"
@@ -132,7 +134,7 @@ def test_float32_kernels_and_gradients(layout: BandLayout, route: str) -> None:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if route == "operator":
-            return FORWARD(q, k, v, None, layout.spec, 0.4, False, "cpu")
+            return FORWARD(q, k, v, None, *ELSE, layout.spec, 0.4, False, "cpu")
         return banded_attention(q, k, v, layout, scale=0.4, return_lse=True, impl="cpu")
 
     close_to_reference(attention, q, k, v, layout, scale=0.4)
@@ -145,7 +147,7 @@ def test_each_output_can_be_differentiated_alone(impl: str, route: str) -> None:
     for output in (0, 1):
         ours, theirs = requiring_grad(q, k, v), requiring_grad(q, k, v)
         if route == "operator":
-            results = FORWARD(*ours, None, SPATTENTION.spec, 32**-0.5, False, impl)
+            results = FORWARD(*ours, None, *ELSE, SPATTENTION.spec, 32**-0.5, False, impl)
         else:
             results = banded_attention(*ours, SPATTENTION, return_lse=True, impl=impl)
         results[output].sum().backward()
@@ -180,7 +182,7 @@ def test_gradient_of_a_broadcast_sum() -> None:
 def test_second_derivative_is_refused_clearly(route: str) -> None:
     q, k, v = requiring_grad(*draw(dtype=torch.float64))
     if route == "operator":
-        o, _ = FORWARD(q, k, v, None, SPATTENTION.spec, 0.4, False, "auto")
+        o, _ = FORWARD(q, k, v, None, *ELSE, SPATTENTION.spec, 0.4, False, "auto")
     else:
         o = banded_attention(q, k, v, SPATTENTION)
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)

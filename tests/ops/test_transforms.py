@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops import transforms
 from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.operators import SAME_ROWS
 from spattn_tvm.reference import reference_attention
 
 LAYOUTS = [
@@ -156,16 +157,16 @@ def test_transformed_calls_are_seen_by_modes() -> None:
 
 def test_the_operators_themselves_can_be_mapped() -> None:
     (q, k, v), many = one_and_many()
-    settings = (LAYOUTS[0].spec, 0.3, False, "auto")
-    o, lse = vmap(lambda q: FORWARD(q, k, v, None, *settings))(many[0])
+    settings = (None, LAYOUTS[0].spec, 0.3, False, "auto")
+    o, lse = vmap(lambda q: FORWARD(q, k, v, *SAME_ROWS, *settings))(many[0])
     for index, each in enumerate(many[0]):
         expected_o, expected_lse = reference_attention(each, k, v, LAYOUTS[0], scale=0.3)
         torch.testing.assert_close(o[index], expected_o, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(lse[index], expected_lse, rtol=1e-4, atol=1e-4)
-    gradients = vmap(lambda do: BACKWARD(do, None, q, k, v, o[0], lse[0], None, *settings))(many[0])
+    gradients = vmap(lambda do: BACKWARD(do, None, q, k, v, o[0], lse[0], *SAME_ROWS, *settings))(many[0])
     for index, each in enumerate(many[0]):
         for ours, alone in zip(
-            gradients, BACKWARD(each, None, q, k, v, o[0], lse[0], None, *settings), strict=True
+            gradients, BACKWARD(each, None, q, k, v, o[0], lse[0], *SAME_ROWS, *settings), strict=True
         ):
             torch.testing.assert_close(ours[index], alone, rtol=1e-5, atol=1e-5)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 FORWARD = Abi(
-    inputs=("q", "k", "v", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
     outputs=(
         Output("o", like="q"),
         Output("lse", shape=lambda n: (n.batch, n.query_heads, n.queries), dtype="float32"),
@@ -18,7 +18,7 @@ FORWARD = Abi(
 )
 
 BACKWARD = Abi(
-    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
     outputs=(
         Output("dq", like="q"),
         Output("dk", like="k", per_query_head=True),

@@ -18,7 +18,7 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, first_query_with_keys, in_band, key_range
+from spattn_tvm.domains.key_range import crosses_edge, document_keys, has_key, in_band, key_range
 from spattn_tvm.domains.tiles import table_row
 
 from .exponential import exp
@@ -42,10 +42,10 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
     Returns
     -------
     tvm.IRModule
-        With one function ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, scale,
-        workers)``: shapes of q, k, v, o, lse, bands and cu_seqlens as in the forward kernel; do, dq like q;
-        dlse float32 (B, Hq, N); dk and dv contiguous float32 (B, Hq, N, D): gradients of each *query* head,
-        to be summed over the heads that share a key head.
+        With one function ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, key_ranges,
+        dq, dk, dv, scale, workers)``: shapes of q, k, v, o, lse and of what says where rows lie as in the
+        forward kernel; do, dq like q; dlse float32 (B, Hq, Nq); dk and dv contiguous float32 (B, Hq, Nk, D):
+        gradients of each *query* head, to be summed over the heads that share a key head.
     """
     R = decisions["query_rows"]
     KR = decisions["key_rows"]
@@ -83,6 +83,8 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
         dlse_handle: T.handle,
         bands_handle: T.handle,
         cu_seqlens_handle: T.handle,
+        cu_seqlens_k_handle: T.handle,
+        key_ranges_handle: T.handle,
         dq_handle: T.handle,
         dk_handle: T.handle,
         dv_handle: T.handle,
@@ -90,7 +92,8 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "backward", "tirx.noalias": True})
-        B, HQ, HKV, N, M, DOCUMENTS_1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        M, DOCUMENTS_1, RANGES = T.int64(), T.int64(), T.int64()
         qb, qh, qn = T.int64(), T.int64(), T.int64()
         kb, kh, kn = T.int64(), T.int64(), T.int64()
         vb, vh, vn = T.int64(), T.int64(), T.int64()
@@ -98,8 +101,12 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
         gb, gh, gn = T.int64(), T.int64(), T.int64()
         db, dh, dn = T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_handle, (B, HQ, N, D), dtype, strides=(qb, qh, qn, 1), align=2, offset_factor=1)
-        k = T.match_buffer(k_handle, (B, HKV, N, D), dtype, strides=(kb, kh, kn, 1), align=2, offset_factor=1)
-        v = T.match_buffer(v_handle, (B, HKV, N, D), dtype, strides=(vb, vh, vn, 1), align=2, offset_factor=1)
+        k = T.match_buffer(
+            k_handle, (B, HKV, NK, D), dtype, strides=(kb, kh, kn, 1), align=2, offset_factor=1
+        )
+        v = T.match_buffer(
+            v_handle, (B, HKV, NK, D), dtype, strides=(vb, vh, vn, 1), align=2, offset_factor=1
+        )
         o = T.match_buffer(o_handle, (B, HQ, N, D), dtype, strides=(ob, oh, on, 1), align=2, offset_factor=1)
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
         do = T.match_buffer(
@@ -108,11 +115,13 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
         dlse = T.match_buffer(dlse_handle, (B, HQ, N), "float32", align=4)
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
         cu_seqlens = T.match_buffer(cu_seqlens_handle, (DOCUMENTS_1,), "int32", align=4)
+        cu_seqlens_k = T.match_buffer(cu_seqlens_k_handle, (DOCUMENTS_1,), "int32", align=4)
+        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
         dq = T.match_buffer(
             dq_handle, (B, HQ, N, D), dtype, strides=(db, dh, dn, 1), align=2, offset_factor=1
         )
-        dk = T.match_buffer(dk_handle, (B, HQ, N, D), "float32", align=4)
-        dv = T.match_buffer(dv_handle, (B, HQ, N, D), "float32", align=4)
+        dk = T.match_buffer(dk_handle, (B, HQ, NK, D), "float32", align=4)
+        dv = T.match_buffer(dv_handle, (B, HQ, NK, D), "float32", align=4)
         for worker in T.parallel(workers):
             query = T.alloc_buffer((D, R), "float32")
             query_rows = T.alloc_buffer((R, D), "float32")
@@ -125,11 +134,12 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
             value_scratch = T.alloc_buffer((SR, D), "float32")
             row_lse = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
             delta = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+            keyed = T.alloc_buffer((R,), "int32")
             query_tile = T.alloc_buffer((JU, R), "float32", annotations=REGISTERS)
             dim_tile = T.alloc_buffer((DU, R), "float32", annotations=REGISTERS)
             gradient_tile = T.alloc_buffer((GU, GL), "float32", annotations=REGISTERS)
             # As in the forward: divisions that the simplifier can't put into every index.
-            place = T.alloc_buffer((3,), "int32", annotations=REGISTERS)
+            place = T.alloc_buffer((6,), "int32", annotations=REGISTERS)
 
             documents: T.let[T.int32] = T.cast(DOCUMENTS_1, "int32") - 1
             heads: T.let[T.int32] = T.cast(HQ, "int32")
@@ -142,7 +152,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                 b: T.let[T.int32] = place[0]
                 h: T.let[T.int32] = place[1]
                 hk: T.let[T.int32] = place[2]
-                for j in T.serial(T.cast(N, "int32")):
+                for j in T.serial(T.cast(NK, "int32")):
                     for d in T.vectorized(D):
                         dk[b, h, j, d] = T.float32(0)
                     for d in T.vectorized(D):
@@ -151,17 +161,41 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                     begin: T.let[T.int32] = cu_seqlens[document]
                     end: T.let[T.int32] = cu_seqlens[document + 1]
                     table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
-                    keyed: T.let[T.int32] = first_query_with_keys(
-                        begin, bands[table, h, 0], bands[table, h, 2]
+                    keys_of_document = T.meta_var(
+                        document_keys(
+                            document,
+                            b,
+                            cu_seqlens,
+                            cu_seqlens_k,
+                            key_ranges,
+                            T.cast(RANGES, "int32"),
+                        )
                     )
+                    place[3] = keys_of_document[0]
+                    place[4] = keys_of_document[1]
+                    place[5] = keys_of_document[2]
                     for tile in T.serial((end - begin + R - 1) // R):
                         query_begin: T.let[T.int32] = begin + tile * R
                         query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
+                        first: T.let[T.int32] = query_begin + place[5]
+                        last: T.let[T.int32] = query_last + place[5]
                         # Lanes past the end, and queries without keys whatever arrives for their o and lse,
                         # hold zeros and lse = inf, so that they add nothing anywhere.
                         for r in T.serial(R):
                             i: T.let[T.int32] = T.min(query_begin + r, query_last)
-                            is_nobody: T.let[T.bool] = (query_begin + r > query_last) | (i < keyed)
+                            keyed[r] = T.cast(
+                                (query_begin + r <= query_last)
+                                & (
+                                    has_key(
+                                        first + r, bands[table, h, 0], bands[table, h, 1], place[3], place[4]
+                                    )
+                                    | has_key(
+                                        first + r, bands[table, h, 2], bands[table, h, 3], place[3], place[4]
+                                    )
+                                ),
+                                "int32",
+                            )
+                            is_nobody: T.let[T.bool] = keyed[r] == 0
                             row_lse[r] = T.Select(is_nobody, T.float32(math.inf), lse[b, h, i])
                             delta[r] = T.Select(is_nobody, T.float32(0), T.float32(0) - dlse[b, h, i])
                             for d in T.serial(D):
@@ -182,15 +216,15 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                         for band in T.serial(2):  # the far band, then the near one
                             low: T.let[T.int32] = bands[table, h, 2 - 2 * band]
                             high: T.let[T.int32] = bands[table, h, 3 - 2 * band]
-                            keys_of_band = T.meta_var(key_range(query_begin, query_last, low, high, begin))
+                            keys_of_band = T.meta_var(key_range(first, last, low, high, place[3]))
                             band_begin: T.let[T.int32] = keys_of_band[0]
-                            band_end: T.let[T.int32] = keys_of_band[1]
+                            band_end: T.let[T.int32] = T.min(place[4], keys_of_band[1])
                             for key_tile in T.serial(T.max(0, band_end - band_begin + KR - 1) // KR):
                                 key_begin: T.let[T.int32] = band_begin + key_tile * KR
                                 count: T.let[T.int32] = T.min(KR, band_end - key_begin)
                                 groups: T.let[T.int32] = (count + JU - 1) // JU
                                 masked: T.let[T.bool] = crosses_edge(
-                                    query_begin, query_last, key_begin, key_begin + groups * JU - 1, low, high
+                                    first, last, key_begin, key_begin + groups * JU - 1, low, high
                                 )
                                 if stage:
                                     widen(
@@ -208,7 +242,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
 
                                 for group in T.serial(groups):
                                     fill(query_tile, 0, JU, R, lambda u, r: T.float32(0))
-                                    # Rows past the last key repeat it; the mask removes them.
+                                    # Rows past the last key repeat it; nothing reads what they give.
                                     multiply_add(
                                         query_tile, JU, R, D,
                                         lambda u, d: keys[T.min(group * JU + u, count - 1), d],
@@ -219,7 +253,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                                             query_tile, 0, JU, R,
                                             lambda u, r: T.Select(
                                                 in_band(
-                                                    query_begin + r, key_begin + group * JU + u, low, high
+                                                    first + r, key_begin + group * JU + u, low, high
                                                 ),
                                                 query_tile[u, r],
                                                 T.float32(-math.inf),
@@ -266,7 +300,7 @@ def build_cpu_backward(decisions, head_dim: int, dtype: str) -> IRModule:
                             for d in T.serial(D):
                                 # Selected, because a key's infinity times a query's zero is NaN.
                                 dq[b, h, query_begin + r, d] = T.Select(
-                                    query_begin + r < keyed, T.cast(0, dtype), T.cast(dquery[d, r], dtype)
+                                    keyed[r] == 0, T.cast(0, dtype), T.cast(dquery[d, r], dtype)
                                 )
 
     return IRModule({"backward": backward})

@@ -18,7 +18,7 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, in_band, key_range
+from spattn_tvm.domains.key_range import crosses_edge, document_keys, in_band, key_range
 from spattn_tvm.domains.tiles import first_slot, table_row, tile_slots
 
 from .exponential import LN2, exp
@@ -46,10 +46,11 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
     Returns
     -------
     tvm.IRModule
-        With one function ``forward(q, k, v, bands, cu_seqlens, o, lse, scale, workers)``: q, o (B, Hq, N, D);
-        k, v (B, Hkv, N, D), any strides with a contiguous last dimension; bands int32 (M, Hq, 4), whose
-        rows `table_row` gives to documents; cu_seqlens int32 (documents + 1,); lse float32 (B, Hq, N),
-        natural logarithm.
+        With one function ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, key_ranges, o, lse, scale,
+        workers)``: q, o (B, Hq, Nq, D); k, v (B, Hkv, Nk, D), any strides with a contiguous last dimension;
+        bands int32 (M, Hq, 4), whose rows `table_row` gives to documents; cu_seqlens and cu_seqlens_k int32
+        (documents + 1,) of queries and of keys; key_ranges int32 (0, 1 or B, 3) as `document_keys` takes
+        them; lse float32 (B, Hq, Nq), natural logarithm.
     """
     R = decisions["query_rows"]
     KR = decisions["key_rows"]
@@ -68,22 +69,31 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
         v_handle: T.handle,
         bands_handle: T.handle,
         cu_seqlens_handle: T.handle,
+        cu_seqlens_k_handle: T.handle,
+        key_ranges_handle: T.handle,
         o_handle: T.handle,
         lse_handle: T.handle,
         scale: T.float32,
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "forward", "tirx.noalias": True})
-        B, HQ, HKV, N, M, DOCUMENTS_1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        M, DOCUMENTS_1, RANGES = T.int64(), T.int64(), T.int64()
         qb, qh, qn = T.int64(), T.int64(), T.int64()
         kb, kh, kn = T.int64(), T.int64(), T.int64()
         vb, vh, vn = T.int64(), T.int64(), T.int64()
         ob, oh, on = T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_handle, (B, HQ, N, D), dtype, strides=(qb, qh, qn, 1), align=2, offset_factor=1)
-        k = T.match_buffer(k_handle, (B, HKV, N, D), dtype, strides=(kb, kh, kn, 1), align=2, offset_factor=1)
-        v = T.match_buffer(v_handle, (B, HKV, N, D), dtype, strides=(vb, vh, vn, 1), align=2, offset_factor=1)
+        k = T.match_buffer(
+            k_handle, (B, HKV, NK, D), dtype, strides=(kb, kh, kn, 1), align=2, offset_factor=1
+        )
+        v = T.match_buffer(
+            v_handle, (B, HKV, NK, D), dtype, strides=(vb, vh, vn, 1), align=2, offset_factor=1
+        )
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
         cu_seqlens = T.match_buffer(cu_seqlens_handle, (DOCUMENTS_1,), "int32", align=4)
+        cu_seqlens_k = T.match_buffer(cu_seqlens_k_handle, (DOCUMENTS_1,), "int32", align=4)
+        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
         o = T.match_buffer(o_handle, (B, HQ, N, D), dtype, strides=(ob, oh, on, 1), align=2, offset_factor=1)
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
         for worker in T.parallel(workers):
@@ -102,7 +112,7 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
             bounds = T.alloc_buffer((2,), "int32", annotations=REGISTERS)
             # Read back from a buffer, a value is opaque to TVM's simplifier, which otherwise puts these
             # divisions into every index: compiling takes 0.24 s instead of 8.2, and the kernel runs as fast.
-            place = T.alloc_buffer((5,), "int32", annotations=REGISTERS)
+            place = T.alloc_buffer((8,), "int32", annotations=REGISTERS)
 
             documents: T.let[T.int32] = T.cast(DOCUMENTS_1, "int32") - 1
             heads: T.let[T.int32] = T.cast(HQ, "int32")
@@ -137,6 +147,21 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                 query_begin: T.let[T.int32] = place[4]
                 if query_begin < end:
                     query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
+                    keys_of_document = T.meta_var(
+                        document_keys(
+                            document,
+                            b,
+                            cu_seqlens,
+                            cu_seqlens_k,
+                            key_ranges,
+                            T.cast(RANGES, "int32"),
+                        )
+                    )
+                    place[5] = keys_of_document[0]
+                    place[6] = keys_of_document[1]
+                    place[7] = keys_of_document[2]
+                    first: T.let[T.int32] = query_begin + place[7]
+                    last: T.let[T.int32] = query_last + place[7]
                     table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
                     # Lanes past the end repeat the last query; they are never written.
                     for r, d in T.grid(R, D):
@@ -152,15 +177,15 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                     for band in T.serial(2):  # the far band, then the near one
                         low: T.let[T.int32] = bands[table, h, 2 - 2 * band]
                         high: T.let[T.int32] = bands[table, h, 3 - 2 * band]
-                        keys_of_band = T.meta_var(key_range(query_begin, query_last, low, high, begin))
+                        keys_of_band = T.meta_var(key_range(first, last, low, high, place[5]))
                         band_begin: T.let[T.int32] = keys_of_band[0]
-                        band_end: T.let[T.int32] = keys_of_band[1]
+                        band_end: T.let[T.int32] = T.min(place[6], keys_of_band[1])
                         for key_tile in T.serial(T.max(0, band_end - band_begin + KR - 1) // KR):
                             key_begin: T.let[T.int32] = band_begin + key_tile * KR
                             count: T.let[T.int32] = T.min(KR, band_end - key_begin)
                             groups: T.let[T.int32] = (count + JU - 1) // JU
                             masked: T.let[T.bool] = crosses_edge(
-                                query_begin, query_last, key_begin, key_begin + groups * JU - 1, low, high
+                                first, last, key_begin, key_begin + count - 1, low, high
                             )
                             if stage:
                                 widen(key_scratch, count, D, LANES, lambda j, d: k[b, hk, key_begin + j, d])
@@ -172,7 +197,7 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                 tile_max[r] = row_max[r]
                             for group in T.serial(groups):
                                 fill(score_tile, 0, JU, R, lambda u, r: T.float32(0))
-                                # Rows past the last key repeat it; the mask removes them.
+                                # Rows past the last key repeat it, so that they raise no maximum.
                                 multiply_add(
                                     score_tile, JU, R, D,
                                     lambda u, d: keys[T.min(group * JU + u, count - 1), d],
@@ -182,7 +207,12 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
                                     fill(
                                         score_tile, 0, JU, R,
                                         lambda u, r: T.Select(
-                                            in_band(query_begin + r, key_begin + group * JU + u, low, high),
+                                            in_band(
+                                                first + r,
+                                                key_begin + T.min(group * JU + u, count - 1),
+                                                low,
+                                                high,
+                                            ),
                                             score_tile[u, r],
                                             T.float32(-math.inf),
                                         ),
