@@ -1,47 +1,52 @@
 """Banded attention backward for Hopper in one pass over key tiles: five products, dQ added up in global
 memory.
 
-Three kernels. The first computes the statistics of the queries and clears the float32 sums of dQ; the second
-draws tiles of keys, as the dK/dV pass of :mod:`.backward` does, and adds each chunk's dQ to the sums by bulk
-reductions of 16 KB; the third scales and converts them. Adding goes in no fixed order: gradients differ from
-run to run in the last bits.
+Three kernels. The first computes the statistics of the queries and clears the float32 sums of dQ; the
+second draws tiles of keys, as the dK/dV pass of :mod:`.backward` does, and adds each chunk's dQ to the sums
+by bulk reductions of 16 KB; the third scales and converts them. Adding goes in no fixed order: gradients
+differ from run to run in the last bits.
 
-**A chunk.** Both warpgroups write their 64 keys of dS to shared memory, in two buffers, and meet once. Each
-then multiplies all 128 keys by half of the columns of K, so that half as much is added as if each added its
-own keys' part. The next chunk's scores and this one's dK run while dQ goes to shared memory, dP under the
-exponentials, dV under dS. dQ and dP share registers, and dK takes dS from shared memory: one more fragment of
-registers and ptxas serializes every wgmma (C7512).
+**A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
+while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
+all 128 keys by half of the columns of K. While dK runs, that dQ goes through shared memory to a *storing
+warp*, which adds it to the sums, so that no consumer waits for a copy; the next chunk's scores are issued
+before dK is awaited. dQ and the scores share registers.
+
+**What is subtracted comes first.** The sums of the scores begin with -lse / scale and those of dP with
+-delta, which one shared-memory load per pair of queries puts into the accumulators: no subtraction, and no
+register or load for the statistics where products keep shared memory busy.
 
 **Sums.** A warpgroup's columns of all queries of a head lie together, (B, Hq, 2, N, D / 2), so that a chunk
 of 64 queries is one contiguous piece wherever it starts. The order of the columns is that of the
 accumulators.
 
-Measured on an H200 (bfloat16, medians, L2 cleared, the two passes in the same run; ms):
+Measured on an H100 (bfloat16, medians, L2 cleared, the two passes in the same run, packs of 4 heads, 3
+stages at head dim 128 and 5 at 64; ms):
 
 =================== ============= ========== ========
 (B, H, N, D)        layout        two passes one pass
 =================== ============= ========== ========
-(4, 16, 4096, 128)  spattention   0.404      0.537 *
-(1, 16, 16384, 128) spattention   1.076      1.167
-(4, 32, 4096, 128)  spattention   0.569      0.860 *
-(1, 4, 65536, 128)  spattention   12.90      13.04 *
-(1, 16, 8192, 128)  causal        1.456      1.400
-(4, 16, 4096, 64)   spattention   0.261      0.368 *
-(1, 16, 16384, 64)  spattention   0.680      0.784
+(4, 16, 4096, 128)  spattention   0.426      0.574
+(1, 16, 16384, 128) spattention   1.061      1.043
+(1, 16, 65536, 128) spattention   15.76      13.38
+(1, 16, 16384, 128) causal        5.99       5.15
+(4, 16, 4096, 64)   spattention   0.271      0.339
+(1, 16, 16384, 64)  spattention   0.700      0.711
+(1, 16, 65536, 64)  spattention   9.84       8.95
+(1, 16, 16384, 64)  causal        3.41       3.15
 =================== ============= ========== ========
 
-with * before the third kernel was made 0.03 ms faster and dS was turned, which gave 0.01.
+So it is for wide bands and dense causal attention; bands of a few hundred distances are faster in two
+passes. At the third size the second kernel keeps the tensor cores active for 74% of the cycles, shared
+memory for 82% and the L2 for 74% (ncu). By count, a chunk of 64 queries and 128 keys takes 2,560 clocks of
+products and moves 368 KB through shared memory, which are 2,944 clocks.
 
-So it is for dense causal attention of head dim 128; bands are faster in two passes, the more so the narrower
-they are: clearing, reading and converting the sums takes 0.12 ms at the second size. Of the second kernel's
-0.98 ms at (1, 16, 16384, 128), writing dQ to shared memory, with the fence and the barrier, cost 0.22 and the
-additions 0.05; leaving out the product, the exponentials or the exchange as well changed little (0.01, 0.09,
-0.08). Compute throughput was 57% over the cycles that a multiprocessor had work (ncu). By count, the five
-products with what is exchanged move 192 KB through shared memory a block of 64 x 64, the seven of two passes
-144 KB, since those of the dQ pass have one side in registers. Also tried: `red.global.add.v4.f32` from
-registers (1.35 ms at that size), dS with keys in rows (1.175), dK from registers (1.21), the additions by a
-warp of their own one chunk later (1.175, and 1.499 on the causal layout), that with dK issued after dP
-(1.27), packs of 4 and 2 heads instead of 8 (1.20, 1.22).
+Variants at the third size, ms, where this structure took 13.7 to 13.9 in the same runs: packs of 8 heads
+14.3; two stages 13.9; dQ in the registers of dP 14.4; the hand-over after the next scores are issued 15.1;
+a ring of its own for dO 15.0; two buffers for dQ and one for dS, with two stages 13.8; one arrival a warp
+instead of one a lane 15.4 instead of 14.7; lse and delta in registers 14.3; the exponentials of the next
+chunk under dQ and dK, with dK from shared memory, 16.2, since the products then wait for shared memory.
+Before: both warpgroups waiting for the reductions' reading 20.0.
 """
 
 # mypy: ignore-errors
@@ -79,21 +84,23 @@ from .parts import (
     dot2,
     element,
     hold,
-    issue_left_shared,
     issue_sum,
     k_step,
+    load_shared,
     mask_queries,
     match_tensors,
     matrix,
     row_step,
     rows_map,
-    settle_statistics,
     statistics_map,
     wgmma,
 )
 
-SUM_BARRIER = 1  # all consumers; then one for each warpgroup
-DELTAS = 4  # pairs of delta in registers at a time: all eight are too many
+# Named barriers: all consumers; then of each warpgroup and the storing warp.
+EXCHANGE, SUM_FULL, SUM_EMPTY = 1, 2, 4
+WITH_STORING_WARP = 160  # threads
+STORING_WARP = 2
+MOST = 3.4028234663852886e38  # float32
 THREADS = 256  # of the kernels before and after
 PIECES = 4  # of four columns, that a thread converts
 REDUCE = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
@@ -106,7 +113,7 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
     ROWS = THREADS // LANES
 
     @T.inline
-    def run(t):
+    def run(t, scale):
         rows: T.int32 = t.batches * t.query_heads * t.length
         block = T.cta_id([(t.batches * t.query_heads * t.length + ROWS - 1) // ROWS])
         thread = T.thread_id([THREADS])
@@ -136,22 +143,90 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
         for i in T.unroll(LANES.bit_length() - 1):
             delta[0] = delta[0] + T.tvm_warp_shuffle_xor(ALL, delta[0], 1 << i, 32, 32)
         if part == 0:
+            # What the products' sums begin with. A query without keys gets -inf, with which its probabilities
+            # vanish; another one's must be finite, so that a masked score plus it is -inf, not NaN.
             lse[0] = t.lse[b, h, query]
-            delta[0] = delta[0] - t.dlse[b, h, query]
-            settle_statistics(lse, delta, 0)
+            if lse[0] == T.float32(-INF):
+                delta[0] = T.float32(0)
+            else:
+                lse[0] = T.float32(0) - lse[0] / scale
+                delta[0] = t.dlse[b, h, query] - delta[0]
+                if lse[0] == T.float32(INF):
+                    lse[0] = T.float32(MOST)
             t.stats[b, h, query // 2, query % 2] = lse[0]
             t.stats[b, h, query // 2, query % 2 + 2] = delta[0]
             if query == t.length - 1:
                 if t.length % 2 == 1:
-                    t.stats[b, h, query // 2, 1] = T.float32(INF)
+                    t.stats[b, h, query // 2, 1] = T.float32(-INF)
                     t.stats[b, h, query // 2, 3] = T.float32(0)
 
     return run
 
 
+@T.inline
+def store_sums(at, lane, t, stages, warpgroups, span):
+    # The storing warp: adds each chunk's dQ to the sums in global memory.
+    stage: T.int32 = 0
+    phase: T.int32 = 0
+    tile_phase: T.int32 = 0
+    left: T.int32 = 0
+    tile_first: T.int32 = 0
+    end: T.int32 = 0
+    row: T.int32 = 0
+    first: T.int32 = 0
+    head: T.int32 = 0
+    storing: T.int32 = 1
+    sum_bytes = T.meta_var(ONE_PASS_QUERIES * span * 4)
+    for w in T.unroll(warpgroups):
+        T.ptx.bar.arrive(T.uint32(SUM_EMPTY + w), T.uint32(WITH_STORING_WARP))
+    while storing == 1:
+        T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
+        tile_phase = tile_phase ^ 1
+        tile_first = load_shared(at("tile"))
+        end = load_shared(at("tile") + T.uint32(8))
+        left = load_shared(at("tile") + T.uint32(TILE_COUNTS_AT + 4 * warpgroups))
+        if tile_first < 0:
+            storing = 0
+        else:
+            while left > 0:
+                for w in T.unroll(warpgroups):
+                    T.ptx.bar.sync(T.uint32(SUM_FULL + w), T.uint32(WITH_STORING_WARP))
+                    if w == 0:
+                        row = load_shared(at("info", stage, INFO_BYTES))
+                        # The box may begin a query before the first that meets the tile, which can be another
+                        # document's.
+                        first = T.max(
+                            row, tile_first + load_shared(at("info", stage, INFO_BYTES) + T.uint32(4))
+                        )
+                        head = load_shared(at("info", stage, INFO_BYTES) + T.uint32(12))
+                        T.cuda.warp_sync()
+                        if lane == 0:
+                            arrive(at("empty", stage, BARRIER_BYTES))
+                    if lane == 0:
+                        of_head: T.int64 = T.Cast("int64", head * warpgroups + w) * T.Cast("int64", t.length)
+                        T.ptx[REDUCE](
+                            T.reinterpret("uint64", t.dq_sum.data)
+                            + T.Cast("uint64", of_head + T.Cast("int64", first)) * T.uint64(span * 4),
+                            at("sum", w, sum_bytes) + T.Cast("uint32", (first - row) * (span * 4)),
+                            T.Cast("uint32", (T.min(end, row + ONE_PASS_QUERIES) - first) * (span * 4)),
+                        )  # fmt: skip
+                        T.ptx["cp.async.bulk.commit_group"]()
+                for w in T.unroll(warpgroups):
+                    if lane == 0:
+                        T.ptx["cp.async.bulk.wait_group.read"](warpgroups - 1 - w)
+                    T.cuda.warp_sync()
+                    T.ptx.bar.arrive(T.uint32(SUM_EMPTY + w), T.uint32(WITH_STORING_WARP))
+                advance(stage, phase, stages)
+                left = left - 1
+            if lane == 0:
+                arrive(at("tile_empty"))
+    if lane == 0:
+        T.ptx["cp.async.bulk.wait_group"](0)
+
+
 def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callable[..., None]:
     """The second kernel's body: tiles of keys, chunks of queries. Scores are transposed (keys in rows), so
-    that P leaves the accumulators in the layout that the product with dO takes from registers.
+    that P and dS leave the accumulators in the layout that the products with dO and Q take from registers.
     """
     D = head_dim
     ROW = SWIZZLE_ROW_BYTES
@@ -164,10 +239,10 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SPAN = D // W
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D, shared=True)
+    PLAN = key_plan(decisions, D, shared=True, others=1)
 
     @T.inline
-    def consume(at, warp, thread, lane, t, scale):
+    def consume(at, warp, lane, t, scale):
         w: T.int32 = warp // 4 - 1
         my_row: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16 + lane // 4
         own_rows: T.uint32 = T.Cast("uint32", w * (WARPGROUP_ROWS * ROW))
@@ -175,7 +250,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         s_acc = T.alloc_local((CHUNK // 2,), "float32")
         p_acc = T.alloc_local((CHUNK // 2,), "float32")
         own_acc = T.alloc_local((SPAN // 2,), "float32")
-        sum_acc = T.meta_var(own_acc if D == 64 else p_acc)
+        sum_acc = T.meta_var(own_acc if D == 64 else s_acc)
         k_acc = T.alloc_local((D // 2,), "float32")
         v_acc = T.alloc_local((D // 2,), "float32")
         ps = T.alloc_local((CHUNK // 4,), "uint32")
@@ -183,7 +258,6 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         chunk = T.alloc_local((4,), "int32")
         tile = T.alloc_local((4,), "int32")
         steps = T.alloc_local((1,), "int32")
-        stat = T.alloc_local((CHUNK // 4,), "float32")
         # Where stmatrix puts this lane's row of dS: a query, this warpgroup's 64 keys of it, swizzled by the
         # query.
         frag_at: T.uint32 = at("ds", w * CHUNK + lane // 16 * 8 + lane % 8, ROW) + T.Cast(
@@ -198,33 +272,36 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         running: T.int32 = 1
         scale2: T.float32 = scale * T.float32(LOG2E)
 
-        # scores^T = K Q^T or dP^T = V dO^T of this warpgroup's keys.
+        # What is subtracted from a product is what its sum begins with: -lse / scale of scores, -delta of dP.
+        @T.inline
+        def preset():
+            for n in T.unroll(CHUNK // 8):
+                T.ptx["ld.shared.v4.f32"](
+                    s_acc[4 * n], s_acc[4 * n + 1], p_acc[4 * n], p_acc[4 * n + 1],
+                    at("stats", stage, CHUNK * 8) + stats_lane + T.uint32(64 * n),
+                )  # fmt: skip
+            for n in T.unroll(CHUNK // 8):
+                for j in T.unroll(2):
+                    s_acc[4 * n + 2 + j] = s_acc[4 * n + j]
+                    p_acc[4 * n + 2 + j] = p_acc[4 * n + j]
+
+        # scores^T += K Q^T or dP^T += V dO^T of this warpgroup's keys.
         @T.inline
         def issue_product(out, kept, streamed):
-            issue_left_shared(
-                SCORE, out, CHUNK // 2, D, at(kept) + own_rows, ROWS,
-                at(streamed, stage, PLAN.chunk_bytes), CHUNK,
-            )  # fmt: skip
-
-        # dK = dS^T Q, with dS from shared memory: its registers are free for the next scores.
-        @T.inline
-        def issue_keys():
-            left_at: T.uint64 = matrix(
-                descriptor(ROWS * ROW), at("ds") + (flip ^ T.uint32(ROWS * CHUNK * 2)) + own_rows
-            )
-            right_at: T.uint64 = matrix(descriptor(CHUNK * ROW), at("q", prev, PLAN.chunk_bytes))
+            left_at: T.uint64 = matrix(K_MAJOR, at(kept) + own_rows)
+            right_at: T.uint64 = matrix(K_MAJOR, at(streamed, stage, PLAN.chunk_bytes))
             T.ptx.wgmma.fence.sync.aligned()
-            for step in T.unroll(CHUNK // 16):
-                T.ptx[OUTPUT](
-                    *[k_acc[i] for i in range(D // 2)],
-                    left_at + row_step(step), right_at + row_step(step), T.bool(True), 1, 1, 1, 1,
+            for step in T.unroll(D // 16):
+                T.ptx[SCORE](
+                    *[out[i] for i in range(CHUNK // 2)],
+                    left_at + k_step(ROWS, step), right_at + k_step(CHUNK, step), T.bool(True), 1, 1, 0, 0,
                 )  # fmt: skip
             T.ptx.wgmma.commit_group.sync.aligned()
 
         # dQ = dS K: all keys of the tile, this warpgroup's columns.
         @T.inline
         def issue_queries():
-            left_at: T.uint64 = matrix(K_MAJOR, at("ds") + (flip ^ T.uint32(ROWS * CHUNK * 2)))
+            left_at: T.uint64 = matrix(K_MAJOR, at("ds") + flip)
             right_at: T.uint64 = matrix(descriptor(ROWS * ROW), at("k") + T.Cast("uint32", w * SLICE))
             T.ptx.wgmma.fence.sync.aligned()
             for step in T.unroll(ROWS // 16):
@@ -234,21 +311,11 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                 )  # fmt: skip
             T.ptx.wgmma.commit_group.sync.aligned()
 
-        # Both warpgroups have written dS, and nothing of the sums before is left in shared memory. Only
-        # numbers watch over this barrier and the one before the addition: without either, dQ was wrong and
-        # racecheck silent, for it knows nothing of what wgmma and bulk copies read.
+        # To the storing warp. In groups of 16 columns a lane has 2 and 2 of, which stand side by side in the
+        # sums; the groups of odd queries are swapped in pairs, for the banks.
         @T.inline
-        def exchange():
-            if thread % 128 == 0:
-                T.ptx["cp.async.bulk.wait_group.read"](0)
-            T.ptx.bar.sync(T.uint32(SUM_BARRIER), T.uint32(128 * W))
-            flip = flip ^ T.uint32(ROWS * CHUNK * 2)
-
-        # In groups of 16 columns a lane has 2 and 2 of, which stand side by side in the sums; the groups of
-        # odd queries are swapped in pairs, for the banks.
-        @T.inline
-        def add_sum():
-            T.ptx["ld.shared.v4.s32"](chunk[0], chunk[1], chunk[2], chunk[3], at("info", prev, INFO_BYTES))
+        def hand_over_sum():
+            T.ptx.bar.sync(T.Cast("uint32", SUM_EMPTY + w), T.uint32(WITH_STORING_WARP))
             odd: T.int32 = lane // 4 % 2
             sum_row: T.uint32 = at("sum", w, CHUNK * SPAN * 4) + T.Cast(
                 "uint32", (warp % 4 * 16 + lane // 4) * (SPAN * 4) + odd * 64 + lane % 4 * 16
@@ -262,71 +329,36 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                         sum_acc[8 * m + 4 + 2 * j], sum_acc[8 * m + 5 + 2 * j],
                     )  # fmt: skip
             T.ptx.fence.proxy.async_.shared__cta()
-            T.ptx.bar.sync(T.Cast("uint32", SUM_BARRIER + 1 + w), T.uint32(128))
-            if thread % 128 == 0:
-                # The box may begin a query before the first that meets the tile, which can be another
-                # document's.
-                first: T.int32 = T.max(chunk[0], tile[0] + chunk[1])
-                of_head: T.int64 = T.Cast("int64", chunk[3] * W + w) * T.Cast("int64", t.length)
-                T.ptx[REDUCE](
-                    T.reinterpret("uint64", t.dq_sum.data)
-                    + T.Cast("uint64", of_head + T.Cast("int64", first)) * T.uint64(SPAN * 4),
-                    at("sum", w, CHUNK * SPAN * 4) + T.Cast("uint32", (first - chunk[0]) * (SPAN * 4)),
-                    T.Cast("uint32", (T.min(tile[2], chunk[0] + CHUNK) - first) * (SPAN * 4)),
-                )  # fmt: skip
-                T.ptx["cp.async.bulk.commit_group"]()
+            T.ptx.bar.arrive(T.Cast("uint32", SUM_FULL + w), T.uint32(WITH_STORING_WARP))
 
         @T.inline
-        def load_deltas(first):
-            for i in T.unroll(DELTAS):
-                T.ptx["ld.shared.v2.f32"](
-                    stat[2 * i], stat[2 * i + 1],
-                    at("stats", stage, CHUNK * 8) + stats_lane + T.uint32(64 * (first + i) + 8),
-                )  # fmt: skip
-
-        @T.inline
-        def step(follows):
+        def begin_chunk():
             T.cuda.mbarrier_wait(at("full", stage, BARRIER_BYTES), phase)
-            if follows:
-                exchange()
-                issue_queries()
+            preset()
             issue_product(s_acc, "k", "q")
-            if follows:
-                issue_keys()
-                T.ptx.wgmma.wait_group.sync.aligned(2)
-                hold(sum_acc, SPAN // 2)
-                add_sum()
-            issue_product(p_acc, "v", "do")
+
+        # dP runs under the exponentials, dV under dS.
+        @T.inline
+        def score_gradients():
             T.ptx["ld.shared.v4.s32"](chunk[0], chunk[1], chunk[2], chunk[3], at("info", stage, INFO_BYTES))
-            for n in T.unroll(CHUNK // 8):
-                T.ptx["ld.shared.v2.f32"](
-                    stat[2 * n], stat[2 * n + 1],
-                    at("stats", stage, CHUNK * 8) + stats_lane + T.uint32(64 * n),
-                )  # fmt: skip
-            T.ptx.wgmma.wait_group.sync.aligned(2 if follows else 1)
+            issue_product(p_acc, "v", "do")
+            T.ptx.wgmma.wait_group.sync.aligned(1)
             hold(s_acc, CHUNK // 2)
             mask_queries(s_acc, CHUNK, lane, chunk, tile, w * WARPGROUP_ROWS, my_row)
             for n in T.unroll(CHUNK // 8):
                 for j in T.unroll(4):
-                    T.ptx["ex2.approx.ftz.f32"](
-                        s_acc[4 * n + j], s_acc[4 * n + j] * scale2 - stat[2 * n + j % 2]
-                    )
+                    T.ptx["ex2.approx.ftz.f32"](s_acc[4 * n + j], s_acc[4 * n + j] * scale2)
                 for j in T.unroll(2):
                     T.ptx[CONVERT](ps[2 * n + j], s_acc[4 * n + 2 * j + 1], s_acc[4 * n + 2 * j])
             issue_sum(OUTPUT, v_acc, D // 2, ps, at("do", stage, PLAN.chunk_bytes), CHUNK)
-            load_deltas(0)
             T.ptx.wgmma.wait_group.sync.aligned(1)
             hold(p_acc, CHUNK // 2)
-            if follows:
-                arrive(at("empty", prev, BARRIER_BYTES))
             for n in T.unroll(CHUNK // 8):
-                if n > 0 and n % DELTAS == 0:
-                    load_deltas(n)
                 for j in T.unroll(2):
                     T.ptx[CONVERT](
                         ds[2 * n + j],
-                        s_acc[4 * n + 2 * j + 1] * (p_acc[4 * n + 2 * j + 1] - stat[2 * (n % DELTAS) + 1]),
-                        s_acc[4 * n + 2 * j] * (p_acc[4 * n + 2 * j] - stat[2 * (n % DELTAS)]),
+                        s_acc[4 * n + 2 * j + 1] * p_acc[4 * n + 2 * j + 1],
+                        s_acc[4 * n + 2 * j] * p_acc[4 * n + 2 * j],
                     )
                 if n % 2 == 1:
                     T.ptx["stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"](
@@ -335,25 +367,42 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                     )  # fmt: skip
             T.ptx.fence.proxy.async_.shared__cta()
             T.ptx.wgmma.wait_group.sync.aligned(0)
+            hold(v_acc, D // 2)
             prev = stage
+
+        # Both warpgroups have written dS. Two buffers of it make a second barrier needless. Only numbers
+        # watch over this one: without it dQ was wrong and racecheck silent, for it knows nothing of what
+        # wgmma reads.
+        @T.inline
+        def begin_sums():
+            T.ptx.bar.sync(T.uint32(EXCHANGE), T.uint32(128 * W))
+            issue_queries()
+            issue_sum(OUTPUT, k_acc, D // 2, ds, at("q", prev, PLAN.chunk_bytes), CHUNK)
+            flip = flip ^ T.uint32(ROWS * CHUNK * 2)
             advance(stage, phase, STAGES)
+            T.ptx.wgmma.wait_group.sync.aligned(1)
+            hold(sum_acc, SPAN // 2)
+            hand_over_sum()
+
+        @T.inline
+        def end_sums(pending):
+            T.ptx.wgmma.wait_group.sync.aligned(pending)
+            hold(k_acc, D // 2)
+            arrive(at("empty", prev, BARRIER_BYTES))
 
         @T.inline
         def run_chunks():
-            step(False)
+            begin_chunk()
+            score_gradients()
             left = left - 1
             while left > 0:
-                step(True)
+                begin_sums()
+                begin_chunk()
+                end_sums(1)
+                score_gradients()
                 left = left - 1
-            exchange()
-            issue_keys()
-            issue_queries()
-            T.ptx.wgmma.wait_group.sync.aligned(0)
-            hold(sum_acc, SPAN // 2)
-            hold(k_acc, D // 2)
-            hold(v_acc, D // 2)
-            add_sum()
-            arrive(at("empty", prev, BARRIER_BYTES))
+            begin_sums()
+            end_sums(0)
 
         while running == 1:
             T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
@@ -372,8 +421,6 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                 T.cuda.warp_sync()
                 arrive(at("tile_empty"))
                 store_gradients(t, tile, my_row, D, k_acc, v_acc, scale, CONVERT, lane)
-        if thread % 128 == 0:
-            T.ptx["cp.async.bulk.wait_group"](0)
 
     @T.inline
     def run(t, maps, scale, workers):
@@ -390,9 +437,11 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dkv_producer_registers"])
             produce_for_keys(PLAN, at, warp, lane, t, maps)
+            if warp == STORING_WARP:
+                store_sums(at, lane, t, STAGES, W, SPAN)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
-            consume(at, warp, thread, lane, t, scale)
+            consume(at, warp, lane, t, scale)
 
     return run
 
@@ -488,7 +537,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
             )
         )
         with T.attr({"tirx.device_entry": True}):
-            prepare(t)
+            prepare(t, scale)
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):
             compute(t, maps, scale, workers)
         with T.attr({"tirx.device_entry": True}):

@@ -65,6 +65,8 @@ class Plan:
         The last tiles of a head are the longest and go first.
     shared : bool
         Whether all warpgroups take all chunks; then a chunk is told by its row of heads instead.
+    others : int
+        Threads besides the consumers' that hand chunks and tiles back.
     """
 
     rows: int
@@ -81,6 +83,7 @@ class Plan:
     grain: int = 1
     last_first: bool = False
     shared: bool = False
+    others: int = 0
 
     @property
     def planes(self) -> int:
@@ -112,10 +115,11 @@ def init_barriers(first, count, arrivals):
 @T.inline
 def init_rings(plan, at):
     # A producer arrives once for what it hands over, each thread of the consumers for what it hands back.
+    takers = T.meta_var(LANES * 4 * plan.warpgroups + plan.others)
     init_barriers(at("full"), plan.stages, 1)
-    init_barriers(at("empty"), plan.stages, LANES * 4 * plan.warpgroups)
+    init_barriers(at("empty"), plan.stages, takers)
     init_barriers(at("tile_full"), plan.buffers, 1)
-    init_barriers(at("tile_empty"), plan.buffers, LANES * 4 * plan.warpgroups)
+    init_barriers(at("tile_empty"), plan.buffers, takers)
     init_barriers(at("queue_full"), QUEUE, 1)
     init_barriers(at("queue_empty"), QUEUE, LANES)
     init_barriers(at("chunk_landed"), 1, 1)

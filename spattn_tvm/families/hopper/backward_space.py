@@ -152,12 +152,10 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
 def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
     """Two passes, chunks of 64 and the deepest rings that fit, with one buffer of K and V.
 
-    Measured on an H200 in bfloat16, spattention unless said otherwise, ms at (B, H, N, D). Two buffers and
-    three stages took 0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404
-    instead of 0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. One pass took 0.537 instead of 0.404
-    at the first, 1.167 instead of 1.076 at (1, 16, 16384, 128), 0.860 instead of 0.569 at (4, 32, 4096, 128),
-    0.368 instead of 0.261 at (4, 16, 4096, 64), and less only on the causal layout: 1.400 instead of 1.456 at
-    (1, 16, 8192, 128).
+    Measured on an H200 in bfloat16, spattention, ms at (B, H, N, D). Two buffers and three stages took
+    0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead of
+    0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. :mod:`.backward_one_pass` has the figures
+    of one pass, which wins where bands are wide: no default can know that, a search does.
     """
     return {
         "one_pass": 0,
