@@ -464,8 +464,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _plan_of_ranks(problem: AttentionProblem, ranks: int, sharding: Sharding) -> str:
+def _plan_of_ranks(problem: AttentionProblem, machine: MachineTarget, ranks: int, sharding: Sharding) -> str:
     from .distributed import Shards, plan_ranks
+    from .distributed.planner import strategies_of
     from .problem import DTYPE_BYTES
 
     cut = {Sharding.contiguous: Shards.contiguous, Sharding.head_tail: Shards.head_tail}[sharding]
@@ -476,6 +477,7 @@ def _plan_of_ranks(problem: AttentionProblem, ranks: int, sharding: Sharding) ->
         kv_heads=problem.kv_heads,
         head_dim=problem.head_dim,
         itemsize=itemsize,
+        available=strategies_of(machine),
     )
     return plan.describe(problem.batch * problem.head_dim * itemsize)
 
@@ -505,14 +507,15 @@ def explain(
     ),
 ) -> None:
     """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
-    problems = parse_problems([shape], dtype.value, layout, context, direction.value)
-    if ranks is not None:
-        typer.echo(_plan_of_ranks(problems[0], ranks, sharding))
-        return
-    from .dispatch import explain as explanation
     from .target import parse_target
 
+    problems = parse_problems([shape], dtype.value, layout, context, direction.value)
     machine = parse_target(target)
+    if ranks is not None:
+        typer.echo(_plan_of_ranks(problems[0], machine, ranks, sharding))
+        return
+    from .dispatch import explain as explanation
+
     typer.echo("\n\n".join(explanation(problem, machine, deterministic) for problem in problems))
 
 

@@ -55,7 +55,7 @@ def draw_layout(random: random.Random, heads: int, length: int) -> BandLayout:
     return make(heads, context, allow_longer=longer)
 
 
-def draw_problem(seed: int, ranks: int, strategies: Sequence[str] = ("heads", "auto")) -> Problem:
+def draw_problem(seed: int, ranks: int, strategies: Sequence[str] = ("heads", "bands", "auto")) -> Problem:
     drawn = random.Random(seed)
     kv_heads = drawn.choice([1, 2, 3, 4, 5])
     heads = kv_heads * drawn.choice([1, 1, 2, 3])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,133 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .agreement import agree, agree_on_refusal
-from .exchange import Journey, Piece, Route, arrive, depart
-from .planner import Share, plan_ranks
+from .by_bands import attend_by_bands, plan_calls
+from .by_heads import attend_by_heads, plan_parts
+from .planner import STRATEGIES, documents_of, plan_ranks, strategies_of
 from .shards import Shards, boundaries_of
-
-# What "auto" may choose.
-_AVAILABLE = ("heads",)
 
 # In how many parts the heads travel, so that one is attended while others are on their way. On a CPU the
 # cores that would attend are those that copy.
 _PARTS = {"cpu": 1, "cuda": 4}
-
-
-# --- "heads" ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some heads of each rank's share, which travel together."""
-
-    shares: tuple[Share, ...]
-    inbound: Route
-    outbound: Route
-
-
-def _rows(shards: Shards, rank: int) -> list[tuple[int, int, int]]:
-    """A rank's chunks: first row in the sequence, first row among its own, rows."""
-    found, before = [], 0
-    for begin, end in shards.chunks[rank]:
-        found.append((begin, before, end - begin))
-        before += end - begin
-    return found
-
-
-def _split(share: Share, parts: int) -> list[Share]:
-    """A share's groups in `parts` parts, those of equal size side by side."""
-    groups = sorted(share.groups, key=lambda group: (len(group[1]), group[0]))
-    edges = [len(groups) * index // parts for index in range(parts + 1)]
-    return [Share(tuple(groups[edges[index] : edges[index + 1]])) for index in range(parts)]
-
-
-@lru_cache(maxsize=256)
-def _parts(shares: tuple[Share, ...], shards: Shards, rank: int, parts: int) -> tuple[_Part, ...]:
-    split = [_split(share, parts) for share in shares]
-    return tuple(_part(tuple(each[index] for each in split), shards, rank) for index in range(parts))
-
-
-def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> _Part:
-    own, mine = shares[rank], _rows(shards, rank)
-
-    def heads_of(share: Share) -> tuple[tuple[int, ...], ...]:
-        return share.query_heads, share.kv_heads, share.kv_heads
-
-    def pieces(heads: Sequence[tuple[int, ...]], chunks: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
-        return tuple(
-            Piece(tensor, taken, begin, rows)
-            for tensor, taken in enumerate(heads)
-            for begin, rows in chunks
-            if taken
-        )
-
-    here = [tuple(range(len(heads))) for heads in heads_of(own)]
-    local = [(at, rows) for _, at, rows in mine]
-    whole = [[(begin, rows) for begin, _, rows in _rows(shards, other)] for other in range(shards.ranks)]
-    inbound = Route(
-        tuple(pieces(heads_of(share), local) for share in shares),
-        tuple(pieces(here, chunks) for chunks in whole),
-    )
-    outbound = Route(
-        tuple(pieces(here[:1], chunks) for chunks in whole),
-        tuple(pieces([share.query_heads], local) for share in shares),
-    )
-    return _Part(shares, inbound, outbound)
-
-
-def _attend_share(
-    q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, share: Share, options: dict[str, Any]
-) -> Tensor:
-    """Attention of whole sequences of a share's heads; one call for groups of equal size."""
-    if not share.groups:
-        return q
-    sizes = [len(heads) for _, heads in share.groups]
-    outputs, first, head = [], 0, 0
-    while first < len(sizes):
-        last = first + sizes[first:].count(sizes[first])
-        count = sizes[first] * (last - first)
-        outputs.append(
-            banded_attention(
-                q[:, head : head + count],
-                k[:, first:last],
-                v[:, first:last],
-                layout.heads(share.query_heads[head : head + count]),
-                **options,
-            )
-        )
-        first, head = last, head + count
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-
-def _attend_by_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BandLayout,
-    parts: Sequence[_Part],
-    shards: Shards,
-    group: dist.ProcessGroup,
-    options: dict[str, Any],
-) -> Tensor:
-    rank = dist.get_rank(group)
-    batch, _, _, head_dim = q.shape
-    there = [Journey(part.inbound, group) for part in parts]
-    departed = [depart(journey, q, k, v) for journey in there]
-    back = [Journey(part.outbound, group) for part in parts]
-    returned = []
-    for index, part in enumerate(parts):
-        own = part.shares[rank]
-        shapes = [
-            (batch, len(heads), shards.length, head_dim)
-            for heads in (own.query_heads, own.kv_heads, own.kv_heads)
-        ]
-        q_whole, k_whole, v_whole = arrive([there[index]], [departed[index]], shapes)
-        returned.append(depart(back[index], _attend_share(q_whole, k_whole, v_whole, layout, own, options)))
-    (o,) = arrive(back, returned, [tuple(q.shape)])
-    return o
 
 
 # --- the public function ----------------------------------------------------------------------------------
@@ -189,6 +71,13 @@ def _check(q: Any, k: Any, v: Any, layout: Any, shards: Shards, group: dist.Proc
         raise ValueError(f"the shards give rank {rank} {shards.rows(rank)} rows, q has {q.shape[2]}")
 
 
+def _able(q: Tensor, impl: str) -> tuple[str, ...]:
+    """What "auto" may choose; the slow reference only where nothing else was asked for."""
+    if impl == "reference" or q.dtype is torch.float64:
+        return STRATEGIES
+    return strategies_of(detect_cuda(q.get_device()) if q.is_cuda else detect_cpu(), impl)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     device_type = tensor.device.type
     if not torch.is_autocast_enabled(device_type) or tensor.dtype is torch.float64:
@@ -230,8 +119,9 @@ def context_parallel_attention(
     strategy : str
         ``"heads"``: whole sequences of some heads to each rank, and back. Heads are dealt out by their work,
         whole key/value groups to a rank; fewer key/value heads than ranks are copied. ``"bands"``: each
-        rank fetches the key rows that its queries' bands touch. ``"auto"``: what
-        :func:`~spattn_tvm.distributed.plan_ranks` expects to take less time.
+        rank fetches the key rows that its queries' bands touch, each once, while it attends to its own.
+        ``"auto"``: what :func:`~spattn_tvm.distributed.plan_ranks` expects to take less time, of what the
+        device's kernels can do.
     shards : Shards, optional
         Which rows are whose; contiguous and equally many by default.
     cu_seqlens : Tensor or sequence of int, optional
@@ -256,8 +146,6 @@ def context_parallel_attention(
         A rank did not answer within the group's timeout.
     ValueError, TypeError
         Arguments that don't fit, as in ``banded_attention``, or rows that are not the shards'.
-    NotImplementedError
-        ``strategy="bands"``, which is planned only.
 
     Examples
     --------
@@ -274,11 +162,6 @@ def context_parallel_attention(
             )
         _check(q, k, v, layout, shards, group)
         boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
-        if strategy == "bands":
-            raise NotImplementedError(
-                "strategy='bands' is planned (plan_ranks, spattn explain --ranks) but not made yet: use "
-                "strategy='heads', or 'auto'"
-            )
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         plan = plan_ranks(
             layout,
@@ -288,7 +171,7 @@ def context_parallel_attention(
             head_dim=q.shape[3],
             itemsize=q.itemsize,
             strategy=strategy,
-            available=_AVAILABLE,
+            available=_able(q, impl),
         )
         most = max(len(share.groups) for share in plan.shares)
         wanted = _PARTS.get(device.type, 1) if parts is None else parts
@@ -310,15 +193,20 @@ def context_parallel_attention(
             "scale": scale,
             "strategy": plan.strategy,
             "parts": count,
-            "requires grad": torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
+            "requires grad": torch.is_grad_enabled() and tuple(t.requires_grad for t in (q, k, v)),
         },
     )
-    options = {"scale": scale, "deterministic": deterministic, "impl": impl}
+    rank = dist.get_rank(group)
+    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic, "impl": impl}
+    if plan.strategy == "bands":
+        documents = documents_of(boundaries, shards.length)
+        calls = plan_calls(layout, k.shape[1], shards, documents, boundaries is not None, rank)
+        return attend_by_bands(q, k, v, calls, group, options)
     if boundaries is not None:
         options["cu_seqlens"] = (
             cu_seqlens.to(device)
             if isinstance(cu_seqlens, Tensor)
             else torch.tensor(boundaries, dtype=torch.int32, device=device)
         )
-    chosen = _parts(plan.shares, shards, dist.get_rank(group), count)
-    return _attend_by_heads(q, k, v, layout, chosen, shards, group, options)
+    chosen = plan_parts(plan.shares, shards, rank, count)
+    return attend_by_heads(q, k, v, layout, chosen, shards, group, options)

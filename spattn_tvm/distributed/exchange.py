@@ -37,13 +37,14 @@ class Route:
 
     Attributes
     ----------
-    sends, receives : tuple of tuple of Piece
-        For each rank, its own included. A rank sends another pieces of the sizes and in the order in which
-        that one receives them; no row is received twice.
+    sends, receives : tuple of tuple of tuple of Piece
+        For each rank, its own included, what travels; each with the places where it is written to. What is
+        sent has one place. A rank sends another pieces of the sizes and in the order in which that one
+        receives them.
     """
 
-    sends: tuple[tuple[Piece, ...], ...]
-    receives: tuple[tuple[Piece, ...], ...]
+    sends: tuple[tuple[tuple[Piece, ...], ...], ...]
+    receives: tuple[tuple[tuple[Piece, ...], ...], ...]
 
 
 @lru_cache(maxsize=4096)
@@ -62,9 +63,11 @@ def _as_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, device=device)
 
 
-def _sizes(route: Sequence[Sequence[Piece]], batch: int, head_dim: int) -> list[int]:
+def _sizes(route: Sequence[Sequence[tuple[Piece, ...]]], batch: int, head_dim: int) -> list[int]:
     """Elements that go to, or come from, each rank."""
-    return [sum(len(piece.heads) * piece.rows for piece in pieces) * batch * head_dim for pieces in route]
+    return [
+        sum(len(places[0].heads) * places[0].rows for places in pieces) * batch * head_dim for pieces in route
+    ]
 
 
 def _ends(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -73,19 +76,33 @@ def _ends(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 
 def _views(
-    buffer: Tensor, route: Sequence[Sequence[Piece]], batch: int, head_dim: int
-) -> Iterator[tuple[Piece, Tensor]]:
-    """Each piece with its place in the buffer, as ``(B, heads, rows, D)``."""
+    buffer: Tensor, route: Sequence[Sequence[tuple[Piece, ...]]], batch: int, head_dim: int
+) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
+    """The places of each piece, and the piece in the buffer, as ``(B, heads, rows, D)``."""
     at = 0
-    for piece in (piece for pieces in route for piece in pieces):
-        shape = (batch, len(piece.heads), piece.rows, head_dim)
-        size = batch * len(piece.heads) * piece.rows * head_dim
-        yield piece, buffer[at : at + size].view(shape)
+    for places in (places for pieces in route for places in pieces):
+        shape = (batch, len(places[0].heads), places[0].rows, head_dim)
+        size = math.prod(shape)
+        yield places, buffer[at : at + size].view(shape)
         at += size
 
 
-def _rows_of(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor[:, :, piece.begin : piece.begin + piece.rows]
+def _read(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
+    rows = tensors[piece.tensor][:, :, piece.begin : piece.begin + piece.rows]
+    heads = _as_slice(piece.heads)
+    return rows.index_select(1, _as_index(piece.heads, rows.device)) if heads is None else rows[:, heads]
+
+
+def _write(tensors: Sequence[Tensor], piece: Piece, values: Tensor, *, adds: bool) -> None:
+    rows = tensors[piece.tensor][:, :, piece.begin : piece.begin + piece.rows]
+    heads = _as_slice(piece.heads)
+    if heads is None:
+        write = rows.index_add_ if adds else rows.index_copy_
+        write(1, _as_index(piece.heads, rows.device), values.to(rows.dtype))
+    elif adds:
+        rows[:, heads] += values
+    else:
+        rows[:, heads] = values
 
 
 class Journey:
@@ -105,12 +122,10 @@ class Journey:
         batch, head_dim = _ends([tensor.shape for tensor in tensors])
         sizes, expected = _sizes(outward, batch, head_dim), _sizes(inward, batch, head_dim)
         sent = tensors[0].new_empty(sum(sizes))
-        for piece, view in _views(sent, outward, batch, head_dim):
-            rows, heads = _rows_of(tensors[piece.tensor], piece), _as_slice(piece.heads)
-            if heads is None:
-                view.copy_(rows.index_select(1, _as_index(piece.heads, rows.device)))
-            else:
-                view.copy_(rows[:, heads])
+        for places, view in _views(sent, outward, batch, head_dim):
+            view.copy_(_read(tensors, places[0]))
+            for place in places[1:]:
+                view += _read(tensors, place)
         self._buffer = tensors[0].new_empty(sum(expected))
         self._work = dist.all_to_all_single(
             self._buffer, sent, expected, sizes, group=self._group, async_op=True
@@ -145,12 +160,8 @@ class _Depart(torch.autograd.Function):
         # A row that went to several ranks comes back as several parts.
         dtype = torch.promote_types(buffer.dtype, torch.float32)
         gradients = [torch.zeros(shape, dtype=dtype, device=buffer.device) for shape in ctx.shapes]
-        for piece, view in _views(buffer, ctx.journey.route.sends, batch, head_dim):
-            rows, heads = _rows_of(gradients[piece.tensor], piece), _as_slice(piece.heads)
-            if heads is None:
-                rows.index_add_(1, _as_index(piece.heads, buffer.device), view.to(dtype))
-            else:
-                rows[:, heads] += view
+        for places, view in _views(buffer, ctx.journey.route.sends, batch, head_dim):
+            _write(gradients, places[0], view, adds=True)
         return None, *(gradient.to(buffer.dtype) for gradient in gradients)
 
 
@@ -163,17 +174,16 @@ class _Arrive(torch.autograd.Function):
         *departed: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.journeys, ctx.sizes = journeys, [buffer.shape for buffer in departed]
-        brought = sum(sum(_sizes(journey.route.receives, *_ends(shapes))) for journey in journeys)
-        is_filled = brought == sum(math.prod(shape) for shape in shapes)
+        batch, head_dim = _ends(shapes)
+        landings = [places for journey in journeys for each in journey.route.receives for places in each]
+        written = sum(len(place.heads) * place.rows for places in landings for place in places)
+        is_filled = written * batch * head_dim == sum(math.prod(shape) for shape in shapes)
         make = departed[0].new_empty if is_filled else departed[0].new_zeros
         outputs = tuple(make(shape) for shape in shapes)
         for journey in journeys:
-            for piece, view in _views(journey.finish(), journey.route.receives, *_ends(shapes)):
-                rows, heads = _rows_of(outputs[piece.tensor], piece), _as_slice(piece.heads)
-                if heads is None:
-                    rows.index_copy_(1, _as_index(piece.heads, rows.device), view)
-                else:
-                    rows[:, heads] = view
+            for places, view in _views(journey.finish(), journey.route.receives, batch, head_dim):
+                for place in places:
+                    _write(outputs, place, view, adds=False)
         return outputs
 
     @staticmethod

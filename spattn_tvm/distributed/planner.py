@@ -10,10 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from spattn_tvm.bands import BandLayout, merge_intervals
+from spattn_tvm.problem import DIRECTIONS
 
 from .shards import Rows, Shards
+
+if TYPE_CHECKING:
+    from spattn_tvm.target import MachineTarget
 
 STRATEGIES = ("heads", "bands")
 
@@ -405,6 +410,24 @@ class RankPlan:
     def _replicas(self) -> str:
         copies = sum(len(share.groups) for share in self.shares) - self.kv_heads
         return f"; {copies} copies of key/value heads, which are fewer than ranks" if copies else ""
+
+
+def strategies_of(target: MachineTarget, impl: str = "auto") -> tuple[str, ...]:
+    """What a machine's kernels can do: ``"bands"`` needs ones that take other keys than the queries' rows.
+
+    Parameters
+    ----------
+    target : MachineTarget
+    impl : str
+        As in ``banded_attention``; of the kernel families in question, the one of this name alone.
+    """
+    from spattn_tvm.families import families_for, find_family
+
+    families = families_for(target) if impl == "auto" else (impl,)
+    for abis in (find_family(name).abis for name in families):
+        if all(name in abis and abis[name].takes_other_keys for name in DIRECTIONS):
+            return STRATEGIES
+    return ("heads",)
 
 
 def documents_of(boundaries: Sequence[int] | None, length: int) -> tuple[Rows, ...]:

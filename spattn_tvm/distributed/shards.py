@@ -151,16 +151,22 @@ class Shards:
         """How many rows a rank holds."""
         return sum(end - begin for begin, end in self.chunks[rank])
 
+    def placed(self, rank: int) -> list[tuple[int, int, int]]:
+        """A rank's chunks: first row in the sequence, first row among its own, how many."""
+        found, before = [], 0
+        for begin, end in self.chunks[rank]:
+            found.append((begin, before, end - begin))
+            before += end - begin
+        return found
+
     def owned(self, rows: Rows) -> list[tuple[int, int, int, int]]:
         """Who holds `rows`: (rank, its first row of them counted in the rank's own rows, begin, end)."""
         found = []
-        for rank, chunks in enumerate(self.chunks):
-            before = 0
-            for begin, end in chunks:
-                first, last = max(begin, rows[0]), min(end, rows[1])
+        for rank in range(self.ranks):
+            for begin, at, count in self.placed(rank):
+                first, last = max(begin, rows[0]), min(begin + count, rows[1])
                 if first < last:
-                    found.append((rank, before + first - begin, first, last))
-                before += end - begin
+                    found.append((rank, at + first - begin, first, last))
         return sorted(found, key=lambda entry: entry[2])
 
     # --- tensors ------------------------------------------------------------------------------------------
@@ -216,8 +222,5 @@ class Shards:
                     f"rank {rank} holds {self.rows(rank)} rows, dimension {dim} of {tuple(part.shape)} "
                     "has not"
                 )
-            before = 0
-            for begin, end in self.chunks[rank]:
-                pieces.append((begin, part.narrow(dim, before, end - begin)))
-                before += end - begin
+            pieces += [(begin, part.narrow(dim, at, count)) for begin, at, count in self.placed(rank)]
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda entry: entry[0])], dim)

@@ -58,24 +58,47 @@ def test_random_problems_equal_one_process(ranks: Ranks) -> None:
 
 
 def test_elements_moved_are_the_plans(ranks: Ranks) -> None:
-    for seed in range(100, 106):
-        problem = draw_problem(seed, ranks.ranks, ["heads"])
+    for seed in range(100, 112):
+        problem = draw_problem(seed, ranks.ranks, [("heads", "bands")[seed % 2]])
         plan = plan_ranks(
             problem.layout, problem.shards, kv_heads=problem.kv_heads, boundaries=problem.boundaries
         )
-        traffic = plan.traffic["heads"]
+        traffic = plan.traffic[problem.strategy]
         row = problem.batch * problem.head_dim
         for rank, (forward, backward) in enumerate(ranks.call(count_elements, problem)):
+            assert problem.strategy == "heads" or len(forward) == len(backward) == 1
             moved = (traffic.received[rank] * row, traffic.sent[rank] * row)
             assert tuple(map(sum, zip(*forward, strict=True))) == moved
             assert tuple(map(sum, zip(*backward, strict=True))) == moved[::-1]
 
 
-def test_a_wrong_layout_is_seen(two: Ranks) -> None:
+@pytest.mark.parametrize("strategy", ["heads", "bands"])
+def test_a_wrong_layout_is_seen(two: Ranks, strategy: str) -> None:
     """The comparison can fail."""
-    problem = simple()
     with pytest.raises(RankError, match="o of rank"):
-        two.call(_compare_with_another_layout, problem)
+        two.call(_compare_with_another_layout, simple(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["heads", "bands"])
+def test_nan_stays_with_its_document_and_keyless_queries_have_no_gradient(two: Ranks, strategy: str) -> None:
+    two.call(_poison, simple(strategy, boundaries=(0, 40, 60), layout=BandLayout.exclusive(4, 64)))
+
+
+def _poison(problem: Problem) -> None:
+    rank = dist.get_rank()
+    whole = draw_tensors(problem)
+    rows = torch.arange(64)
+    for tensor in whole[:3]:
+        tensor[:, :, 45] = torch.nan
+    inputs = [problem.shards.take(t, rank, 2).clone().requires_grad_() for t in whole[:3]]
+    o = attend_here(problem, *inputs)
+    gradients = torch.autograd.grad(o, inputs, problem.shards.take(whole[3], rank, 2))
+    outside = problem.shards.take((rows < 40) | (rows >= 60), rank, 0)
+    for tensor in (o, *gradients):
+        assert tensor[:, :, outside].isfinite().all()
+    behind = problem.shards.take(rows >= 60, rank, 0)
+    for tensor in (o, *gradients):
+        assert not tensor[:, :, behind].any()
 
 
 def _compare_with_another_layout(problem: Problem) -> None:
@@ -113,7 +136,7 @@ def _mesh_checkpoint_and_autocast(problem: Problem) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("context",))
     q, k, v, do = (problem.shards.take(t, rank, 2).clone() for t in draw_tensors(problem))
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    options = {"strategy": "heads", "shards": problem.shards}
+    options = {"strategy": problem.strategy, "shards": problem.shards}
     plain = context_parallel_attention(*inputs, problem.layout, None, **options)
     expected = torch.autograd.grad(plain, inputs, do, retain_graph=True)
     # A second backward pass of the same graph.
@@ -148,8 +171,9 @@ def _mesh_checkpoint_and_autocast(problem: Problem) -> None:
         context_parallel_attention(*inputs, problem.layout, mesh, **options).sum().backward()
 
 
-def test_meshes_checkpoints_compile_autocast_and_second_backwards(two: Ranks) -> None:
-    two.call(_mesh_checkpoint_and_autocast, simple(shards=Shards.head_tail(64, 2)))
+@pytest.mark.parametrize("strategy", ["heads", "bands"])
+def test_meshes_checkpoints_compile_autocast_and_second_backwards(two: Ranks, strategy: str) -> None:
+    two.call(_mesh_checkpoint_and_autocast, simple(strategy, shards=Shards.head_tail(64, 2)))
 
 
 def _equal_shards_by_default() -> None:
@@ -265,12 +289,6 @@ def test_a_rank_that_is_gone_ends_the_others_within_the_timeout(how: str, before
 
 def _warm_up() -> None:
     dist.barrier()
-
-
-def test_bands_say_that_they_are_planned_only(two: Ranks) -> None:
-    with pytest.raises(RankError, match="strategy='bands' is planned") as caught:
-        two.call(compare_with_one_process, simple("bands"))
-    assert all(isinstance(error, NotImplementedError) for error in caught.value.of)
 
 
 def test_meshes_of_two_dimensions_are_refused(two: Ranks) -> None:

@@ -1,0 +1,123 @@
+"""Strategy ``"heads"``: whole sequences of some heads to each rank, and their outputs back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.ops.attention import banded_attention
+
+from .exchange import Journey, Piece, Route, arrive, depart
+from .planner import Share
+from .shards import Shards
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some heads of each rank's share, which travel together."""
+
+    shares: tuple[Share, ...]
+    inbound: Route
+    outbound: Route
+
+
+def _split(share: Share, parts: int) -> list[Share]:
+    """A share's groups in `parts` parts, those of equal size side by side."""
+    groups = sorted(share.groups, key=lambda group: (len(group[1]), group[0]))
+    edges = [len(groups) * index // parts for index in range(parts + 1)]
+    return [Share(tuple(groups[edges[index] : edges[index + 1]])) for index in range(parts)]
+
+
+@lru_cache(maxsize=256)
+def plan_parts(shares: tuple[Share, ...], shards: Shards, rank: int, parts: int) -> tuple[Part, ...]:
+    split = [_split(share, parts) for share in shares]
+    return tuple(_part(tuple(each[index] for each in split), shards, rank) for index in range(parts))
+
+
+def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> Part:
+    own, mine = shares[rank], shards.placed(rank)
+
+    def heads_of(share: Share) -> tuple[tuple[int, ...], ...]:
+        return share.query_heads, share.kv_heads, share.kv_heads
+
+    def pieces(
+        heads: Sequence[tuple[int, ...]], chunks: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[Piece, ...], ...]:
+        return tuple(
+            (Piece(tensor, taken, begin, rows),)
+            for tensor, taken in enumerate(heads)
+            for begin, rows in chunks
+            if taken
+        )
+
+    here = [tuple(range(len(heads))) for heads in heads_of(own)]
+    local = [(at, rows) for _, at, rows in mine]
+    whole = [[(begin, rows) for begin, _, rows in shards.placed(other)] for other in range(shards.ranks)]
+    inbound = Route(
+        tuple(pieces(heads_of(share), local) for share in shares),
+        tuple(pieces(here, chunks) for chunks in whole),
+    )
+    outbound = Route(
+        tuple(pieces(here[:1], chunks) for chunks in whole),
+        tuple(pieces([share.query_heads], local) for share in shares),
+    )
+    return Part(shares, inbound, outbound)
+
+
+def _attend_share(
+    q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, share: Share, options: dict[str, Any]
+) -> Tensor:
+    """Attention of whole sequences of a share's heads; one call for groups of equal size."""
+    if not share.groups:
+        return q
+    sizes = [len(heads) for _, heads in share.groups]
+    outputs, first, head = [], 0, 0
+    while first < len(sizes):
+        last = first + sizes[first:].count(sizes[first])
+        count = sizes[first] * (last - first)
+        outputs.append(
+            banded_attention(
+                q[:, head : head + count],
+                k[:, first:last],
+                v[:, first:last],
+                layout.heads(share.query_heads[head : head + count]),
+                **options,
+            )
+        )
+        first, head = last, head + count
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def attend_by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    parts: Sequence[Part],
+    shards: Shards,
+    group: dist.ProcessGroup,
+    options: dict[str, Any],
+) -> Tensor:
+    rank = dist.get_rank(group)
+    batch, _, _, head_dim = q.shape
+    there = [Journey(part.inbound, group) for part in parts]
+    departed = [depart(journey, q, k, v) for journey in there]
+    back = [Journey(part.outbound, group) for part in parts]
+    returned = []
+    for index, part in enumerate(parts):
+        own = part.shares[rank]
+        shapes = [
+            (batch, len(heads), shards.length, head_dim)
+            for heads in (own.query_heads, own.kv_heads, own.kv_heads)
+        ]
+        q_whole, k_whole, v_whole = arrive([there[index]], [departed[index]], shapes)
+        returned.append(depart(back[index], _attend_share(q_whole, k_whole, v_whole, layout, own, options)))
+    (o,) = arrive(back, returned, [tuple(q.shape)])
+    return o
