@@ -421,6 +421,8 @@ def mutate_text(text: str, rng: random.Random) -> bytes:
     """Damage to the bytes: as a torn write, an editor or a bad disk leaves."""
     data = bytearray(text.encode())
     for _ in range(rng.choice((1, 1, 2, 8))):
+        if not data:
+            break
         place = rng.randrange(len(data))
         kind = rng.randrange(5)
         if kind == 0:

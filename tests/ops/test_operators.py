@@ -430,7 +430,7 @@ def test_tensors_of_two_devices_are_not_plain() -> None:
 @pytest.mark.gpu
 def test_opcheck_on_cuda() -> None:
     q, k, v = requiring_grad(*draw_cuda(length=70))
-    torch.library.opcheck(FORWARD, (q, k, v, None, SPATTENTION.spec, 0.2, False, "auto"))
+    torch.library.opcheck(FORWARD, (q, k, v, None, *ELSE, SPATTENTION.spec, 0.2, False, "auto"))
 
 
 @pytest.mark.gpu
