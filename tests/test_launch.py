@@ -142,7 +142,8 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
     launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale)
     assert recorder.arguments[13] is first[13] and recorder.arguments[12] is not first[12]
     sums = arguments[14:-2]
-    assert [(s.shape, s.dtype) for s in sums] == [((2, 4, 7, 64), torch.float32)] * one_pass  # type: ignore[attr-defined]
+    shapes = [(s.shape, s.dtype) for s in sums]  # type: ignore[attr-defined]
+    assert shapes == [((2, 4, 7, 64), torch.float32)] * one_pass
     sign = 1.0 if scale > 0 else math.copysign(1.0, scale) if scale else 0.0
     assert arguments[-2:] == (abs(scale) or 1.0, torch.get_num_threads())
     assert torch.equal(arguments[0], q * sign)  # type: ignore[arg-type]

@@ -54,7 +54,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                                         table_row
     cu_seqlens     (documents + 1,)        int32        first token of each document, and N; sorted, from 0
     stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries,
-                                                        lse in base 2 twice, then rowsum(do * o) - dlse twice
+                                                        lse in base 2 twice, then rowsum(do * o) - dlse twice;
+                                                        in one pass -lse / scale, then dlse - rowsum(do * o)
     next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first
                                                         kernel
     dq_sum         (B, Hq, N, D)           float32      only for ``one_pass``; contiguous workspace, written
