@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from length_problems import LengthProblem
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
@@ -42,7 +44,7 @@ class SweepProblem:
     ----------
     dtype : str
     batch, kv_heads, group, length, head_dim : int
-        There are ``kv_heads * group`` query heads.
+        There are ``kv_heads * group`` query heads and `length` queries.
     layout : BandLayout
     strides : tuple of str
         Memory layout of q, k, v and do, from `STRIDES`.
@@ -52,6 +54,10 @@ class SweepProblem:
     loss : str
         What is differentiated: ``"o"``, ``"lse"`` or ``"both"``.
     seed : int
+    kv_length : int, optional
+        Number of keys, `length` by default.
+    places : dict
+        Of ``cu_seqlens_k, query_offset, kv_lengths, kv_starts`` those that are given, tensors as lists.
     """
 
     dtype: str
@@ -66,16 +72,40 @@ class SweepProblem:
     scale: float | None
     loss: str
     seed: int
+    kv_length: int | None = None
+    places: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> int:
+        return self.length if self.kv_length is None else self.kv_length
+
+    @property
+    def placed(self) -> LengthProblem:
+        """Where its queries and keys lie."""
+        packed = {} if self.cu_seqlens is None else {"cu_seqlens": list(self.cu_seqlens)}
+        return LengthProblem(
+            self.batch, self.kv_heads, self.group, self.length, self.keys, self.head_dim, self.layout,
+            packed | self.places, self.seed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """`places` are the arguments that say where queries and keys lie; `unused`, bool ``(B, 1, Nk, 1)``, are
+    the keys that don't exist: k and v are NaN there.
+    """
+
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor | None
     dlse: Tensor | None
-    cu_seqlens: Tensor | None
+    places: dict[str, Any]
+    unused: Tensor
+
+    def without_nan(self, keys: Tensor) -> Tensor:
+        """k or v with zeros for the keys that don't exist."""
+        return keys.masked_fill(self.unused, 0.0)
 
 
 def _strided(values: Tensor, strides: str) -> Tensor:
@@ -107,28 +137,39 @@ def make_inputs(problem: SweepProblem, device: torch.device | str = "cpu") -> In
     """Standard normal tensors of the problem, drawn on the device: for a GPU the host would take longest."""
     generator = torch.Generator(device).manual_seed(problem.seed)
     query_heads = problem.kv_heads * problem.group
+    unused = problem.placed.unused().to(device)[:, None, :, None]
 
-    def draw(heads: int, strides: str) -> Tensor:
-        shape = (problem.batch, heads, problem.length, problem.head_dim)
-        values = torch.randn(shape, generator=generator, device=device)
-        return _strided(values.to(DTYPES[problem.dtype]), strides)
+    def draw(heads: int, rows: int) -> Tensor:
+        shape = (problem.batch, heads, rows, problem.head_dim)
+        return torch.randn(shape, generator=generator, device=device).to(DTYPES[problem.dtype])
 
-    q = draw(query_heads, problem.strides[0])
-    k = draw(problem.kv_heads, problem.strides[1])
-    v = draw(problem.kv_heads, problem.strides[2])
-    do = draw(query_heads, problem.strides[3])
+    def draw_keys(strides: str) -> Tensor:
+        # All rows of an expanded tensor are one, whose keys exist where one of theirs does.
+        nobody = unused.all(0, keepdim=True) if strides == "expanded" else unused
+        keys = draw(problem.kv_heads, problem.keys)
+        return _strided(keys.masked_fill(nobody, torch.nan), strides)
+
+    q = _strided(draw(query_heads, problem.length), problem.strides[0])
+    k, v = draw_keys(problem.strides[1]), draw_keys(problem.strides[2])
+    do = _strided(draw(query_heads, problem.length), problem.strides[3])
     dlse = torch.randn(q.shape[:3], generator=generator, device=device)
-    cu_seqlens = None
-    if problem.cu_seqlens is not None:
-        index_dtype = torch.int64 if problem.seed % 2 else torch.int32
-        cu_seqlens = torch.tensor(problem.cu_seqlens, dtype=index_dtype, device=device)
     return Inputs(
-        q, k, v, None if problem.loss == "lse" else do, None if problem.loss == "o" else dlse, cu_seqlens
+        q,
+        k,
+        v,
+        None if problem.loss == "lse" else do,
+        None if problem.loss == "o" else dlse,
+        problem.placed.arguments(device),
+        unused,
     )
 
 
 def plain_mask(problem: SweepProblem, device: torch.device | str = "cpu") -> Tensor:
-    """Bool (Hq, N, N) from the definition, in plain loops over heads and documents."""
+    """Bool (Hq, Nq, Nk), or (B, Hq, Nq, Nk) where there are `places`, from the definition, in plain loops
+    over heads and documents.
+    """
+    if problem.places or problem.keys != problem.length:
+        return problem.placed.mask().to(device)
     offsets = problem.cu_seqlens or (0, problem.length)
     shape = (problem.kv_heads * problem.group, problem.length, problem.length)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -300,17 +341,17 @@ def check_problem(
             v,
             problem.layout,
             scale=problem.scale,
-            cu_seqlens=inputs.cu_seqlens,
             return_lse=True,
             deterministic=deterministic,
             impl=impl,
+            **inputs.places,
         )
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return plain_attention(q, k, v, mask, problem.scale)
+        return plain_attention(q, inputs.without_nan(k), inputs.without_nan(v), mask, problem.scale)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_attention(q, k, v, problem.layout, scale=problem.scale, cu_seqlens=inputs.cu_seqlens)
+        return reference_attention(q, k, v, problem.layout, scale=problem.scale, **inputs.places)
 
     threads = torch.get_num_threads()
     # Kernels share their work out among any number of threads.
@@ -321,9 +362,8 @@ def check_problem(
         torch.set_num_threads(threads)
     yardstick = _run(plain, inputs)
     truth = _run(exact, inputs, torch.float64)
-    doubles = [
-        None if t is None else t.double() for t in (inputs.q, inputs.k, inputs.v, inputs.do, inputs.dlse)
-    ]
+    k, v = inputs.without_nan(inputs.k), inputs.without_nan(inputs.v)
+    doubles = [None if t is None else t.double() for t in (inputs.q, k, v, inputs.do, inputs.dlse)]
     magnitudes = _term_magnitudes(*doubles, mask, problem.scale)
 
     expected_dtypes = dict.fromkeys(OUTPUTS, inputs.q.dtype) | {"lse": torch.float32}
@@ -340,6 +380,10 @@ def check_problem(
             f"worst row {comparison.worst_row[0]:.3g}, allowed {comparison.worst_row[1]:.3g}"
         )
         comparisons.append(comparison)
+    keyless = ~mask.any(-1, keepdim=True)
+    for output, nothing in (("o", keyless), ("dq", keyless), ("dk", inputs.unused), ("dv", inputs.unused)):
+        rest = result[output].masked_fill(~nothing, 0.0)
+        assert not rest.any(), f"{output} is not 0 of a query without keys, or of a key that doesn't exist"
     return comparisons
 
 
@@ -357,19 +401,24 @@ def lengths(longest: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, heads: int, length: int, longest_document: int) -> BandLayout:
+def layouts(
+    draw: st.DrawFn, heads: int, length: int, longest_document: int, autoregressive: bool = False
+) -> BandLayout:
     """Any layout for `heads` query heads that accepts documents of `longest_document`, at times a part of
     one for more heads.
     """
     if draw(st.integers(0, 3)) == 0:
         of_heads = heads + draw(st.integers(1, 5))
         order = draw(st.permutations(range(of_heads)))
-        return draw(whole_layouts(of_heads, length, longest_document)).heads(order[:heads])
-    return draw(whole_layouts(heads, length, longest_document))
+        whole = draw(whole_layouts(of_heads, length, longest_document, autoregressive))
+        return whole.heads(order[:heads])
+    return draw(whole_layouts(heads, length, longest_document, autoregressive))
 
 
 @st.composite
-def whole_layouts(draw: st.DrawFn, heads: int, length: int, longest_document: int) -> BandLayout:
+def whole_layouts(
+    draw: st.DrawFn, heads: int, length: int, longest_document: int, autoregressive: bool
+) -> BandLayout:
     name = draw(
         st.sampled_from(
             (
@@ -384,8 +433,9 @@ def whole_layouts(draw: st.DrawFn, heads: int, length: int, longest_document: in
             )
         )
     )
+    needs_context = autoregressive and name not in ("causal", "sliding_window", "custom")
     context, longer = draw(
-        st.sampled_from(((None, False), (longest_document, False)))
+        st.sampled_from(((longest_document if needs_context else None, False), (longest_document, False)))
         | st.tuples(st.integers(longest_document, 4 * length), st.just(False))
         | st.tuples(st.integers(1, length), st.just(True))
     )
@@ -405,6 +455,39 @@ def whole_layouts(draw: st.DrawFn, heads: int, length: int, longest_document: in
 
 
 @st.composite
+def places(draw: st.DrawFn, batch: int, queries: int, keys: int) -> dict[str, Any]:
+    """`SweepProblem.places` of a call that is not packed; at times none, which makes the queries the last
+    rows.
+    """
+
+    def rows(*special: int) -> st.SearchStrategy[list[int]]:
+        value = st.sampled_from(special) | st.integers(0, keys)
+        return st.lists(value, min_size=batch, max_size=batch)
+
+    given = {}
+    if draw(st.booleans()):
+        given["kv_lengths"] = draw(rows(0, 1, keys, keys + 3, -4, 2**31 - 1))
+    if draw(st.booleans()):
+        given["kv_starts"] = draw(rows(0, 0, keys, -2, 2**31 - 1))
+    offset = draw(st.sampled_from(("none", "int", "tensor")))
+    if offset == "int":
+        special = st.sampled_from((-(2**40), -queries - 5, -queries, -1, 0, keys - queries, keys))
+        given["query_offset"] = draw(special | st.integers(-queries, keys + 20))
+    elif offset == "tensor":
+        special = (-(2**31), -queries, -1, keys - queries, keys, 2**30, 2**31 - 1)
+        given["query_offset"] = draw(rows(*special))
+    return given
+
+
+def boundaries(length: int, documents: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Of so many documents in `length` rows, of which the last may belong to none."""
+    inner = st.lists(st.integers(0, length), min_size=documents, max_size=documents)
+    return st.tuples(inner, st.booleans()).map(
+        lambda drawn: (0, *sorted(drawn[0])[:-1], length if drawn[1] else max(drawn[0]))
+    )
+
+
+@st.composite
 def problems(
     draw: st.DrawFn,
     *,
@@ -414,16 +497,29 @@ def problems(
     most_heads: int = 8,
     most_scores: int = 2**18,
 ) -> SweepProblem:
-    """A problem with at most `most_scores` entries in its dense score matrix."""
+    """A problem with at most `most_scores` entries in its dense score matrix; in half of them queries and
+    keys are not the same rows.
+    """
     length = draw(lengths(longest))
+    other_rows = draw(st.booleans())
+    kv_length = draw(lengths(longest)) if other_rows else length
     kv_heads = draw(st.integers(1, 4))
     group = draw(st.sampled_from((1, 1, 2, 3, 4, 8)).filter(lambda g: g * kv_heads <= most_heads))
     heads = kv_heads * group
-    affordable = max(1, most_scores // (heads * length * length))
+    affordable = max(1, most_scores // (heads * length * kv_length))
     batch = draw(st.integers(1, min(3, affordable)))
     cu_seqlens = None
     longest_document = length
-    if draw(st.integers(0, 2)) == 0:
+    packed = draw(st.integers(0, 2)) == 0
+    given = draw(places(batch, length, kv_length)) if other_rows and not packed else {}
+    if other_rows:
+        offset = given.get("query_offset", 0)
+        longest_document = max(length, kv_length, length + offset if isinstance(offset, int) else 0)
+    if packed and other_rows:
+        documents = draw(st.integers(1, 6))
+        cu_seqlens = draw(boundaries(length, documents))
+        given["cu_seqlens_k"] = list(draw(boundaries(kv_length, documents)))
+    elif packed:
         inner = draw(st.lists(st.integers(0, length), max_size=6))
         last = draw(st.sampled_from((length, length, max(inner, default=0))) | st.integers(0, length))
         cu_seqlens = (0, *sorted(offset for offset in inner if offset <= last), last)
@@ -435,10 +531,12 @@ def problems(
         group=group,
         length=length,
         head_dim=draw(st.sampled_from(head_dims)),
-        layout=draw(layouts(heads, length, longest_document)),
+        layout=draw(layouts(heads, max(length, longest_document), longest_document, other_rows)),
         strides=draw(st.tuples(*[st.sampled_from(STRIDES)] * 4)),
         cu_seqlens=cu_seqlens,
         scale=draw(st.sampled_from((None, None, 0.05, 0.5, -0.2, 0.0))),
         loss=draw(st.sampled_from(("o", "both", "both", "lse"))),
         seed=draw(st.integers(0, 2**32 - 1)),
+        kv_length=kv_length if other_rows else None,
+        places=given,
     )

@@ -52,12 +52,13 @@ def test_reference_and_yardstick_agree_in_float64(problem: SweepProblem) -> None
     """Two implementations of the definition that share no code but ``BandLayout.bands``."""
     inputs = make_inputs(problem)
     mask = plain_mask(problem)
-    assert torch.equal(mask, attention_mask(problem.layout, problem.length, inputs.cu_seqlens))
-    q, k, v = (t.double() for t in (inputs.q, inputs.k, inputs.v))
-    plain = plain_attention(q, k, v, mask, problem.scale)
-    reference = reference_attention(
-        q, k, v, problem.layout, scale=problem.scale, cu_seqlens=inputs.cu_seqlens
+    reference_mask = attention_mask(
+        problem.layout, problem.length, kv_length=problem.kv_length, **inputs.places
     )
+    assert torch.equal(mask, reference_mask.expand_as(mask))
+    q, k, v = (t.double() for t in (inputs.q, inputs.k, inputs.v))
+    plain = plain_attention(q, inputs.without_nan(k), inputs.without_nan(v), mask, problem.scale)
+    reference = reference_attention(q, k, v, problem.layout, scale=problem.scale, **inputs.places)
     for one, other in zip(plain, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
