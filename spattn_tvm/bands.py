@@ -29,6 +29,9 @@ EMPTY: Interval = (2**30, -1)
 LIMIT = 2**30 - 1
 """Largest context length and distance: sums and differences of two stay inside int32."""
 
+FLOPS_PER_PAIR = {"forward": 4, "backward": 10, "decode": 4}
+"""Floating-point operations that each direction needs for an attended pair, divided by the head dim."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -671,11 +674,10 @@ class BandLayout:
         return sum(self.pairs_per_head(length))
 
     def useful_flops(self, length: int, head_dim: int, direction: str = "forward") -> int:
-        """Floating-point operations of one batch row's pairs: ``4*D`` each forward, ``10*D`` backward."""
-        per_pair = {"forward": 4, "backward": 10}
-        if direction not in per_pair:
-            raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
-        return self.pairs(length) * per_pair[direction] * head_dim
+        """Floating-point operations of one batch row's pairs, `FLOPS_PER_PAIR` times D each."""
+        if direction not in FLOPS_PER_PAIR:
+            raise ValueError(f"direction must be one of {tuple(FLOPS_PER_PAIR)}, got {direction!r}")
+        return self.pairs(length) * FLOPS_PER_PAIR[direction] * head_dim
 
     def load(self, length: int) -> tuple[float, ...]:
         """Each head's share of all attended pairs; sums to 1 (all zeros if nothing is attended)."""

@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .bands import LIMIT, BandLayout
+from .bands import FLOPS_PER_PAIR, LIMIT, BandLayout
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = tuple(FLOPS_PER_PAIR)
+# What a step of training takes.
+TRAINING = ("forward", "backward")
+MAX_DECODE_QUERIES = 16
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -34,11 +37,31 @@ def layout_key(layout: BandLayout) -> str:
 
 def useful_flops(layout: BandLayout, queries: int, keys: int, head_dim: int, direction: str) -> int:
     """Floating-point operations of the pairs that the last ``queries`` of ``keys`` positions attend to:
-    ``4*D`` each forward, ``10*D`` backward.
+    ``4*D`` each forward and decoding, ``10*D`` backward.
     """
     flops = layout.useful_flops(keys, head_dim, direction)
     # What comes before the queries would be a sequence of its own.
     return flops - (layout.useful_flops(keys - queries, head_dim, direction) if keys > queries else 0)
+
+
+def keys_read(layout: BandLayout, kv_heads: int, queries: int, keys: int) -> int:
+    """Keys that the last ``queries`` of ``keys`` positions attend to, summed over the key/value heads: of
+    each the union of its query heads' bands.
+    """
+    group = layout.num_heads // kv_heads
+    bands = layout.bands(keys)
+    read = 0
+    for first in range(0, layout.num_heads, group):
+        seen = 0
+        ranges = [
+            (max(0, keys - queries - high), keys - low)
+            for head in bands[first : first + group]
+            for low, high in head
+        ]
+        for begin, end in sorted(ranges):
+            read += max(0, end - max(begin, seen))
+            seen = max(seen, end)
+    return read
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class AttentionProblem:
     Attributes
     ----------
     direction : str
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"decode"``.
     dtype : str
         Dtype of q, k, v: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
     batch, query_heads, kv_heads, length, head_dim : int
@@ -56,14 +79,16 @@ class AttentionProblem:
     layout : BandLayout
         Its `num_heads` equals `query_heads`.
     kv_length : int, optional
-        Number of keys, where it is not `length`; the queries are the last ones.
+        Number of keys, where it is not `length`; the queries are the last ones. For ``"decode"`` the keys
+        in the cache.
 
     Raises
     ------
     ValueError, TypeError
         From the constructor: an unknown direction or dtype, a size below 1 or beyond what a layout can
         hold, heads that do not divide, a layout for another number of heads or a shorter context, or one that
-        is not autoregressive although there are other numbers of keys.
+        is not autoregressive although there are other numbers of keys, or where it decodes; more queries than
+        a step of decoding has, or than keys.
     """
 
     direction: str
@@ -100,6 +125,13 @@ class AttentionProblem:
         if not isinstance(self.layout, BandLayout):
             raise TypeError(f"layout must be a BandLayout, got {type(self.layout).__name__}")
         self.layout.check_heads(self.query_heads)
+        if self.direction == "decode":
+            if self.length > min(MAX_DECODE_QUERIES, self.keys):
+                raise ValueError(
+                    f"decode takes 1 to {MAX_DECODE_QUERIES} queries, no more than keys, got {self.length} "
+                    f"and {self.keys}: longer chunks are served by forward"
+                )
+            self.layout.require_autoregressive("decoding")
         if self.kv_length is not None:
             self.layout.require_autoregressive(f"{self.length} queries to {self.kv_length} keys")
         self.layout.check_length(self.keys)
@@ -111,19 +143,26 @@ class AttentionProblem:
 
     @property
     def useful_flops(self) -> int:
-        """Floating-point operations of the attended pairs: ``4*D`` each forward, ``10*D`` backward."""
+        """Floating-point operations of the attended pairs: ``4*D`` each forward and decoding, ``10*D``
+        backward.
+        """
         return self.batch * useful_flops(self.layout, self.length, self.keys, self.head_dim, self.direction)
 
     @property
     def min_bytes(self) -> int:
         """Bytes that must move if each input is read once and each output written once.
 
-        Forward: q, k, v in, o and lse out. Backward: q, k, v, o, do, lse, dlse in, dq, dk, dv out.
+        Forward: q, k, v in, o and lse out. Backward: q, k, v, o, do, lse, dlse in, dq, dk, dv out. Decode:
+        as forward, but of the keys and values of a head only the union of its query heads' bands.
         """
-        query = self.batch * self.query_heads * self.length * self.head_dim * DTYPE_BYTES[self.dtype]
-        key = self.batch * self.kv_heads * self.keys * self.head_dim * DTYPE_BYTES[self.dtype]
+        bytes_a_row = self.batch * self.head_dim * DTYPE_BYTES[self.dtype]
+        query = bytes_a_row * self.query_heads * self.length
+        if self.direction == "decode":
+            key = bytes_a_row * keys_read(self.layout, self.kv_heads, self.length, self.keys)
+        else:
+            key = bytes_a_row * self.kv_heads * self.keys
         row = self.batch * self.query_heads * self.length * 4
-        return 2 * query + 2 * key + row if self.direction == "forward" else 4 * query + 4 * key + 2 * row
+        return 4 * query + 4 * key + 2 * row if self.direction == "backward" else 2 * query + 2 * key + row
 
     @property
     def key(self) -> str:

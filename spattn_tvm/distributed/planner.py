@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from spattn_tvm.bands import BandLayout, merge_intervals
-from spattn_tvm.problem import DIRECTIONS
+from spattn_tvm.problem import TRAINING
 
 from .shards import Rows, Shards
 
@@ -425,7 +425,7 @@ def strategies_of(target: MachineTarget, impl: str = "auto") -> tuple[str, ...]:
 
     families = families_for(target) if impl == "auto" else (impl,)
     for abis in (find_family(name).abis for name in families):
-        if all(name in abis and abis[name].takes_other_keys for name in DIRECTIONS):
+        if all(name in abis and abis[name].takes_other_keys for name in TRAINING):
             return STRATEGIES
     return ("heads",)
 
