@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .bands import LIMIT, BandLayout
+from .cache_forms import capacity_of, check_cache, check_cache_values
 from .placement import check_placement, clamp_offset, place_rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -449,3 +450,95 @@ def reference_attention(
     outputs.append(torch.zeros_like(q[:, :, covered:]) + nothing)
     sums.append(q.new_full((*q.shape[:2], q.shape[2] - covered), -torch.inf) + nothing)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
+
+
+def _decode_positions(rows: int, end: Tensor, is_ring: bool) -> Tensor:
+    """Positions whose keys a batch row may have: all of a cache, the last ones of rings."""
+    positions = torch.arange(rows, device=end.device)
+    return positions + (end - rows).clamp_min(0) if is_ring else positions
+
+
+def reference_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: BandLayout,
+    *,
+    cache_lengths: Tensor,
+    cache_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    ring: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A step of decoding by definition: each batch row's keys are gathered from the cache, then masked.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``(B, Hq, Nq, D)``, floating point, 1 to 16 queries.
+    k_cache, v_cache : Tensor
+        In the dtype of q: ``(B, Hkv, S, D)``, pages ``(pages, Hkv, page_size, D)`` or rings ``(B, R, D)``.
+    layout : BandLayout
+        Bands of the ``Hq`` query heads.
+    cache_lengths, cache_starts, block_table, ring
+        As in ``banded_attention_decode``.
+    scale : float, optional
+        Factor of the scores, ``D**-0.5`` by default.
+
+    Returns
+    -------
+    o : Tensor
+        ``(B, Hq, Nq, D)``; 0 for a query with no key.
+    lse : Tensor
+        ``(B, Hq, Nq)``; -inf for a query with no key.
+
+    Both are computed and returned in the dtype of q promoted to at least float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As ``banded_attention_decode`` does.
+    """
+    check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
+    if q.is_cpu:
+        check_cache_values(layout, q, k_cache, cache_lengths, cache_starts, block_table, ring)
+    batch, heads, queries, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    q, device, capacity = _promoted(q), q.device, capacity_of(k_cache, block_table, ring)
+    ends = cache_lengths.clamp(0, capacity).long()
+    begins = torch.zeros_like(ends) if cache_starts is None else cache_starts.clamp(0, capacity).long()
+    low, high = (
+        torch.tensor(layout.table(LIMIT), dtype=torch.int64, device=device).view(heads, 1, 2, 2).unbind(3)
+    )
+    kv_heads = k_cache.shape[1] if ring is None else len(ring)
+    rows = capacity if ring is None else k_cache.shape[1]
+    head = torch.arange(kv_heads, device=device)[:, None]
+    outputs, sums = [], []
+    for row in range(batch):
+        position = _decode_positions(rows, ends[row], ring is not None)
+        if block_table is not None:
+            pages, page_size = k_cache.shape[0], k_cache.shape[2]
+            page = block_table[row, position // page_size].long().clamp(0, pages - 1)
+            k, v = (cache[page, head, position % page_size] for cache in (k_cache, v_cache))
+        elif ring is not None:
+            base, size = ring.long().unbind(1)
+            place = (base[:, None] + position % size[:, None].clamp_min(1)).clamp(0, rows - 1)
+            k, v = k_cache[row][place], v_cache[row][place]
+        else:
+            k, v = k_cache[row], v_cache[row]
+        query = ends[row] - queries + torch.arange(queries, device=device)
+        distance = (query[:, None] - position)[:, None]
+        mask = ((distance >= low[:, :, :, None]) & (distance <= high[:, :, :, None])).any(2)
+        mask &= (position >= begins[row]) & (position < ends[row])
+        # What no query of the step reads may hold anything.
+        used = mask.view(kv_heads, -1, rows).any(1)[..., None]
+        k, v = (
+            _promoted(rows_of).masked_fill(~used, 0.0).repeat_interleave(heads // kv_heads, 0)
+            for rows_of in (k, v)
+        )
+        o, lse = _attend(q[row], k, v, mask, scale)
+        outputs.append(o)
+        sums.append(lse)
+    if not outputs:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3])
+    return torch.stack(outputs), torch.stack(sums)

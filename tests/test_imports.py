@@ -23,6 +23,7 @@ PACKAGE = "spattn_tvm"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("torch_private", "lasting", "file_lock", "file_reading", "bands", "target"),
     ("problem", "provenance", "placement"),
+    ("cache_forms",),
     ("reference",),
     ("accuracy", "domains", "families.family", "families.space"),
     ("families.cpu", "families.mma", "families.hopper"),
