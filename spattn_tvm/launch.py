@@ -50,6 +50,36 @@ class Domain(NamedTuple):
         return cls(bands, cu_seqlens, cu_seqlens, bands.new_empty((0, 3)))
 
 
+class CacheDomain(NamedTuple):
+    """Where the keys of a decoding call lie in its cache, as kernels take it: contiguous int32 tensors on the
+    device, whose values no kernel trusts.
+
+    Query row r of batch row b has the position ``cache_lengths[b] - Nq + r``. Position p of key/value head g
+    is a row of k and v: ``k[b, g, p]``; of a paged cache ``k[block_table[b, p // page_size], g, p %
+    page_size]``; of a ring ``k[b, 0, base + p % capacity]`` with ``(base, capacity) = ring[g]``. Lengths and
+    starts are not negative and not above the number of keys that a contiguous or paged cache holds, but for
+    a ring at most ``bands.LIMIT``.
+
+    Parameters
+    ----------
+    bands : Tensor
+        ``(1, Hq, 4)``.
+    cache_lengths, cache_starts : Tensor
+        ``(B,)``: where the keys of a batch row end and begin.
+    block_table : Tensor
+        ``(B, M)``; M = 0 where k and v are not pages. Kernels clamp each page number to those that exist.
+    ring : Tensor
+        ``(Hkv, 2)``; ``(0, 2)`` where k and v are no rings. Kernels clamp what follows from it to the rows
+        that exist, and a capacity to at least 1.
+    """
+
+    bands: Tensor
+    cache_lengths: Tensor
+    cache_starts: Tensor
+    block_table: Tensor
+    ring: Tensor
+
+
 # What a caller of each direction has beside the domain, in the order in which families take it.
 _FORWARD_TENSORS = ("q", "k", "v")
 _BACKWARD_TENSORS = ("q", "k", "v", "o", "lse", "do", "dlse")
@@ -137,11 +167,11 @@ def _layout(shape: tuple[int, ...], dtype: str) -> _Layout:
 
 @lru_cache(maxsize=1024)
 def _layouts(
-    abi: Abi, q_shape: torch.Size, k_shape: torch.Size, workers: int
+    abi: Abi, q_shape: torch.Size, k_shape: torch.Size, kv_heads: int, workers: int
 ) -> tuple[tuple[_Layout | None, ...], tuple[_Layout, ...]]:
     """Of the outputs that a kernel does not write in the shape of an input, and of the scratch."""
     batch, query_heads, queries, head_dim = q_shape
-    sizes = Sizes(batch, query_heads, k_shape[1], queries, k_shape[2], head_dim, workers)
+    sizes = Sizes(batch, query_heads, kv_heads, queries, k_shape[2], head_dim, workers)
     outputs = (
         None if output.like and not output.per_query_head else _layout(*output.written(sizes))
         for output in abi.outputs
@@ -244,7 +274,9 @@ def _launch(kernel: Kernel, inputs: list[Tensor], scale: float) -> list[Tensor]:
         if not tensor.is_contiguous() and (tensor.ndim != 4 or tensor.stride(3) != 1):
             inputs[position] = tensor.contiguous()
     q, k = abi.positions
-    layouts, scratch_layouts = _layouts(abi, inputs[q].shape, inputs[k].shape, workers)
+    k_shape = inputs[k].shape
+    kv_heads = k_shape[1] if abi.ring is None else len(inputs[abi.ring]) or k_shape[1]
+    layouts, scratch_layouts = _layouts(abi, inputs[q].shape, k_shape, kv_heads, workers)
     allocate = _allocator(index)
     outputs, unfinished = [], []
     for position, layout in zip(abi.models, layouts, strict=False):
@@ -317,6 +349,40 @@ def launch_forward(
     return o, lse
 
 
+_DECODE_INPUTS = (*_FORWARD_TENSORS, *CacheDomain._fields)
+
+
+def launch_decode(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: CacheDomain, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run a decode kernel.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        From ``dispatch.find_kernel("decode", …)``.
+    q : Tensor
+        ``(B, Hq, Nq, D)``.
+    k, v : Tensor
+        ``(B, Hkv, S, D)``, pages ``(pages, Hkv, page_size, D)`` or rings ``(B, 1, R, D)``.
+    domain : CacheDomain
+    scale : float
+        Factor of the scores.
+
+    Returns
+    -------
+    o : Tensor
+        ``torch.empty_like(q)``, filled; of ``q.contiguous()`` when q's last dimension is not contiguous.
+    lse : Tensor
+        ``(B, Hq, Nq)`` float32, contiguous.
+    """
+    if kernel.abi.inputs == _DECODE_INPUTS:
+        o, lse = _launch(kernel, [q, k, v, *domain], scale)
+    else:
+        o, lse = launch(kernel, {"q": q, "k": k, "v": v, **domain._asdict()}, scale)
+    return o, lse
+
+
 def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domain) -> Forward:
     """`launch_forward` for many calls on tensors like these: what they have in common is settled once.
 
@@ -352,7 +418,7 @@ def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domai
         return launch_with_copies
     tables = tuple(domain[part] for part in parts)
     workers = _workers(index)
-    layouts, scratch_layouts = _layouts(abi, q.shape, k.shape, workers)
+    layouts, scratch_layouts = _layouts(abi, q.shape, k.shape, k.shape[1], workers)
     o_shape, o_strides, dtype = tuple(q.shape), o_like.stride(), q.dtype
     assert layouts[1] is not None
     lse_shape, lse_strides, lse_dtype = layouts[1]

@@ -25,7 +25,10 @@ _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class Sizes(NamedTuple):
-    """The sizes that the shapes of a call follow from; `workers` are threads or multiprocessors."""
+    """The sizes that the shapes of a call follow from; `workers` are threads or multiprocessors.
+
+    `keys` are the rows that k has: of a paged cache those of a page.
+    """
 
     batch: int
     query_heads: int
@@ -152,12 +155,17 @@ class Abi:
     @property
     def takes_other_keys(self) -> bool:
         """Whether a call may have other numbers of keys than of queries, or keys that don't exist."""
-        return "key_ranges" in self.inputs
+        return "key_ranges" in self.inputs or "cache_lengths" in self.inputs
 
     @cached_property
     def positions(self) -> tuple[int, int]:
         """Of q and k among the inputs."""
         return self.inputs.index("q"), self.inputs.index("k")
+
+    @cached_property
+    def ring(self) -> int | None:
+        """The position of a ring's table, which has a row for each key/value head if the cache is one."""
+        return self.inputs.index("ring") if "ring" in self.inputs else None
 
     @cached_property
     def models(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spattn_tvm.bands import EMPTY, LIMIT, BandLayout, length_tables
 from spattn_tvm.lasting import make_lasting
-from spattn_tvm.launch import Domain
+from spattn_tvm.launch import CacheDomain, Domain
 from spattn_tvm.placement import clamp_offset, place_rows
 from spattn_tvm.torch_private import add_to_each, is_capturing
 
@@ -342,3 +342,49 @@ def find_domain(
         key_boundaries = None if cu_seqlens_k is None else tuple(cu_seqlens_k.tolist())
         return _packed_on_host(spec, length, tuple(cu_seqlens.tolist()), key_length, key_boundaries)
     return _packed(layout, length, cu_seqlens, key_length, cu_seqlens_k)
+
+
+def _no_table(batch: int, device: torch.device) -> Tensor:
+    # A compiled function takes it for contiguous only with a stride of 0, the length of a row.
+    return torch.empty(0, dtype=torch.int32, device=device).as_strided((batch, 0), (0, 1))
+
+
+def find_cache_domain(
+    spec: str,
+    cache_lengths: Tensor,
+    cache_starts: Tensor | None,
+    block_table: Tensor | None,
+    ring: Tensor | None,
+    capacity: int,
+) -> CacheDomain:
+    """Where the keys of a decoding call lie, as kernels take it. No value is read.
+
+    Parameters
+    ----------
+    spec : str
+        ``BandLayout.spec``.
+    cache_lengths, cache_starts, block_table, ring : Tensor
+        As in ``banded_attention_decode``, valid. Lengths and starts are clamped before they are cast.
+    capacity : int
+        The largest length.
+    """
+    device = cache_lengths.device
+    bands = _find_bands(BandLayout.from_spec(spec), LIMIT, device).single
+    batch = len(cache_lengths)
+
+    def clamped(values: Tensor) -> Tensor:
+        return values.clamp(0, capacity).to(torch.int32)
+
+    if cache_starts is not None:
+        starts = clamped(cache_starts)
+    else:
+        key = ("starts", batch, device)
+        kept: Tensor | None = _find(key, device, lambda: torch.zeros(batch, dtype=torch.int32, device=device))
+        starts = torch.zeros(batch, dtype=torch.int32, device=device) if kept is None else kept
+    if block_table is None:
+        kept = _find(("table", batch, device), device, lambda: _no_table(batch, device))
+        block_table = _no_table(batch, device) if kept is None else kept
+    if ring is None:
+        kept = _find(("ring", device), device, lambda: torch.empty((0, 2), dtype=torch.int32, device=device))
+        ring = torch.empty((0, 2), dtype=torch.int32, device=device) if kept is None else kept
+    return CacheDomain(bands, clamped(cache_lengths), starts, block_table, ring)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spattn_tvm.families.family import Abi, Family, Output
+from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
 
 if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
@@ -23,6 +23,24 @@ BACKWARD = Abi(
         Output("dq", like="q"),
         Output("dk", like="k", per_query_head=True),
         Output("dv", like="v", per_query_head=True),
+    ),
+)
+
+# Parts that a step of decoding is divided into, for each worker, so that uneven ones fill the workers.
+DECODE_PARTS = 8
+
+
+def _partial_rows(n: Sizes) -> tuple[int, int]:
+    """Parts, each of a batch row's keys of one key/value head, and the query rows that read that head."""
+    return n.batch * n.kv_heads + DECODE_PARTS * n.workers, n.query_heads // n.kv_heads * n.queries
+
+
+DECODE = Abi(
+    inputs=("q", "k", "v", "bands", "cache_lengths", "cache_starts", "block_table", "ring"),
+    outputs=FORWARD.outputs,
+    scratch=(
+        Scratch("partial_o", shape=lambda n: (*_partial_rows(n), n.head_dim), dtype="float32"),
+        Scratch("partial_sums", shape=lambda n: (*_partial_rows(n), 2), dtype="float32"),
     ),
 )
 
