@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dispatch import FallbackWarning
     from .nn import BandedAttention
     from .ops.attention import banded_attention
+    from .ops.decode import banded_attention_decode
     from .reference import reference_attention
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "BandedAttention",
     "FallbackWarning",
     "banded_attention",
+    "banded_attention_decode",
     "load_bundle",
     "reference_attention",
     "register_operators",
@@ -35,13 +37,15 @@ _MODULE_OF = {
     "BandedAttention": "nn",
     "FallbackWarning": "dispatch",
     "banded_attention": "ops.attention",
+    "banded_attention_decode": "ops.decode",
     "load_bundle": "bundle",
     "reference_attention": "reference",
 }
 
 
 def register_operators() -> None:
-    """Register ``spattn_tvm::banded_attention_forward`` and its backward with PyTorch.
+    """Register the operators ``spattn_tvm::banded_attention_forward``, ``…_backward`` and
+    ``…_decode`` with PyTorch.
 
     A process that loads a model which was exported (``torch.export.load``) or compiled ahead of time
     (AOTInductor) calls this first. Otherwise PyTorch could not know the operators by name and would say
@@ -54,7 +58,7 @@ def register_operators() -> None:
     >>> spattn_tvm.register_operators()
     >>> model = torch.export.load("model.pt2").module()  # doctest: +SKIP
     """
-    importlib.import_module(".ops.attention", __name__)
+    importlib.import_module(".ops.decode", __name__)
 
 
 def __getattr__(name: str) -> Any:

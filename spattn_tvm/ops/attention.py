@@ -20,7 +20,8 @@ from .transforms import attend_transformed
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise unless a tensor is strided."""
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor: pack its sequences along the length and give their boundaries as "
@@ -34,7 +35,7 @@ def _check_ranks(q: Any, k: Any, v: Any) -> None:
     for name, tensor, heads in (("q", q, "query heads"), ("k", k, "kv heads"), ("v", v, "kv heads")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        _check_dense(name, tensor)
+        check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, {heads}, length, head_dim), "
@@ -42,14 +43,8 @@ def _check_ranks(q: Any, k: Any, v: Any) -> None:
             )
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str) -> None:
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        _check_ranks(q, k, v)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_dense(name, tensor)
-    q_shape, k_shape = q.shape, k.shape
-    if len(q_shape) != 4 or len(k_shape) != 4 or v.dim() != 4:
-        _check_ranks(q, k, v)
+def check_kinds(names: str, q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str) -> None:
+    """Raise unless layout, `impl`, the tensors' dtypes and their devices are such as can be served."""
     if not isinstance(layout, BandLayout):
         raise TypeError(
             "layout must be a BandLayout such as BandLayout.spattention(num_heads), "
@@ -60,16 +55,34 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
 
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(f"{names} must have one dtype, got {dtype}, {k.dtype} and {v.dtype}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     if dtype is torch.float64 and impl not in ("auto", "reference"):
         raise TypeError(f"float64 is computed by impl='reference' only (or 'auto'), got impl={impl!r}")
     if k.device != device or v.device != device:
-        raise ValueError(f"q, k and v must be on one device, got {device}, {k.device} and {v.device}")
+        raise ValueError(f"{names} must be on one device, got {device}, {k.device} and {v.device}")
     if not (q.is_cpu or q.is_cuda or q.is_meta):
-        raise ValueError(f"banded_attention runs on cpu and cuda devices, got tensors on {device}")
+        raise ValueError(f"banded attention runs on cpu and cuda devices, got tensors on {device}")
 
+
+def check_head_dim(head_dim: int, dtype: torch.dtype, impl: str) -> None:
+    """Raise unless kernels, or the reference if it will serve, take the head dim."""
+    if impl != "reference" and dtype is not torch.float64 and (head_dim % 8 or not 32 <= head_dim <= 256):
+        raise ValueError(
+            f"head_dim must be a multiple of 8 from 32 to 256, got {head_dim}; impl='reference' takes any"
+        )
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str) -> None:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _check_ranks(q, k, v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, tensor)
+    q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or v.dim() != 4:
+        _check_ranks(q, k, v)
+    check_kinds("q, k and v", q, k, v, layout, impl)
     if k_shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
     batch, query_heads, length, head_dim = q_shape
@@ -90,13 +103,11 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, impl: str
         )
     if query_heads != layout.num_heads:
         layout.check_heads(query_heads)
-    if impl != "reference" and dtype is not torch.float64 and (head_dim % 8 or not 32 <= head_dim <= 256):
-        raise ValueError(
-            f"head_dim must be a multiple of 8 from 32 to 256, got {head_dim}; impl='reference' takes any"
-        )
+    check_head_dim(head_dim, q.dtype, impl)
 
 
-def _check_scale(scale: Any) -> float:
+def check_scale(scale: Any) -> float:
+    """A factor of the scores as a float, or as the symbol that stands for it while a call is traced."""
     if isinstance(scale, Tensor) and torch.jit.is_tracing():
         scale = float(scale)  # made of a tensor's size, which is a tensor while torch.jit traces
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
@@ -107,8 +118,10 @@ def _check_scale(scale: Any) -> float:
     return float(scale)
 
 
-def _autocast(tensor: Any, device_type: str) -> Any:
-    """Cast as PyTorch casts the arguments of a lower-precision operator: floating point, but not float64."""
+def with_autocast_dtype(tensor: Any, device_type: str) -> Any:
+    """The tensor cast as PyTorch casts the arguments of a lower-precision operator: floating point, but not
+    float64.
+    """
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype is not torch.float64:
         return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
@@ -117,7 +130,7 @@ def _autocast(tensor: Any, device_type: str) -> Any:
 def _check_cu_seqlens(name: str, cu_seqlens: Any, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    _check_dense(name, cu_seqlens)
+    check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -278,9 +291,9 @@ def banded_attention(
     if is_any_autocast_enabled():
         device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
-            q, k, v = (_autocast(tensor, device_type) for tensor in (q, k, v))
+            q, k, v = (with_autocast_dtype(tensor, device_type) for tensor in (q, k, v))
     if scale is not None:
-        scale = _check_scale(scale)
+        scale = check_scale(scale)
     is_usual = cu_seqlens_k is None and query_offset is None and kv_lengths is None and kv_starts is None
     if cu_seqlens is None and is_usual and isinstance(layout, BandLayout):
         outputs = attend_again(q, k, v, layout.spec, impl, scale, deterministic, return_lse)
@@ -292,7 +305,7 @@ def banded_attention(
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, cu_seqlens_k, q.device)
     if scale is None:
-        scale = _check_scale(q.shape[3] ** -0.5)
+        scale = check_scale(q.shape[3] ** -0.5)
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
     offset, offsets = (None, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
     places = SAME_ROWS

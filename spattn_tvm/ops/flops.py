@@ -11,12 +11,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.cache_forms import capacity_of
 from spattn_tvm.problem import useful_flops
 
+from .decode_operator import DECODE
 from .operators import BACKWARD, FORWARD
 
 # Queries and keys of a document.
 _Document = tuple[int, int]
+
+
+def _have_values(*tensors: Tensor) -> bool:
+    """Whether the values may be read, which waits for a GPU."""
+    is_real = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors)
+    return is_real and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _documents(
@@ -26,8 +34,7 @@ def _documents(
     if cu_seqlens is None:
         return [(queries, keys)]
     both = (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
-    have_values = all(type(boundaries) is Tensor and not boundaries.is_meta for boundaries in both)
-    if have_values and not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _have_values(*both):
         offsets, key_offsets = (
             [min(max(offset, 0), length) for offset in boundaries.tolist()]
             for boundaries, length in zip(both, (queries, keys), strict=True)
@@ -43,6 +50,12 @@ def _documents(
     return [(longest, longest)] * count + [(rest, rest)] * (rest > 0)
 
 
+def _layout(spec: str) -> BandLayout:
+    layout = BandLayout.from_spec(spec)
+    # Nobody compared documents on a GPU with its context, and a counter is not the place to refuse them.
+    return layout if layout.context_length is None else replace(layout, allow_longer=True)
+
+
 def _count(
     direction: str,
     q: Tensor,
@@ -54,10 +67,7 @@ def _count(
 ) -> int:
     batch, _, length, head_dim = map(int, q.shape)
     keys = int(k.shape[2])
-    layout = BandLayout.from_spec(spec)
-    if layout.context_length is not None:
-        # Nobody compared documents on a GPU with it, and a counter is not the place to refuse them.
-        layout = replace(layout, allow_longer=True)
+    layout = _layout(spec)
     if query_offset is not None:
         # Keys behind the queries are seen by none.
         keys = min(keys, max(0, length + int(query_offset)))
@@ -112,3 +122,34 @@ def count_backward(
 ) -> int:
     """Useful floating-point operations of ``banded_attention_backward``: ``10*D`` an attended pair."""
     return _count("backward", q, k, cu_seqlens, cu_seqlens_k, query_offset, layout)
+
+
+@register_flop_formula(DECODE.overloadpacket, get_raw=True)
+def count_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    cache_starts: Tensor | None,
+    block_table: Tensor | None,
+    ring: Tensor | None,
+    layout: str,
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Useful floating-point operations of ``banded_attention_decode``: ``4*D`` an attended pair.
+
+    Lengths and starts are read, which waits for the GPU there. Where they have no values, each batch row
+    counts as if its cache were full.
+    """
+    batch, _heads, queries, head_dim = map(int, q.shape)
+    capacity = int(capacity_of(k_cache, block_table, ring))
+    keys = [capacity] * batch
+    rows = (cache_lengths,) if cache_starts is None else (cache_lengths, cache_starts)
+    if _have_values(*rows):
+        ends, *begins = (row.clamp(0, capacity).tolist() for row in rows)
+        keys = [end - begin for end, begin in zip(ends, begins[0] if begins else [0] * batch, strict=True)]
+    bands = _layout(layout)
+    return sum(
+        useful_flops(bands, min(queries, count), count, head_dim, "decode") for count in keys if count > 0
+    )

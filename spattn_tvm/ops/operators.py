@@ -71,15 +71,18 @@ LIBRARY.define(
 # --- the implementation of both operators --------------------------------------------------------------
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the sums of scores of tensors of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _with_contiguous_rows(tensor: Tensor) -> Tensor:
+def with_contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, whose last dimension is contiguous."""
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def check_finite(scale: float) -> None:
+    """Raise unless a factor of the scores is finite."""
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
@@ -113,9 +116,9 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check_finite(scale)
-    q = _with_contiguous_rows(q)
+    q = with_contiguous_rows(q)
     if q.shape[0] == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     offset = query_offset if query_offsets is None else query_offsets
     kv_length = _other_keys(q, k, cu_seqlens_k, offset, kv_lengths, kv_starts)
     kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1], kv_length)
@@ -133,7 +136,7 @@ def _forward(
                 kv_lengths=kv_lengths,
                 kv_starts=kv_starts,
             )
-            return like(o, q), lse.to(_lse_dtype(q.dtype))
+            return like(o, q), lse.to(lse_dtype(q.dtype))
     domain = find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
     return launch_forward(kernel, q, k, v, domain, scale)
 
@@ -157,9 +160,9 @@ def _backward(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
+    q, k, v = with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v)
     # Hooks on saved tensors may have given them other strides, or another precision.
-    o, lse, do = o.to(q.dtype), lse.to(_lse_dtype(q.dtype)).contiguous(), do.to(q.dtype)
+    o, lse, do = o.to(q.dtype), lse.to(lse_dtype(q.dtype)).contiguous(), do.to(q.dtype)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     offset = query_offset if query_offsets is None else query_offsets
@@ -214,14 +217,14 @@ def _fake_forward(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    q = _with_contiguous_rows(q)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+    q = with_contiguous_rows(q)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 def _fake_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(_with_contiguous_rows(tensor)) for tensor in (q, k, v))
+    dq, dk, dv = (torch.empty_like(with_contiguous_rows(tensor)) for tensor in (q, k, v))
     return dq, dk, dv
 
 

@@ -1,0 +1,103 @@
+"""The PyTorch operator ``spattn_tvm::banded_attention_decode``: a few queries against the keys of a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.cache_forms import capacity_of, check_cache_values
+from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.launch import launch_decode, like
+from spattn_tvm.reference import reference_decode
+
+from .band_tables import find_cache_domain
+from .operators import LIBRARY, check_finite, lse_dtype, with_contiguous_rows
+
+LIBRARY.define(
+    "banded_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, "
+    "Tensor? cache_starts, Tensor? block_table, Tensor? ring, str layout, Scalar scale, str impl) "
+    "-> (Tensor o, Tensor lse)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+NO_GRADIENT = (
+    "banded_attention_decode has no gradient: call it under torch.no_grad() or on tensors that don't require "
+    "one; banded_attention(q, k, v, layout, kv_lengths=...) attends to a cache with gradients"
+)
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    cache_starts: Tensor | None,
+    block_table: Tensor | None,
+    ring: Tensor | None,
+    layout: str,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The operator itself, for eager calls past the dispatcher; arguments as checked there."""
+    check_finite(scale)
+    q = with_contiguous_rows(q)
+    if q.shape[0] == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    capacity = capacity_of(k_cache, block_table, ring)
+    kv_heads = k_cache.shape[1] if ring is None else ring.shape[0]
+    # A cache that grows by a row a step would be another problem each time; kernels differ by far less.
+    rows = capacity if ring is None else k_cache.shape[1] // kv_heads
+    kernel = find_kernel(
+        "decode", q, layout, impl, kv_heads=kv_heads, kv_length=max(q.shape[2], 1 << (rows - 1).bit_length())
+    )
+    if kernel.spec is None:
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            o, lse = reference_decode(
+                q,
+                k_cache,
+                v_cache,
+                BandLayout.from_spec(layout),
+                cache_lengths=cache_lengths,
+                cache_starts=cache_starts,
+                block_table=block_table,
+                ring=ring,
+                scale=scale,
+            )
+            return like(o, q), lse.to(lse_dtype(q.dtype))
+    if q.is_cpu:
+        check_cache_values(
+            BandLayout.from_spec(layout), q, k_cache, cache_lengths, cache_starts, block_table, ring
+        )
+    domain = find_cache_domain(layout, cache_lengths, cache_starts, block_table, ring, capacity)
+    if ring is not None:
+        k_cache, v_cache = k_cache[:, None], v_cache[:, None]
+    return launch_decode(kernel, q, k_cache, v_cache, domain, scale)
+
+
+DECODE = torch.ops.spattn_tvm.banded_attention_decode.default
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("banded_attention_decode", decode, _device)
+
+
+def _fake_decode(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    q = with_contiguous_rows(q)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+def _refuse_gradient(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError(NO_GRADIENT)
+
+
+def _refuse_map(info: Any, in_dims: Any, *inputs: Any) -> None:
+    raise NotImplementedError(
+        "banded_attention_decode has no vmap rule: make the mapped dimension part of the batch"
+    )
+
+
+torch.library.register_fake("spattn_tvm::banded_attention_decode", _fake_decode, lib=LIBRARY)
+torch.library.register_autograd("spattn_tvm::banded_attention_decode", _refuse_gradient, lib=LIBRARY)
+torch.library.register_vmap("spattn_tvm::banded_attention_decode", _refuse_map, lib=LIBRARY)
