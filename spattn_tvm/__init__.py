@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bands import BandLayout
     from .bundle import load_bundle
+    from .cache import BandedCache, PagedCache
     from .dispatch import FallbackWarning
     from .nn import BandedAttention
     from .ops.attention import banded_attention
     from .ops.decode import banded_attention_decode
+    from .ops.padding import pad, unpad
     from .reference import reference_attention
 
 __version__ = "0.1.0"
@@ -24,22 +26,30 @@ __version__ = "0.1.0"
 __all__ = [
     "BandLayout",
     "BandedAttention",
+    "BandedCache",
     "FallbackWarning",
+    "PagedCache",
     "banded_attention",
     "banded_attention_decode",
     "load_bundle",
+    "pad",
     "reference_attention",
     "register_operators",
+    "unpad",
 ]
 
 _MODULE_OF = {
     "BandLayout": "bands",
     "BandedAttention": "nn",
+    "BandedCache": "cache",
     "FallbackWarning": "dispatch",
+    "PagedCache": "cache",
     "banded_attention": "ops.attention",
     "banded_attention_decode": "ops.decode",
     "load_bundle": "bundle",
+    "pad": "ops.padding",
     "reference_attention": "reference",
+    "unpad": "ops.padding",
 }
 
 

@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export", "dispatch"),
     ("launch",),
     ("ops",),
+    ("cache",),
     ("nn", "verify", "tuning", "bench", "distributed"),
     ("plotting", "doctor"),
     ("__init__",),
