@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .bands import BandLayout
+from .cache import BandedCache, KeyValueCache
 from .ops.attention import banded_attention
+from .ops.padding import token_range
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
     """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), in the pairing of GPT-NeoX and Llama.
 
     Element c and element ``c + D/2`` of a row at position p are turned by the angle ``p * theta**(-2c/D)``.
@@ -20,9 +22,11 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     Parameters
     ----------
     x : Tensor
-        ``(B, H, N, D)``, D even; row n is at position n.
+        ``(B, H, N, D)``, D even.
     theta : float
         Base of the frequencies, such as 10000.
+    positions : Tensor, optional
+        Integers ``(N,)`` or ``(B, N)``, the rows' positions; by default row n is at position n.
 
     Returns
     -------
@@ -32,7 +36,11 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     length, head_dim = x.shape[-2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
-    angle = torch.arange(length, dtype=dtype, device=x.device)[:, None] * theta**-exponent
+    if positions is None:
+        positions = torch.arange(length, device=x.device)
+    elif positions.dim() == 2:
+        positions = positions[:, None]
+    angle = positions.to(dtype)[..., None] * theta**-exponent
     cos, sin = angle.cos(), angle.sin()
     low, high = x.to(dtype).chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
@@ -209,7 +217,34 @@ class BandedAttention(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
         missing_keys += [key for key in missing if key != f"{prefix}_extra_state"]
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def make_cache(self, batch_size: int, **settings: Any) -> BandedCache:
+        """A :class:`BandedCache` for this module: its layout, heads, dtype and device.
+
+        Parameters
+        ----------
+        batch_size : int
+        **settings
+            Further arguments of BandedCache, such as `slack` and `max_length`.
+        """
+        weight = self.k_proj.weight
+        given = {"dtype": weight.dtype, "device": weight.device, **settings}
+        return BandedCache(
+            self.layout,
+            batch_size=batch_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            **given,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        position_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Parameters
@@ -218,20 +253,68 @@ class BandedAttention(nn.Module):
             ``(B, N, E)``.
         cu_seqlens : Tensor, optional
             ``(number of documents + 1,)`` boundaries of packed documents, as in :func:`banded_attention`.
+        cache : KeyValueCache, optional
+            Of what came before x, which is stored behind it: a :class:`BandedCache` or a :class:`PagedCache`.
+            Not differentiable.
+        position_ids : Tensor, optional
+            Integers ``(N,)`` or ``(B, N)``, for the rotary position embedding alone; by default positions go
+            on from the cache's length.
+        key_padding_mask : Tensor, optional
+            ``(B, N)`` bool, True where x is padding, on the left or on the right of a row's tokens: nobody
+            attends to it. With a cache, padding on the left is for its first call; what is on the right is
+            not stored.
 
         Returns
         -------
         Tensor
-            ``(B, N, E)``.
+            ``(B, N, E)``; what stands where there is padding has no meaning.
+
+        Raises
+        ------
+        ValueError
+            `cu_seqlens` together with a cache or a padding mask, a cache of another layout, and what
+            :func:`banded_attention` and the cache refuse: a layout that is not autoregressive, say.
+        RuntimeError
+            A gradient is asked for through a cache.
         """
+        if cu_seqlens is not None and (cache is not None or key_padding_mask is not None):
+            other = "cache" if cache is not None else "key_padding_mask"
+            raise ValueError(f"cu_seqlens and {other} exclude one another: packed documents have no padding")
         # Heads stay where the projections leave them, (B, N, H, D) in memory: nothing is copied.
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         if self.rope_theta is not None:
-            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
-        o = banded_attention(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
+            if position_ids is None and cache is not None:
+                position_ids = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
+            q, k = rotate(q, self.rope_theta, position_ids), rotate(k, self.rope_theta, position_ids)
+        if cache is not None:
+            o = self._attend_with_cache(q, k, v, cache, key_padding_mask)
+        elif key_padding_mask is not None:
+            begin, end = token_range(key_padding_mask, x.shape[:2])
+            # As many queries as keys: they have the keys' positions.
+            offset = torch.zeros_like(begin)
+            places = {"query_offset": offset, "kv_starts": begin, "kv_lengths": end}
+            o = banded_attention(q, k, v, self.layout, impl=self.impl, **places)
+        else:
+            o = banded_attention(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
         return self.out_proj(o.transpose(1, 2).flatten(2))
+
+    def _attend_with_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        if not cache.serves(self.layout):
+            raise ValueError(
+                f"the cache is made for {cache.layout.spec}, the module has {self.layout.spec}: make it with "
+                "make_cache"
+            )
+        counts = None
+        if key_padding_mask is not None:
+            begin, counts = token_range(key_padding_mask, torch.Size((k.shape[0], k.shape[2])))
+            cache.begin_rows(begin)
+            if counts.device.type == "cpu" and bool((counts == k.shape[2]).all()):
+                counts = None
+        return cache.attend(q, k, v, counts=counts, impl=self.impl)
 
 
 def _resolve(layout: BandLayout | str, num_heads: int, context_length: int | None) -> BandLayout:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.functional import scaled_dot_product_attention
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.cache import PagedCache
 from spattn_tvm.nn import BandedAttention, rotate
 from spattn_tvm.reference import attention_mask
 
@@ -331,3 +332,96 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
 def test_message(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         BandedAttention(**{"embed_dim": 128, "num_heads": 4, **arguments})
+
+
+def _module(**settings: Any) -> BandedAttention:
+    torch.manual_seed(3)
+    given = {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 1e3, "context_length": 64, **settings}
+    return BandedAttention(128, **given)
+
+
+@pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")
+@pytest.mark.parametrize("rope_theta", [None, 1e3])
+def test_with_a_cache_it_goes_on_where_it_was(rope_theta: float | None) -> None:
+    module = _module(rope_theta=rope_theta)
+    x = torch.randn(2, 64, 128)
+    with torch.no_grad():
+        expected = module(x)
+        caches = (
+            module.make_cache(2, slack=2),
+            PagedCache(module.layout, batch_size=2, num_kv_heads=2, head_dim=32),
+        )
+        for cache in caches:
+            chunks = x.split([30, 1, 1, 3, 20, 1, 8], 1)
+            parts = [module(chunk, cache=cache) for chunk in chunks]
+            torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+            assert cache.known_length == 64
+
+
+@pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side: str) -> None:
+    """With NaN where there is padding, in a prompt and what follows it; in training too, on the left."""
+    module = _module()
+    lengths, longest, steps = [20, 13, 1], 20, 4
+    rows = [torch.randn(1, length + steps, 128) for length in lengths]
+    mask = torch.zeros(3, longest, dtype=torch.bool)
+    x = torch.full((3, longest, 128), torch.nan)
+    places = []
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, None) if side == "left" else slice(0, length)
+        x[row, place] = rows[row][0, :length]
+        mask[row] = True
+        mask[row, place] = False
+        places.append(place)
+    # A query of padding on the right sees the tokens before it, whose gradients it must not be NaN for.
+    leaf = (x if side == "left" else x.nan_to_num(50.0)).clone().requires_grad_()
+    y = module(leaf, key_padding_mask=mask)
+    sum(y[row, place].square().sum() for row, place in enumerate(places)).backward()  # type: ignore[union-attr]
+    with torch.no_grad():
+        expected = [module(row) for row in rows]
+        cache = module.make_cache(3)
+        prompt = module(x, cache=cache, key_padding_mask=mask)
+        for row, (length, place) in enumerate(zip(lengths, places, strict=True)):
+            for result in (y, prompt):
+                torch.testing.assert_close(
+                    result[row, place], expected[row][0, :length], atol=1e-5, rtol=1e-5
+                )
+        for step in range(steps):
+            token = torch.cat([row[:, n + step : n + step + 1] for row, n in zip(rows, lengths, strict=True)])
+            after = torch.stack([row[0, n + step] for row, n in zip(expected, lengths, strict=True)])
+            torch.testing.assert_close(module(token, cache=cache)[:, 0], after, atol=1e-5, rtol=1e-5)
+    for row, (length, place) in enumerate(zip(lengths, places, strict=True)):
+        alone = rows[row][:, :length].clone().requires_grad_()
+        module(alone).square().sum().backward()
+        assert leaf.grad is not None and alone.grad is not None
+        torch.testing.assert_close(leaf.grad[row, place], alone.grad[0], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_are_for_the_rotation_alone() -> None:
+    module, x = _module(), torch.randn(2, 30, 128)
+    expected = module(x)
+    shifted = torch.arange(30) + torch.tensor([[7], [400]])
+    torch.testing.assert_close(module(x, position_ids=shifted), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x, position_ids=shifted[0]), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(module(x, position_ids=2 * shifted), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 5]), "cache": True}, "cu_seqlens and cache exclude"),
+        (
+            {"cu_seqlens": torch.tensor([0, 5]), "key_padding_mask": torch.zeros(1, 5, dtype=torch.bool)},
+            "cu_seqlens and key_padding_mask exclude",
+        ),
+        ({"cache": True, "layout": "exclusive"}, "the cache is made for exclusive:heads=4,context=64"),
+        ({"context_length": None, "key_padding_mask": torch.ones(1, 5, dtype=torch.bool)}, "needs bands"),
+    ],
+)
+def test_calls_that_cannot_be_right(given: dict[str, Any], message: str) -> None:
+    module = _module(context_length=given.pop("context_length", 64))
+    if given.pop("cache", False):
+        given["cache"] = _module(layout=given.pop("layout", "spattention")).make_cache(1)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        module(torch.randn(1, 5, 128), **given)
