@@ -28,8 +28,9 @@ from .file_reading import parse_json, read_regular_file, set_aside, shown
 from .problem import AttentionProblem
 from .target import parse_target
 
-# Of a file. 1 was a bare list of the same records.
-FORMAT = 2
+# Of a file. 1 was a bare list of records; in 1 and 2 kernels have placeholders for the decisions of other
+# structures.
+FORMAT = 3
 _LARGEST_FILE_BYTES = 64 * 2**20
 _LARGEST_SIZE = 2**31 - 1
 
@@ -130,7 +131,7 @@ class ScheduleRecord:
         try:
             problem = AttentionProblem.from_json(data["problem"])
             facts = {name: value for name, value in data.items() if name not in ("family", "decisions")}
-            kernel = KernelSpec.of(data["family"], problem, data["decisions"])
+            kernel = KernelSpec.recorded(data["family"], problem, data["decisions"])
             return cls(**{**facts, "problem": problem, "kernel": kernel})
         except TypeError as error:
             raise ValueError(str(error)) from error

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,6 +175,38 @@ def test_functions_take_what_the_abi_says(family: str, direction: str) -> None:
         seen.add(taken)
     if family == "mma" and direction == "backward":
         assert len(seen) == 2, "one pass has a workspace that two passes do not have"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("family", ["cpu", "mma", "hopper"])
+def test_structures_are_told_apart_and_have_features_of_one_length(family: str, direction: str) -> None:
+    space, draw = find_space(family, direction), random.Random(family + direction)
+    dtype = "float32" if family == "cpu" else "bfloat16"
+    problem = AttentionProblem(direction, dtype, 1, 4, 4, 512, 64, BandLayout.spattention(4))
+    lengths = set()
+    structures = space.structures(64, dtype)
+    assert len(structures) == (1 if direction == "forward" or family == "cpu" else 2)
+    for name, choices in structures.items():
+        for _ in range(20):
+            decisions = {key: draw.choice(values) for key, values in choices.items()}
+            assert space.structure(decisions, 64, dtype) == name
+            assert space.without_idle(decisions, 64, dtype) == decisions
+            lengths.add(len(space.features(decisions, problem)))
+            others = {key: 1 for key in space.names(64, dtype) if key not in choices}
+            assert space.without_idle({**decisions, **others}, 64, dtype) == decisions
+    assert len(lengths) == 1
+
+
+def test_what_is_of_no_structure_is_refused() -> None:
+    space, h200 = find_space("hopper", "backward"), parse_target("nvidia/h200")
+    decisions = space.untuned(64, "bfloat16", h200)
+    for changed in ({**decisions, "one_pass": 7}, {k: v for k, v in decisions.items() if k != "one_pass"}):
+        assert space.structure(changed, 64, "bfloat16") is None
+        assert "have none of the structures: two passes, one pass" in str(
+            space.rejection(changed, 64, "bfloat16", h200)
+        )
+    reason = space.rejection({**decisions, "dkv_queries": 7}, 64, "bfloat16", h200)
+    assert reason == "dkv_queries=7 is not among the choices of two passes (32, 48, 64, 96)"
 
 
 def test_a_family_is_registered_once_and_leaves_again(toy: Family) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from spattn_tvm.dispatch import Kernel
 from spattn_tvm.runtime import load_library
 from spattn_tvm.store import ScheduleRecord, load_records
 from spattn_tvm.target import detect_cpu, detect_cuda, parse_target
+from spattn_tvm.tuning.log import read_measurements
 from spattn_tvm.verify import RandomProblem, check_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +43,8 @@ def test_a_shipped_schedule_is_legal_and_has_its_evidence(record: ScheduleRecord
         root=ROOT / "schedules",
     )
     assert (choice.status, choice.kernel) == ("tuned", kernel)
-    lines = (ROOT / "autotune_logs" / record.source_log / "measurements.jsonl").read_text().splitlines()
-    measured = [entry for entry in map(json.loads, lines) if entry["decisions"] == kernel.decisions]
-    assert any(entry["error"] is None for entry in measured)
+    measured = read_measurements(ROOT / "autotune_logs" / record.source_log)
+    assert any(item.kernel == kernel and item.error is None for item in measured)
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ def test_decisions_that_the_space_no_longer_offers_are_passed_over_visibly(
     assert BASE.key in choice.reason
 
 
+FORMAT_FIELD = f'"format": {store.FORMAT}'
 DAMAGED_FILES: dict[str, Callable[[Path, str], object]] = {
     "cut off": lambda path, text: path.write_text(text[: len(text) // 2]),
     "empty": lambda path, text: path.write_text(""),
@@ -180,9 +181,9 @@ DAMAGED_FILES: dict[str, Callable[[Path, str], object]] = {
     "a record nested deeply": lambda path, text: path.write_text(text.replace("[", "[" + "[" * 99_999, 1)),
     "invalid UTF-8": lambda path, text: path.write_bytes(b"\xff\xfe" + text.encode("utf-16-le")),
     "zeros": lambda path, text: path.write_bytes(bytes(4096)),
-    "format of no kind": lambda path, text: path.write_text(text.replace('"format": 2', '"format": "2"')),
-    "format 0": lambda path, text: path.write_text(text.replace('"format": 2', '"format": 0')),
-    "format true": lambda path, text: path.write_text(text.replace('"format": 2', '"format": true')),
+    "format of no kind": lambda path, text: path.write_text(text.replace(FORMAT_FIELD, '"format": "2"')),
+    "format 0": lambda path, text: path.write_text(text.replace(FORMAT_FIELD, '"format": 0')),
+    "format true": lambda path, text: path.write_text(text.replace(FORMAT_FIELD, '"format": true')),
     "too large": lambda path, text: os.truncate(path, 2**40),
     "a folder": lambda path, text: (path.unlink(), path.mkdir()),
     "a pipe": lambda path, text: (path.unlink(), os.mkfifo(path)),
@@ -229,12 +230,14 @@ def test_a_file_that_can_not_be_read_is_skipped_with_one_warning(name: str, tmp_
 
 def test_a_file_of_a_later_format_is_skipped_and_never_replaced(tmp_path: Path) -> None:
     (path,) = save_records([record()], tmp_path)
-    text = path.read_text(encoding="utf-8").replace('"format": 2', '"format": 3')
+    text = path.read_text(encoding="utf-8").replace(FORMAT_FIELD, f'"format": {store.FORMAT + 1}')
     path.write_text(text, encoding="utf-8")
     choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
     assert choice.status == "untuned"
-    assert len(said) == 1 and "its format is 3" in said[0] and "update spattn-tvm" in said[0]
-    with pytest.raises(ValueError, match=r"format is 3.*update spattn-tvm"):
+    assert (
+        len(said) == 1 and f"its format is {store.FORMAT + 1}" in said[0] and "update spattn-tvm" in said[0]
+    )
+    with pytest.raises(ValueError, match=rf"format is {store.FORMAT + 1}.*update spattn-tvm"):
         save_records([record()], tmp_path)
     assert path.read_text(encoding="utf-8") == text
 
@@ -667,6 +670,41 @@ def test_deterministic_results_can_be_asked_for(tmp_path: Path) -> None:
         assert (choice.status, choice.kernel.decisions) == ("tuned", decisions)
     save_records([dataclasses.replace(records[0], latency_us=700.0)], tmp_path)
     assert sorted(record.latency_us for record in load_records(h200.folder, tmp_path)) == [700.0, 750.0]
+
+
+@pytest.mark.parametrize(
+    ("family", "deterministic", "placeholders"),
+    [
+        ("hopper", False, {"dkv_queries": 64, "dkv_buffers": 1, "dq_keys": 64, "dq_stages": 4}),
+        ("mma", False, {"dq_warps": 4, "dq_rows": 32, "dq_blocks": 2}),
+        ("mma", True, {"atomic_floats": 4}),
+    ],
+)
+def test_records_of_earlier_versions_lose_what_says_nothing_under_their_structure(
+    family: str, deterministic: bool, placeholders: dict[str, int], tmp_path: Path
+) -> None:
+    h200 = parse_target("nvidia/h200")
+    wanted = problem(direction="backward", dtype="bfloat16", head_dim=128)
+    kernel = KernelSpec.untuned(family, wanted, h200, deterministic)
+    if family == "hopper":
+        one_pass = {**kernel.decisions, "one_pass": 1, "dkv_stages": 3}
+        kernel = KernelSpec.recorded(family, wanted, one_pass)
+        assert set(one_pass) - set(kernel.decisions) >= set(placeholders)
+    assert kernel.rejection(h200) is None
+    (path,) = save_records([ScheduleRecord(wanted, h200.folder, kernel, 5.0)], tmp_path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["format"] = 2
+    data["records"][0]["decisions"] |= placeholders
+    path.write_text(json.dumps(data), encoding="utf-8")
+    store.clear_cache()
+    choice = find_schedule(wanted, h200, families=[family], deterministic=deterministic, root=tmp_path)
+    assert (choice.status, choice.kernel) == ("tuned", kernel)
+    # What no structure has is still refused.
+    data["records"][0]["decisions"]["dq_wheels"] = 4
+    path.write_text(json.dumps(data), encoding="utf-8")
+    store.clear_cache()
+    choice = find_schedule(wanted, h200, families=[family], deterministic=deterministic, root=tmp_path)
+    assert choice.status == "untuned" and "unknown ['dq_wheels']" in choice.reason
 
 
 def gpu_record(family: str, latency_us: float, **changes: Any) -> ScheduleRecord:

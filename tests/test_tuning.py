@@ -34,7 +34,7 @@ from spattn_tvm.choice import find_schedule
 from spattn_tvm.families import find_space, resolve_family
 from spattn_tvm.families import kernel as kernel_module
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.families.space import Space
+from spattn_tvm.families.space import Space, one_structure
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.store import ScheduleRecord, load_records, save_records
@@ -61,6 +61,7 @@ from spattn_tvm.tuning.workers import Workers
 # The package's attribute of this name is the function.
 distill_module = sys.modules["spattn_tvm.tuning.distill"]
 search_module = sys.modules["spattn_tvm.tuning.search"]
+strategy_module = sys.modules["spattn_tvm.tuning.strategy"]
 
 PROBLEM = AttentionProblem("forward", "float32", 2, 4, 2, 128, 32, BandLayout.spattention(4, 128))
 FAMILY = "cpu"
@@ -452,7 +453,7 @@ class _FakeMeter:
 _FAKE_SPACE = Space(
     family="cpu",
     direction="forward",
-    choices=lambda head_dim, dtype: dict(_FAKE_CHOICES),
+    structures=one_structure(lambda head_dim, dtype: dict(_FAKE_CHOICES)),
     illegal=lambda decisions, *_: "too large" if decisions["rows"] * decisions["keys"] > 2**14 else None,
     features=lambda decisions, problem: [math.log2(decisions["rows"] * decisions["keys"])],
     untuned=lambda *_: {name: values[0] for name, values in _FAKE_CHOICES.items()},
@@ -501,6 +502,66 @@ def test_evolutionary_search_finds_the_optimum_and_random_sampling_does_not(tmp_
         best[strategy, seed] = min(m.latency_us for m in log.measurements if m.latency_us is not None)
     assert min(best["evolutionary", 1], best["evolutionary", 2]) == 100.0
     assert best["evolutionary", 1] + best["evolutionary", 2] < best["random", 1] + best["random", 2]
+
+
+# Two structures: a wide one of 1296 points, and a narrow one of 36 whose decisions it shares.
+_STRUCTURES = {
+    "wide": {"fused": (0,), **{name: _FAKE_CHOICES[name] for name in ("rows", "keys", "unroll", "order")}},
+    "narrow": {"fused": (1,), "rows": _FAKE_CHOICES["rows"], "depth": (1, 2, 3, 4, 5, 6)},
+}
+_BEST_OF = {
+    "wide": {"fused": 0, "rows": 64, "keys": 32, "unroll": 4, "order": 1},
+    "narrow": {"fused": 1, "rows": 16, "depth": 5},
+}
+
+
+def _structured_latency_us(decisions: Mapping[str, int], better: str) -> float:
+    """The other structure's best is 30% slower than the better one's."""
+    name = "narrow" if decisions["fused"] else "wide"
+    steps = sum(
+        abs(values.index(decisions[key]) - values.index(_BEST_OF[name][key]))
+        for key, values in _STRUCTURES[name].items()
+    )
+    return (100.0 if name == better else 130.0) * (1.0 + 0.3 * steps)
+
+
+@pytest.mark.parametrize("better", ["wide", "narrow"])
+def test_a_search_finds_the_best_of_either_structure(
+    better: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy_module, "_POPULATION", 32)
+    space = replace(
+        _FAKE_SPACE,
+        structures=lambda head_dim, dtype: _STRUCTURES,
+        illegal=lambda decisions, *_: "fused=0 with 256 rows" if decisions["rows"] == 256 else None,
+        features=lambda decisions, problem: [math.log2(decisions["rows"])],
+    )
+    untuned = {name: values[0] for name, values in _STRUCTURES["wide"].items()}
+
+    class Meter(_FakeMeter):
+        def measure(self, batch: Any, best_us: Any, anchor: Any = None) -> Iterator[tuple[int, Outcome]]:
+            for position, kernel in enumerate(batch):
+                self.measured.append(kernel.decisions)
+                yield position, Outcome(latency_us=_structured_latency_us(kernel.decisions, better))
+
+    session, search = _fake_session(tmp_path, "evolutionary", 3, Budget(48, None), space)
+    meter = Meter()
+    run_search(search, meter, session, "fake", _fake(untuned))
+    found = best_in_database(tmp_path, PROBLEM, space, "fake")
+    search.close()
+    session.log.close()
+    for decisions in meter.measured:
+        assert set(decisions) == set(_STRUCTURES["narrow" if decisions["fused"] else "wide"])
+        assert decisions["rows"] != 256, "measured an illegal candidate"
+    assert sum(decisions["fused"] for decisions in meter.measured[:17]) == 8
+    assert found == _BEST_OF[better]
+    # A resumed search knows them again, whatever the structure.
+    session, search = _fake_session(tmp_path, "evolutionary", 3, Budget(50, None), space)
+    again = Meter()
+    assert run_search(search, again, session, "fake", _fake(untuned)) == "budget"
+    search.close()
+    session.log.close()
+    assert len(again.measured) == 2 and not set(map(str, again.measured)) & set(map(str, meter.measured))
 
 
 @pytest.fixture
@@ -569,8 +630,9 @@ def test_kernel_hash_follows_the_kernel_and_not_its_spelling() -> None:
     other = space.untuned(PROBLEM.head_dim, PROBLEM.dtype, target) | {"key_rows": 48}
     changed = replace(space, build=lambda decisions, *rest: space.build(other, *rest))
     assert kernel_hash(changed, PROBLEM, target) != known
-    fewer = {name: values[:2] for name, values in space.choices(PROBLEM.head_dim, PROBLEM.dtype).items()}
-    assert kernel_hash(replace(space, choices=lambda *_: fewer), PROBLEM, target) != known
+    choices = space.structures(PROBLEM.head_dim, PROBLEM.dtype)[""]
+    fewer = {"": {name: values[:2] for name, values in choices.items()}}
+    assert kernel_hash(replace(space, structures=lambda *_: fewer), PROBLEM, target) != known
 
 
 def test_other_kernel_code_starts_afresh(tmp_path: Path) -> None:
@@ -585,7 +647,7 @@ def test_other_kernel_code_starts_afresh(tmp_path: Path) -> None:
 
 def test_space_is_searched_to_its_end(tmp_path: Path) -> None:
     small = {name: values[:2] for name, values in _FAKE_CHOICES.items()}
-    space = replace(_FAKE_SPACE, choices=lambda head_dim, dtype: small)
+    space = replace(_FAKE_SPACE, structures=one_structure(lambda head_dim, dtype: small))
     ended, _, log = _fake_search(tmp_path, "evolutionary", 0, Budget(500, None), space)
     assert ended == "exhausted"
     assert 48 < len(set(_keys(log.measurements))) <= 64

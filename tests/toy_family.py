@@ -19,7 +19,7 @@ from typing import Any
 from spattn_tvm.families import resolve_family
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.families.space import Space
+from spattn_tvm.families.space import Space, one_structure
 
 REPEATS = (1, 2, 4, 8)
 UNTUNED = {"repeats": 4, "label": 10, "fault": 0}
@@ -314,7 +314,7 @@ def _unsupported(head_dim: int, dtype: str, target: Any) -> str | None:
 FORWARD = Space(
     family="toy",
     direction="forward",
-    choices=lambda head_dim, dtype: dict(CHOICES),
+    structures=one_structure(lambda head_dim, dtype: dict(CHOICES)),
     illegal=_illegal,
     features=_features,
     untuned=_untuned,
@@ -323,7 +323,9 @@ FORWARD = Space(
 )
 BACKWARD = replace(FORWARD, direction="backward", build=_build_backward)
 BROKEN_FORWARD = replace(
-    FORWARD, family="broken_toy", choices=lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3, 4)}
+    FORWARD,
+    family="broken_toy",
+    structures=one_structure(lambda head_dim, dtype: {**CHOICES, "fault": (0, 1, 2, 3, 4)}),
 )
 BROKEN_CUDA_FORWARD = replace(BROKEN_FORWARD, family="broken_cuda_toy", build=_build_cuda)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,15 @@ class KernelSpec:
     def of(cls, family: str, problem: AttentionProblem, decisions: Mapping[str, int]) -> KernelSpec:
         """The kernel of a family that serves a problem with some decisions."""
         return cls(family, problem.direction, problem.dtype, problem.head_dim, decisions)
+
+    @classmethod
+    def recorded(cls, family: str, problem: AttentionProblem, decisions: Mapping[str, int]) -> KernelSpec:
+        """The kernel that a record or a log names, which an earlier version may have written: then with
+        placeholders for the decisions of other structures, which are dropped.
+        """
+        kernel = cls.of(family, problem, decisions)
+        own = kernel.space.without_idle(kernel.decisions, kernel.head_dim, kernel.dtype)
+        return replace(kernel, decisions=own)
 
     @classmethod
     def untuned(

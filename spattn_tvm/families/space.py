@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 Decisions = Mapping[str, int]
+Choices = Mapping[str, tuple[int, ...]]
+Structures = Mapping[str, Choices]
+
+
+def one_structure(choices: Callable[[int, str], Choices]) -> Callable[[int, str], Structures]:
+    """For :attr:`Space.structures`: all kernels make the same decisions."""
+    return lambda head_dim, dtype: {"": choices(head_dim, dtype)}
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,16 @@ class Space:
         Its name.
     direction : str
         ``"forward"``, ``"backward"`` or whatever else the family has kernels for.
-    choices : (head_dim, dtype) -> dict[str, tuple[int, ...]]
-        The values that each decision may take, for a supported head dim and dtype name.
+    structures : (head_dim, dtype) -> dict[str, dict[str, tuple[int, ...]]]
+        For a supported head dim and dtype name: of each structure that a kernel may have, by a name that
+        people read, its decisions and the values that they may take. A decision that says nothing under a
+        structure is not among its own. Several structures are told apart by a decision that all have, each
+        with values of its own. :func:`one_structure` makes this of a space without.
     illegal : (decisions, head_dim, dtype, target) -> str or None
-        Why a combination of values from ``choices`` can't be built (shared memory, registers, divisibility),
+        Why a combination of a structure's values can't be built (shared memory, registers, divisibility),
         or None.
     features : (decisions, problem) -> list[float]
-        What the cost model learns from; the same length for every decision of the space.
+        What the cost model learns from besides the decisions; the same length for every structure.
     untuned : (head_dim, dtype, target, deterministic=False) -> dict[str, int]
         Legal decisions for any problem, chosen without a search; with ``deterministic`` such that
         ``is_deterministic`` holds.
@@ -48,7 +58,7 @@ class Space:
 
     family: str
     direction: str
-    choices: Callable[[int, str], dict[str, tuple[int, ...]]]
+    structures: Callable[[int, str], Structures]
     illegal: Callable[[Decisions, int, str, MachineTarget], str | None]
     features: Callable[[Decisions, AttentionProblem], list[float]]
     untuned: Callable[..., dict[str, int]]
@@ -56,17 +66,53 @@ class Space:
     unsupported: Callable[[int, str, MachineTarget], str | None]
     is_deterministic: Callable[[Decisions], bool] = lambda decisions: True
 
+    def structure(self, decisions: Decisions, head_dim: int, dtype: str) -> str | None:
+        """The structure of a kernel, by the decisions that tell structures apart; None if it is of none."""
+        structures = self.structures(head_dim, dtype)
+        if len(structures) == 1:
+            return next(iter(structures))
+        shared = set.intersection(*(set(choices) for choices in structures.values()))
+        telling = [
+            name
+            for name in shared
+            if len({value for choices in structures.values() for value in choices[name]})
+            == sum(len(choices[name]) for choices in structures.values())
+        ]
+        for name, choices in structures.items():
+            if all(decisions.get(key) in choices[key] for key in telling):
+                return name
+        return None
+
+    def names(self, head_dim: int, dtype: str) -> tuple[str, ...]:
+        """The decisions of all structures, sorted."""
+        return tuple(
+            sorted({name for choices in self.structures(head_dim, dtype).values() for name in choices})
+        )
+
+    def without_idle(self, decisions: Decisions, head_dim: int, dtype: str) -> dict[str, int]:
+        """Decisions without those that only other structures make: earlier versions recorded them too."""
+        structure = self.structure(decisions, head_dim, dtype)
+        if structure is None:
+            return dict(decisions)
+        idle = set(self.names(head_dim, dtype)) - set(self.structures(head_dim, dtype)[structure])
+        return {name: value for name, value in decisions.items() if name not in idle}
+
     def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
         """Why ``decisions`` can't be used (unsupported, misnamed, not offered or illegal), or None."""
         reason = self.unsupported(head_dim, dtype, target)
         if reason is not None:
             return reason
-        choices = self.choices(head_dim, dtype)
+        structures = self.structures(head_dim, dtype)
+        structure = self.structure(decisions, head_dim, dtype)
+        if structure is None:
+            return f"{dict(decisions)} have none of the structures: {', '.join(structures)}"
+        choices = structures[structure]
+        of = f" of {structure}" if structure else ""
         if set(decisions) != set(choices):
             missing = sorted(set(choices) - set(decisions))
             unknown = sorted(set(decisions) - set(choices))
-            return f"decisions must name {sorted(choices)}: missing {missing}, unknown {unknown}"
+            return f"decisions{of} must name {sorted(choices)}: missing {missing}, unknown {unknown}"
         for name, value in decisions.items():
             if value not in choices[name]:
-                return f"{name}={value!r} is not among the choices {choices[name]}"
+                return f"{name}={value!r} is not among the choices{of} {choices[name]}"
         return self.illegal(decisions, head_dim, dtype, target)

@@ -128,7 +128,7 @@ class Measurement:
         if (facts.get("latency_us") is None) == (facts.get("error") is None):
             raise ValueError("a measurement has either a latency or an error")
         facts = {"latency_us": None, "error": None, **facts}
-        spec = KernelSpec.of(facts.pop("family"), problem, facts.pop("decisions"))
+        spec = KernelSpec.recorded(facts.pop("family"), problem, facts.pop("decisions"))
         return cls(spec, facts.pop("kernel"), **facts)
 
 

@@ -2,7 +2,7 @@
 needs TVM.
 
 The traced program is the problem's workload (:mod:`spattn_tvm.tuning.workload`); its trace samples one
-value for each decision of the space and notes it on the workload's block, so that a trace is a set of
+value for each decision of a structure and notes it on the workload's block, so that a trace is a set of
 decisions and nothing else. MetaSchedule's evolutionary search, XGBoost model and JSON database do the
 searching and the remembering. Its task scheduler is not used: it hands over a whole batch at a time, and a
 search must be able to stop, record and resume after any single measurement.
@@ -28,7 +28,7 @@ from tvm.s_tir.meta_schedule import _ffi_api
 from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
 from tvm.s_tir.meta_schedule.logging import get_logging_func
 
-from spattn_tvm.families.space import Space
+from spattn_tvm.families.space import Choices, Space, Structures
 from spattn_tvm.file_reading import set_aside
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
@@ -46,6 +46,7 @@ _MEASURED_SHARE = 0.25
 _GENERATIONS = 3
 _RANDOM_SHARE = 0.1
 _WARMUP_SAMPLES = 16
+_DRAWS = 1000  # in which a legal candidate is found, or a structure has few that are left
 # XGBModel weighs a sample by its score, best latency over latency, and so learns nothing from a failure
 # that scores 0. Told that a failure is this much slower than the best, it learns where not to go.
 _FAILURE_FACTOR = 2.5
@@ -79,14 +80,31 @@ def kernel_hash(space: Space, problem: AttentionProblem, target: MachineTarget) 
     """
     key = (problem.head_dim, problem.dtype)
     module = space.build(space.untuned(*key, target), *key, target)
-    text = f"{structural_digest(module)} {sorted(space.choices(*key).items())}"
+    structures = [sorted(choices.items()) for choices in space.structures(*key).values()]
+    text = " ".join(map(str, [structural_digest(module), *structures]))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def trace_decisions(trace: Any, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The decisions that a trace made; it samples them in the order of `choices`."""
+def _sampled(trace: Any, structures: Structures) -> tuple[Choices, list[Any]]:
+    """The choices that a trace samples, in this order, and the instructions that do."""
+    samples, annotations = [], []
+    for instruction in trace.insts:
+        kind = instruction.kind.name
+        if kind == "SampleCategorical":
+            samples.append(instruction)
+        elif kind == "Annotate" and len(structures) > 1 and not samples:
+            annotations.append(instruction)
+    if not annotations:
+        (choices,) = structures.values()
+    else:
+        choices = list(structures.values())[int(annotations[0].inputs[1])]
+    return choices, samples
+
+
+def trace_decisions(trace: Any, structures: Structures) -> dict[str, int]:
+    """The decisions that a trace made."""
     made = trace.decisions
-    samples = [instruction for instruction in trace.insts if instruction.kind.name == "SampleCategorical"]
+    choices, samples = _sampled(trace, structures)
     return {
         name: int(values[int(made[sample])])
         for (name, values), sample in zip(choices.items(), samples, strict=True)
@@ -94,58 +112,59 @@ def trace_decisions(trace: Any, choices: Mapping[str, Sequence[int]]) -> dict[st
 
 
 def _sample_decisions(
-    schedule: Schedule, choices: Mapping[str, Sequence[int]], given: Mapping[str, int] | None = None
-) -> None:
-    """Sample each decision, or take the given one, and annotate the workload's block with it."""
+    schedule: Schedule, structures: Structures, structure: str, given: Mapping[str, int] | None = None
+) -> Schedule:
+    """Sample each decision of a structure, or take the given one, and annotate the workload's block with it.
+
+    Of several structures the block is first annotated with the number of this one.
+    """
     block = schedule.get_sblock(DECISIONS_BLOCK)
-    for name, values in choices.items():
+    if len(structures) > 1:
+        schedule.annotate(block, "spattn.structure", list(structures).index(structure))
+    for name, values in structures[structure].items():
         index = None if given is None else tuple(values).index(given[name])
         value = schedule.sample_categorical(list(values), [1.0 / len(values)] * len(values), decision=index)
         schedule.annotate(block, f"spattn.{name}", value)
+    return schedule
 
 
 @tvm.ir.utils.derived_object
 class _RejectIllegal(ms.postproc.PyPostproc):
     """Keeps a combination that the space calls illegal from ever being built."""
 
-    def __init__(
-        self, choices: Mapping[str, Sequence[int]], illegal: Callable[[Mapping[str, int]], str | None]
-    ) -> None:
+    def __init__(self, structures: Structures, illegal: Callable[[Mapping[str, int]], str | None]) -> None:
         super().__init__()
-        self.choices = choices
+        self.structures = structures
         self.illegal = illegal
 
     def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
         pass
 
     def apply(self, schedule: Schedule) -> bool:
-        return self.illegal(trace_decisions(schedule.trace, self.choices)) is None
+        return self.illegal(trace_decisions(schedule.trace, self.structures)) is None
 
     def clone(self) -> _RejectIllegal:
-        return _RejectIllegal(self.choices, self.illegal)
+        return _RejectIllegal(self.structures, self.illegal)
 
 
 @tvm.ir.utils.derived_object
 class _ChangeDecision(ms.mutator.PyMutator):
-    """Changes one decision, or two at times; numbers move to a neighbouring value more often than far
-    away."""
+    """Changes one decision, or two at times, and never the structure; numbers move to a neighbouring value
+    more often than far away."""
 
-    def __init__(self, choices: Mapping[str, Sequence[int]], random: np.random.Generator) -> None:
+    def __init__(self, structures: Structures, random: np.random.Generator) -> None:
         super().__init__()
-        self.choices = choices
+        self.structures = structures
         self.random = random
 
     def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
         pass
 
     def apply(self, trace: Any, _: int) -> Any:
+        choices, instructions = _sampled(trace, self.structures)
         samples = [
             (sample, len(values))
-            for sample, values in zip(
-                (i for i in trace.insts if i.kind.name == "SampleCategorical"),
-                self.choices.values(),
-                strict=True,
-            )
+            for sample, values in zip(instructions, choices.values(), strict=True)
             if len(values) > 1
         ]
         if not samples:
@@ -165,29 +184,29 @@ class _ChangeDecision(ms.mutator.PyMutator):
         return trace
 
     def clone(self) -> _ChangeDecision:
-        return _ChangeDecision(self.choices, self.random)
+        return _ChangeDecision(self.structures, self.random)
 
 
 @tvm.ir.utils.derived_object
 class _DecisionFeatures(ms.feature_extractor.PyFeatureExtractor):
-    """One row for each candidate: the decisions themselves, then what the space derives from them."""
+    """One row for each candidate: the decisions themselves, those of other structures as missing values, then
+    what the space derives from them."""
 
     def __init__(
-        self,
-        choices: Mapping[str, Sequence[int]],
-        derive: Callable[[Mapping[str, int]], Sequence[float]],
+        self, structures: Structures, derive: Callable[[Mapping[str, int]], Sequence[float]]
     ) -> None:
         super().__init__()
-        self.choices = choices
+        self.structures = structures
+        self.names = list(dict.fromkeys(name for choices in structures.values() for name in choices))
         self.derive = derive
-        self.known: dict[tuple[int, ...], Any] = {}
+        self.known: dict[tuple[float, ...], Any] = {}
 
     def extract_from(self, context: ms.TuneContext, candidates: Sequence[Any]) -> list[Any]:
-        return [self._row(trace_decisions(candidate.sch.trace, self.choices)) for candidate in candidates]
+        return [self._row(trace_decisions(candidate.sch.trace, self.structures)) for candidate in candidates]
 
     def _row(self, decisions: Mapping[str, int]) -> Any:
         # Generations share most of their members.
-        key = tuple(decisions.values())
+        key = tuple(decisions.get(name, math.nan) for name in self.names)
         if key not in self.known:
             row = np.asarray([[*key, *self.derive(decisions)]], dtype="float32")
             self.known[key] = tvm.runtime.tensor(row)
@@ -290,28 +309,32 @@ class DecisionSearch:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         head_dim, dtype = problem.head_dim, problem.dtype
-        self.choices = dict(space.choices(head_dim, dtype))
+        self._space, self._key = space, (head_dim, dtype)
+        self._illegal = lambda decisions: space.illegal(decisions, head_dim, dtype, target)
+        self.structures = space.structures(head_dim, dtype)
         self._seed = seed
         self._target = target.tvm_target()
         self._module = search_workload(problem, space.family, kernel)
         self._database = open_database(folder)
         self._workload = self._database.commit_workload(self._module)
         self._model = ms.cost_model.XGBModel(
-            extractor=_DecisionFeatures(self.choices, lambda decisions: space.features(decisions, problem)),
+            extractor=_DecisionFeatures(
+                self.structures, lambda decisions: space.features(decisions, problem)
+            ),
             config=XGBConfig(max_depth=6, eta=0.2, seed=seed, nthread=1),
             num_warmup_samples=_WARMUP_SAMPLES,
             adaptive_training=False,
             verbose_eval=0,
         )
+        # A design space for each structure; traces mutate within theirs.
         generator = ms.space_generator.ScheduleFn(
-            lambda schedule: _sample_decisions(schedule, self.choices),
-            sch_rules=[],
-            postprocs=[
-                _RejectIllegal(
-                    self.choices, lambda decisions: space.illegal(decisions, head_dim, dtype, target)
-                )
+            lambda schedule: [
+                _sample_decisions(schedule.copy(), self.structures, structure)
+                for structure in self.structures
             ],
-            mutator_probs={_ChangeDecision(self.choices, np.random.default_rng(seed)): 1.0},
+            sch_rules=[],
+            postprocs=[_RejectIllegal(self.structures, self._illegal)],
+            mutator_probs={_ChangeDecision(self.structures, np.random.default_rng(seed)): 1.0},
         )
         if strategy == "evolutionary":
             search = ms.search_strategy.EvolutionarySearch(
@@ -326,22 +349,32 @@ class DecisionSearch:
             search = ms.search_strategy.ReplayTrace()
         self._strategy = strategy
         self._context = _tune_context(self._module, self._target, generator, search, 1 + seed % (2**31 - 2))
-        self._batches = 0
+        self._batches = self._batch_size = 0
+        self._random = np.random.default_rng(seed)
+        self._seen: set[frozenset[tuple[str, int]]] = set()
+        self._learnt = 0
         self._best_us = math.inf
 
     @property
     def size(self) -> int:
         """Number of combinations, the illegal ones included."""
-        return math.prod(len(values) for values in self.choices.values())
+        return sum(
+            math.prod(len(values) for values in choices.values()) for choices in self.structures.values()
+        )
 
     def offers(self, decisions: Mapping[str, int]) -> bool:
         """Whether the decisions are a point of the space, legal or not."""
-        return set(decisions) == set(self.choices) and all(
-            decisions[name] in values for name, values in self.choices.items()
+        structure = self._space.structure(decisions, *self._key)
+        if structure is None:
+            return False
+        choices = self.structures[structure]
+        return set(decisions) == set(choices) and all(
+            decisions[name] in values for name, values in choices.items()
         )
 
     def start(self, batch: int) -> None:
         """Begin; batches hold up to `batch` candidates."""
+        self._batch_size = batch
         self._context.pre_tuning(
             max_trials=_UNLIMITED,
             num_trials_per_iter=batch,
@@ -352,7 +385,9 @@ class DecisionSearch:
     def candidate(self, decisions: Mapping[str, int]) -> Any:
         """A MetaSchedule candidate with given decisions."""
         schedule = Schedule(self._module, debug_mask="none", error_render_level="none")
-        _sample_decisions(schedule, self.choices, decisions)
+        structure = self._space.structure(decisions, *self._key)
+        assert structure is not None, f"{decisions} are of none of {', '.join(self.structures)}"
+        _sample_decisions(schedule, self.structures, structure, decisions)
         return self._measure_candidate(schedule)
 
     @staticmethod
@@ -363,13 +398,14 @@ class DecisionSearch:
         """Add what the database lacks of earlier measurements to it; their candidates."""
         records = self._database.get_all_tuning_records()
         kept = {
-            tuple(trace_decisions(record.trace, self.choices).items())
+            frozenset(trace_decisions(record.trace, self.structures).items())
             for record in records
             if record.workload.same_as(self._workload)
         }
         candidates = [self.candidate(decisions) for decisions, _ in known]
+        self._seen.update(frozenset(decisions.items()) for decisions, _ in known)
         for candidate, (decisions, latency) in zip(candidates, known, strict=True):
-            if tuple((name, decisions[name]) for name in self.choices) not in kept:
+            if frozenset(decisions.items()) not in kept:
                 self.keep(candidate, latency)
         return candidates
 
@@ -380,15 +416,38 @@ class DecisionSearch:
     def ask(self) -> list[tuple[dict[str, int], Any]] | None:
         """The next batch as (decisions, candidate), possibly empty; None when the space is exhausted."""
         self._batches += 1
+        if self._strategy == "evolutionary" and len(self.structures) > 1 and self._learnt < _WARMUP_SAMPLES:
+            drawn = self._equal_shares()
+            if drawn:
+                return drawn
         with _cost_model_settings(self._seed + self._batches):
             candidates = self._context.generate_measure_candidates()
         if candidates is None:
             return None
-        return [(trace_decisions(c.sch.trace, self.choices), c) for c in candidates]
+        return [(trace_decisions(c.sch.trace, self.structures), c) for c in candidates]
+
+    def _equal_shares(self) -> list[tuple[dict[str, int], Any]]:
+        """A batch of legal candidates, drawn from each structure in turn.
+
+        Until the cost model has learnt, a generation's picks are random ones among what is new in it, and a
+        structure of few points is rarely among them: one of 48 beside one of 100 000 had 2 of 48.
+        """
+        drawn: list[tuple[dict[str, int], Any]] = []
+        for position in range(self._batch_size):
+            choices = list(self.structures.values())[position % len(self.structures)]
+            for _ in range(_DRAWS):
+                decisions = {name: int(self._random.choice(values)) for name, values in choices.items()}
+                key = frozenset(decisions.items())
+                if key not in self._seen and self._illegal(decisions) is None:
+                    self._seen.add(key)
+                    drawn.append((decisions, self.candidate(decisions)))
+                    break
+        return drawn
 
     def tell(self, candidates: Sequence[Any], latencies_us: Sequence[float | None]) -> None:
         """Results of candidates from `ask` or `candidate`; None is a failure. Trains the cost model."""
         self._best_us = min([self._best_us, *(latency for latency in latencies_us if latency is not None)])
+        self._learnt += len(candidates)
         results = []
         for latency in latencies_us:
             if latency is None and self._best_us < math.inf:
@@ -426,4 +485,4 @@ def best_in_database(
     record = database.query_tuning_record(search_workload(problem, space.family, kernel), None, "main")
     if record is None:
         return None
-    return trace_decisions(record.trace, space.choices(problem.head_dim, problem.dtype))
+    return trace_decisions(record.trace, space.structures(problem.head_dim, problem.dtype))

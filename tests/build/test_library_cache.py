@@ -163,7 +163,7 @@ def test_everything_that_shapes_a_kernel_is_in_its_name(
     known = compile_backward()
     target, dtype, head_dim, values = detect_cpu(), DTYPE, HEAD_DIM, decisions()
     if change == "decisions":
-        choices = find_space("cpu", "backward").choices(HEAD_DIM, DTYPE)
+        choices = find_space("cpu", "backward").structures(HEAD_DIM, DTYPE)[""]
         space = find_space("cpu", "backward")
         values = next(
             candidate

@@ -32,7 +32,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 def one_pass_decisions(head_dim: int, dtype: str, target: MachineTarget) -> dict[str, int]:
     untuned = SPACE.untuned(head_dim, dtype, target)
-    return {**untuned, "one_pass": 1, "dkv_stages": 3 if head_dim == 128 else 5}
+    changed = {**untuned, "one_pass": 1, "dkv_stages": 3 if head_dim == 128 else 5}
+    return SPACE.without_idle(changed, head_dim, dtype)
 
 
 @pytest.fixture
@@ -55,12 +56,11 @@ def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str, h200: Machin
 def test_legal_decisions_fit_in_shared_memory_and_no_fitting_ones_are_lost(
     head_dim: int, h200: MachineTarget
 ) -> None:
-    choices = SPACE.choices(head_dim, "bfloat16")
+    structures = list(SPACE.structures(head_dim, "bfloat16").values())
     draw = random.Random(head_dim)
     refused_for_memory = 0
     for _ in range(3000):
-        decisions = {name: draw.choice(values) for name, values in choices.items()}
-        decisions["one_pass"] = 0
+        decisions = {name: draw.choice(values) for name, values in draw.choice(structures).items()}
         most = max(shared_bytes(decisions, head_dim).values())
         reason = SPACE.illegal(decisions, head_dim, "bfloat16", h200)
         if reason is None:
@@ -72,9 +72,10 @@ def test_legal_decisions_fit_in_shared_memory_and_no_fitting_ones_are_lost(
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_pass_has_the_decisions_of_the_key_pass_and_no_others(head_dim: int, h200: MachineTarget) -> None:
-    choices = SPACE.choices(head_dim, "bfloat16")
-    decisions = {**SPACE.untuned(head_dim, "bfloat16", h200), "one_pass": 1, "dkv_stages": 2}
+def test_one_pass_has_decisions_of_the_key_pass_and_no_others(head_dim: int, h200: MachineTarget) -> None:
+    two_passes = SPACE.untuned(head_dim, "bfloat16", h200)
+    choices = SPACE.structures(head_dim, "bfloat16")["one pass"]
+    decisions = {**one_pass_decisions(head_dim, "bfloat16", h200), "dkv_stages": 2}
     assert SPACE.rejection(decisions, head_dim, "bfloat16", h200) is None
     assert not SPACE.is_deterministic(decisions)
     fits = []
@@ -83,11 +84,11 @@ def test_one_pass_has_the_decisions_of_the_key_pass_and_no_others(head_dim: int,
         fits.append(shared_bytes(changed, head_dim)["one"] <= SHARED_LIMIT)
         assert fits[-1] == (SPACE.illegal(changed, head_dim, "bfloat16", h200) is None)
     assert fits.count(False) == {64: 0, 128: 4}[head_dim]
-    for name, values in choices.items():
-        if name.startswith("dq_") or name in ("dkv_queries", "dkv_buffers"):
-            for value in set(values) - {decisions[name]}:
-                reason = SPACE.illegal({**decisions, name: value}, head_dim, "bfloat16", h200)
-                assert reason == f"one_pass=1 has {name}={decisions[name]}, not {value}"
+    idle = set(two_passes) - set(choices)
+    assert idle == {name for name in two_passes if name.startswith("dq_")} | {"dkv_queries", "dkv_buffers"}
+    for name in idle:
+        reason = SPACE.rejection({**decisions, name: two_passes[name]}, head_dim, "bfloat16", h200)
+        assert f"missing [], unknown ['{name}']" in str(reason)
 
 
 @pytest.mark.parametrize(

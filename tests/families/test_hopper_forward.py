@@ -35,7 +35,7 @@ def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str, h200: Machin
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_legal_decisions_share_registers_and_memory_that_exist(head_dim: int, h200: MachineTarget) -> None:
     draw = random.Random(head_dim)
-    choices = SPACE.choices(head_dim, "bfloat16")
+    choices = SPACE.structures(head_dim, "bfloat16")[""]
     legal = 0
     for _ in range(20000):
         decisions = {name: draw.choice(values) for name, values in choices.items()}

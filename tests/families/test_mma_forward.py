@@ -34,7 +34,7 @@ H200 = parse_target("nvidia/h200")
 
 
 def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
-    return {name: draw.choice(values) for name, values in SPACE.choices(head_dim, dtype).items()}
+    return {name: draw.choice(values) for name, values in SPACE.structures(head_dim, dtype)[""].items()}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

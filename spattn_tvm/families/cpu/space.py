@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import Decisions, Space, one_structure
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -154,7 +154,7 @@ def _build_backward(decisions: Decisions, head_dim: int, dtype: str, target: Mac
 FORWARD = Space(
     family="cpu",
     direction="forward",
-    choices=_forward_choices,
+    structures=one_structure(_forward_choices),
     illegal=_illegal,
     features=_features,
     untuned=partial(_untuned, "forward"),
@@ -165,7 +165,7 @@ FORWARD = Space(
 BACKWARD = Space(
     family="cpu",
     direction="backward",
-    choices=_backward_choices,
+    structures=one_structure(_backward_choices),
     illegal=_illegal,
     features=_features,
     untuned=partial(_untuned, "backward"),

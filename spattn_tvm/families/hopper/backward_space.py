@@ -1,8 +1,7 @@
 """Decision space of the Hopper backward: its structure, tile shapes, pipeline depths and tile order.
 
-The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. ``one_pass`` takes the
-decisions of the dK/dV pass, and is legal only with the untuned values of those that say nothing there: no
-kernel is built twice.
+The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. ``one_pass`` has decisions
+of the dK/dV pass only, and of those the ones that it does not fix.
 """
 
 from __future__ import annotations
@@ -36,27 +35,32 @@ LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
 # nothing where these left room, and serialized every wgmma (C7512) where they did not.
 DQ_OTHER_REGISTERS = 32
 DKV_OTHER_REGISTERS = 16
-ONE_PASS_BUFFERS = 1  # of K and V, that the one pass is made for
 
 
-def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
-    return {
-        "one_pass": (0, 1),
+def _structures(head_dim: int, dtype: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    of_both: dict[str, tuple[int, ...]] = {
         # One warpgroup starts with more registers than setmaxnreg would raise it to; three would get 160 each
         # and need 176.
-        "dq_warpgroups": (2,),
-        "dq_keys": (32, 48, 64, 96),
-        "dq_stages": (2, 3, 4, 5, 6, 8),
-        "dq_heads": (1, 2, 4, 8, 16, 32),
-        "dq_registers": (232, 240),
-        "dq_producer_registers": (24, 40),
         "dkv_warpgroups": (2,),
-        "dkv_queries": (32, 48, 64, 96),
         "dkv_stages": (2, 3, 4, 5, 6, 8),
-        "dkv_buffers": (1, 2),
         "dkv_heads": (1, 2, 4, 8, 16, 32),
         "dkv_registers": (232, 240),
         "dkv_producer_registers": (24, 40),
+    }
+    return {
+        "two passes": {
+            "one_pass": (0,),
+            "dq_warpgroups": (2,),
+            "dq_keys": (32, 48, 64, 96),
+            "dq_stages": (2, 3, 4, 5, 6, 8),
+            "dq_heads": (1, 2, 4, 8, 16, 32),
+            "dq_registers": (232, 240),
+            "dq_producer_registers": (24, 40),
+            "dkv_queries": (32, 48, 64, 96),
+            "dkv_buffers": (1, 2),
+            **of_both,
+        },
+        "one pass": {"one_pass": (1,), **of_both},
     }
 
 
@@ -68,7 +72,7 @@ def _dq_registers(decisions: Decisions, head_dim: int) -> int:
 
 def _dkv_registers(decisions: Decisions, head_dim: int) -> int:
     """Registers of a dK/dV consumer: dK and dV, scores, dP, P and dS or the statistics of a chunk."""
-    queries = decisions["dkv_queries"]
+    queries = ONE_PASS_QUERIES if decisions["one_pass"] else decisions["dkv_queries"]
     return head_dim + queries + queries // 2 + DKV_OTHER_REGISTERS
 
 
@@ -84,31 +88,19 @@ def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | 
     return None
 
 
-def _unused_by_one_pass(head_dim: int) -> dict[str, int]:
-    wide = head_dim == 128
+def _passes(decisions: Decisions, head_dim: int) -> dict[str, tuple[int, int]]:
+    """Of each pass, by its prefix, the bytes of shared memory and the registers of a consumer."""
+    dkv_registers = _dkv_registers(decisions, head_dim)
+    if decisions["one_pass"]:
+        return {"dkv": (one_pass_arena(decisions, head_dim)[1], dkv_registers)}
     return {
-        "dq_warpgroups": 2,
-        "dq_keys": 64,
-        "dq_stages": 4 if wide else 6,
-        "dq_heads": 8,
-        "dq_registers": 240,
-        "dq_producer_registers": 24,
-        "dkv_queries": ONE_PASS_QUERIES,
-        "dkv_buffers": ONE_PASS_BUFFERS,
+        "dq": (dq_arena(decisions, head_dim)[1], _dq_registers(decisions, head_dim)),
+        "dkv": (dkv_arena(decisions, head_dim)[1], dkv_registers),
     }
 
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    needs = {
-        "dq": (dq_arena(decisions, head_dim)[1], _dq_registers(decisions, head_dim)),
-        "dkv": (dkv_arena(decisions, head_dim)[1], _dkv_registers(decisions, head_dim)),
-    }
-    if decisions["one_pass"]:
-        for name, value in _unused_by_one_pass(head_dim).items():
-            if decisions[name] != value:
-                return f"one_pass=1 has {name}={value}, not {decisions[name]}"
-        needs = {"dkv": (one_pass_arena(decisions, head_dim)[1], needs["dkv"][1])}
-    for name, (shared, registers) in needs.items():
+    for name, (shared, registers) in _passes(decisions, head_dim).items():
         if shared > SHARED_LIMIT:
             return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
         allotted = decisions[f"{name}_registers"]
@@ -123,29 +115,30 @@ def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTar
 
 
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
-    """Sizes on a logarithmic scale, work executed against useful work, bytes in flight, and the tiles that
-    each multiprocessor of a full chip gets.
+    """Of each pass, zeros where there is none: work executed against useful work, chunks a tile, the tiles
+    that each multiprocessor of a full chip gets, shared memory and registers.
     """
     useful = max(1, problem.layout.pairs(problem.length))
-    one_pass = decisions["one_pass"]
-    features = [float(one_pass)]
-    features += [math.log2(value) for name, value in sorted(decisions.items()) if name != "one_pass"]
+    passes = _passes(decisions, problem.head_dim)
+    features = [float(decisions["one_pass"])]
     for name, chunk in (("dq", "dq_keys"), ("dkv", "dkv_queries")):
+        if name not in passes:
+            features += [0.0] * 5
+            continue
+        shared, registers = passes[name]
+        chunk_rows = decisions.get(chunk, ONE_PASS_QUERIES)
         # By symmetry the queries of a key tile are counted like the keys of a query tile.
-        executed = problem.layout.executed_pairs(problem.length, WARPGROUP_ROWS, decisions[chunk])
+        executed = problem.layout.executed_pairs(problem.length, WARPGROUP_ROWS, chunk_rows)
         rows = WARPGROUP_ROWS * decisions[f"{name}_warpgroups"]
         heads = problem.query_heads if name == "dq" else problem.kv_heads
         tiles = problem.batch * heads * math.ceil(problem.length / rows)
         # Products a block: three and four in two passes, five in one.
-        products = {"dq": 0, "dkv": 5}[name] if one_pass else {"dq": 3, "dkv": 4}[name]
+        products = 5 if decisions["one_pass"] else {"dq": 3, "dkv": 4}[name]
         features.append(products * executed / useful)
-        features.append(executed / max(1, tiles) / (rows * decisions[chunk]))
+        features.append(executed / max(1, tiles) / (rows * chunk_rows))
         features.append(math.log2(tiles / MULTIPROCESSORS))
-    features.append(dq_arena(decisions, problem.head_dim)[1] / SHARED_LIMIT)
-    of_keys = one_pass_arena if one_pass else dkv_arena
-    features.append(of_keys(decisions, problem.head_dim)[1] / SHARED_LIMIT)
-    features.append(_dq_registers(decisions, problem.head_dim) / decisions["dq_registers"])
-    features.append(_dkv_registers(decisions, problem.head_dim) / decisions["dkv_registers"])
+        features.append(shared / SHARED_LIMIT)
+        features.append(registers / decisions[f"{name}_registers"])
     return features
 
 
@@ -157,11 +150,19 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. :mod:`.backward_one_pass` has the figures
     of one pass, which wins where bands are wide: no default can know that, a search does.
     """
+    wide = head_dim == 128
     return {
         "one_pass": 0,
-        **_unused_by_one_pass(head_dim),
+        "dq_warpgroups": 2,
+        "dq_keys": 64,
+        "dq_stages": 4 if wide else 6,
+        "dq_heads": 8,
+        "dq_registers": 240,
+        "dq_producer_registers": 24,
         "dkv_warpgroups": 2,
-        "dkv_stages": 5 if head_dim == 128 else 8,
+        "dkv_queries": 64,
+        "dkv_buffers": 1,
+        "dkv_stages": 5 if wide else 8,
         "dkv_heads": 8,
         "dkv_registers": 240,
         "dkv_producer_registers": 24,
@@ -181,7 +182,7 @@ def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarge
 BACKWARD = Space(
     family="hopper",
     direction="backward",
-    choices=_choices,
+    structures=_structures,
     illegal=_illegal,
     features=_features,
     untuned=_untuned,

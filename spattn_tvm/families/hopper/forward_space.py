@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.hopper import forward_sizes as sizes
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import Decisions, Space, one_structure
 
 from .support import MULTIPROCESSORS, unsupported
 
@@ -105,7 +105,7 @@ def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarge
 FORWARD = Space(
     family="hopper",
     direction="forward",
-    choices=_choices,
+    structures=one_structure(_choices),
     illegal=_illegal,
     features=_features,
     untuned=_untuned,

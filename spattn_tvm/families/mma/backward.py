@@ -135,7 +135,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     from .blocks import StridedTensor, flatten
 
     one_pass = bool(decisions["one_pass"])
-    dq_sizes, dkv_sizes = passes(decisions, head_dim, dtype)
+    *of_dq, dkv_sizes = passes(decisions, head_dim, dtype)
 
     @T.prim_func
     def backward(
@@ -198,6 +198,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         with T.attr({"tirx.device_entry": True}):
             make_delta(o, do, dlse, delta, dq_sum if one_pass else None, shape, head_dim, dtype)
         if not one_pass:
+            dq_sizes = T.meta_var(of_dq[0])
             with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": dq_sizes.blocks}):
                 dq_pass = T.meta_var(TilePass(dq_sizes, dtype, arch, call))
                 dq_pass.run()

@@ -161,9 +161,30 @@ class Pass:
         return outputs + max(scores + packed, dq) + fragments + 26
 
 
-def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pass, Pass]:
-    """The dQ pass and the dK/dV pass that decisions name."""
+def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pass, ...]:
+    """The passes that decisions name: that of dQ, where there is one, and that of dK and dV."""
     element = ELEMENT_BYTES[dtype]
+    exchange = decisions["dkv_strips"] == 0
+    one_pass = bool(decisions["one_pass"])
+    dkv = Pass(
+        keys=True,
+        head_dim=head_dim,
+        element=element,
+        warps=decisions["dkv_warps"],
+        split=decisions["dkv_split"],
+        exchange=exchange,
+        rows=decisions["dkv_rows"],
+        strip=decisions["dkv_strip"],
+        chunk=decisions["dkv_strip"] * (decisions["dkv_split"] if exchange else decisions["dkv_strips"]),
+        stages=decisions["dkv_stages"],
+        hold=bool(decisions["dkv_hold"]),
+        heads=decisions["dkv_heads"],
+        blocks=decisions["dkv_blocks"],
+        one_pass=one_pass,
+        vector=decisions["atomic_floats"] if one_pass else 1,
+    )
+    if one_pass:
+        return (dkv,)
     dq = Pass(
         keys=False,
         head_dim=head_dim,
@@ -180,24 +201,6 @@ def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pas
         blocks=decisions["dq_blocks"],
         one_pass=False,
         vector=1,
-    )
-    exchange = decisions["dkv_strips"] == 0
-    dkv = Pass(
-        keys=True,
-        head_dim=head_dim,
-        element=element,
-        warps=decisions["dkv_warps"],
-        split=decisions["dkv_split"],
-        exchange=exchange,
-        rows=decisions["dkv_rows"],
-        strip=decisions["dkv_strip"],
-        chunk=decisions["dkv_strip"] * (decisions["dkv_split"] if exchange else decisions["dkv_strips"]),
-        stages=decisions["dkv_stages"],
-        hold=bool(decisions["dkv_hold"]),
-        heads=decisions["dkv_heads"],
-        blocks=decisions["dkv_blocks"],
-        one_pass=bool(decisions["one_pass"]),
-        vector=decisions["atomic_floats"],
     )
     return dq, dkv
 
@@ -225,10 +228,8 @@ def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str)
     """Why a chip can't run the kernel with these decisions, or would spill registers; None if it can."""
     if decisions["one_pass"] and decisions["atomic_floats"] > 1 and arch in SINGLE_ATOMICS:
         return f"atomic_floats={decisions['atomic_floats']} needs sm_90, not {arch}"
-    dq, dkv = passes(decisions, head_dim, dtype)
-    if not decisions["one_pass"]:
-        reason = _pass_conflict(dq, arch)
+    for part in passes(decisions, head_dim, dtype):
+        reason = _pass_conflict(part, arch)
         if reason is not None:
-            return f"dQ pass: {reason}"
-    reason = _pass_conflict(dkv, arch)
-    return None if reason is None else f"dK/dV pass: {reason}"
+            return f"{'dK/dV' if part.keys else 'dQ'} pass: {reason}"
+    return None

@@ -1,8 +1,7 @@
 """Decision space of the portable tensor-core backward: its structure, its passes' shapes and their order.
 
 The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. With ``one_pass`` there is
-no dQ pass, and the ``dq_`` decisions say nothing; they stay, so that every point of the space has the same
-decisions.
+no dQ pass; without it nothing is added by atomics.
 """
 
 from __future__ import annotations
@@ -22,24 +21,14 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 
-def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
+def _structures(head_dim: int, dtype: str) -> dict[str, dict[str, tuple[int, ...]]]:
     wide = head_dim * sizes.ELEMENT_BYTES[dtype] > 256
     strips = (16, 32) if wide else (16, 32, 64)
     warps = (1, 2, 4) if wide else (2, 4, 8)
     rows, stages, heads = (16, 32), (1, 2, 3), (1, 4, 8, 16, 64)
     holds = (0,) if dtype == "float32" else (0, 1)
     blocks = (1, 2) if wide else (1, 2, 3, 4)
-    return {
-        "one_pass": (0, 1),
-        "atomic_floats": (1, 2, 4),
-        "dq_warps": warps,
-        "dq_rows": rows,
-        "dq_strip": strips,
-        "dq_strips": (1, 2, 4),
-        "dq_stages": stages,
-        "dq_hold": holds,
-        "dq_heads": heads,
-        "dq_blocks": blocks,
+    of_keys = {
         "dkv_warps": warps,
         "dkv_split": (1, 2, 4),
         "dkv_rows": rows,
@@ -50,6 +39,20 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
         "dkv_heads": heads,
         "dkv_blocks": blocks,
     }
+    of_queries = {
+        "dq_warps": warps,
+        "dq_rows": rows,
+        "dq_strip": strips,
+        "dq_strips": (1, 2, 4),
+        "dq_stages": stages,
+        "dq_hold": holds,
+        "dq_heads": heads,
+        "dq_blocks": blocks,
+    }
+    return {
+        "two passes": {"one_pass": (0,), **of_queries, **of_keys},
+        "one pass": {"one_pass": (1,), "atomic_floats": (1, 2, 4), **of_keys},
+    }
 
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
@@ -57,13 +60,17 @@ def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTar
 
 
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
-    """Sizes on a logarithmic scale; of each pass the work executed against useful work, what a product loads
-    from shared memory, shared memory, registers, and the tiles that each multiprocessor gets.
+    """Sizes on a logarithmic scale; of each pass, zeros where there is none, the work executed against useful
+    work, what a product loads from shared memory, shared memory, registers, and the tiles that each
+    multiprocessor gets.
     """
     layout, length = problem.layout, problem.length
     useful = max(1, layout.pairs(length))
-    features = [math.log2(value) if value else -1.0 for _, value in sorted(decisions.items())]
-    for part in sizes.passes(decisions, problem.head_dim, problem.dtype):
+    names = BACKWARD.names(problem.head_dim, problem.dtype)
+    features = [math.log2(value) if (value := decisions.get(name, 0)) else -1.0 for name in names]
+    passes = sizes.passes(decisions, problem.head_dim, problem.dtype)
+    features += [0.0] * 6 * (2 - len(passes))
+    for part in passes:
         # By symmetry the queries of a key tile are counted like the keys of a query tile.
         features.append(layout.executed_pairs(length, part.rows, part.strip) / useful)
         features.append(layout.executed_pairs(length, part.tile, part.chunk) / useful)
@@ -117,19 +124,15 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     """
     vectors = target.arch not in sizes.SINGLE_ATOMICS
     one_pass = int(vectors and not deterministic)
-    shared = {
-        "one_pass": one_pass,
-        "atomic_floats": 4 if vectors else 1,
-        "dq_heads": 8,
-        "dkv_heads": 8,
-        "dkv_hold": 0,
-    }
+    shared = {"one_pass": one_pass, "dkv_heads": 8, "dkv_hold": 0}
+    shared |= {"atomic_floats": 4} if one_pass else {"dq_heads": 8}
     for dq, dkv in product(_DQ_PREFERRED, _DKV_PREFERRED):
         # The sums of float32 products in flight spill with 32 rows or columns.
         if dtype == "float32" and (max(dq[1], dq[2], dkv[1]) > 16 or dq[_DQ.index("hold")]):
             continue
         decisions = dict(shared)
-        decisions.update({f"dq_{name}": value for name, value in zip(_DQ, dq, strict=True)})
+        if not one_pass:
+            decisions.update({f"dq_{name}": value for name, value in zip(_DQ, dq, strict=True)})
         decisions.update({f"dkv_{name}": value for name, value in zip(_DKV, dkv, strict=True)})
         if _illegal(decisions, head_dim, dtype, target) is None:
             return decisions
@@ -147,7 +150,7 @@ def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarge
 BACKWARD = Space(
     family="mma",
     direction="backward",
-    choices=_choices,
+    structures=_structures,
     illegal=_illegal,
     features=_features,
     untuned=_untuned,

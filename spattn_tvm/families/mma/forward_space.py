@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.mma import blocks as mma_tile
 from spattn_tvm.families.mma import forward as kernel
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import Decisions, Space, one_structure
 
 from .support import MULTIPROCESSORS, unsupported
 
@@ -115,7 +115,7 @@ def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarge
 FORWARD = Space(
     family="mma",
     direction="forward",
-    choices=_choices,
+    structures=one_structure(_choices),
     illegal=_illegal,
     features=_features,
     untuned=_untuned,
