@@ -15,7 +15,7 @@ from spattn_tvm.cache_forms import capacity_of
 from spattn_tvm.problem import useful_flops
 
 from .decode_operator import DECODE
-from .operators import BACKWARD, FORWARD
+from .operators import BACKWARD, FORWARD, Call
 
 # Queries and keys of a document.
 _Document = tuple[int, int]
@@ -56,40 +56,19 @@ def _layout(spec: str) -> BandLayout:
     return layout if layout.context_length is None else replace(layout, allow_longer=True)
 
 
-def _count(
-    direction: str,
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offset: int | None,
-    spec: str,
-) -> int:
+def _count(direction: str, q: Tensor, k: Tensor, call: Call) -> int:
     batch, _, length, head_dim = map(int, q.shape)
     keys = int(k.shape[2])
-    layout = _layout(spec)
-    if query_offset is not None:
+    layout = _layout(call.layout)
+    if call.query_offset is not None:
         # Keys behind the queries are seen by none.
-        keys = min(keys, max(0, length + int(query_offset)))
-    documents = _documents(layout, length, keys, cu_seqlens, cu_seqlens_k)
+        keys = min(keys, max(0, length + int(call.query_offset)))
+    documents = _documents(layout, length, keys, call.cu_seqlens, call.cu_seqlens_k)
     return batch * sum(useful_flops(layout, *document, head_dim, direction) for document in documents)
 
 
 @register_flop_formula(FORWARD.overloadpacket, get_raw=True)
-def count_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offsets: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    query_offset: int | None,
-    layout: str,
-    *rest: Any,
-    **_: Any,
-) -> int:
+def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     """Useful floating-point operations of ``banded_attention_forward``: ``4*D`` an attended pair.
 
     Boundaries of packed documents are read, which waits for the GPU there, as PyTorch's own formulas do.
@@ -98,7 +77,7 @@ def count_forward(
     What other tensors say of queries and keys is not read: queries count as the last ones of keys that all
     exist.
     """
-    return _count("forward", q, k, cu_seqlens, cu_seqlens_k, query_offset, layout)
+    return _count("forward", q, k, Call(*rest))
 
 
 @register_flop_formula(BACKWARD.overloadpacket, get_raw=True)
@@ -110,18 +89,11 @@ def count_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offsets: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    query_offset: int | None,
-    layout: str,
     *rest: Any,
     **_: Any,
 ) -> int:
     """Useful floating-point operations of ``banded_attention_backward``: ``10*D`` an attended pair."""
-    return _count("backward", q, k, cu_seqlens, cu_seqlens_k, query_offset, layout)
+    return _count("backward", q, k, Call(*rest))
 
 
 @register_flop_formula(DECODE.overloadpacket, get_raw=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,12 +25,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.dispatch import find_kernel
-from spattn_tvm.launch import (
-    launch_backward,
-    launch_forward,
-    like,
-)
+from spattn_tvm.dispatch import Kernel, find_kernel
+from spattn_tvm.launch import Domain, launch_backward, launch_forward, like
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.torch_private import (
     count_dispatch_modes,
@@ -43,28 +39,46 @@ from spattn_tvm.torch_private import (
 
 from .band_tables import find_domain
 
-# cu_seqlens, cu_seqlens_k, query_offsets, kv_lengths, kv_starts.
+
+class Call(NamedTuple):
+    """What both operators take after their tensors, in this order."""
+
+    # Where queries and keys lie, by tensors.
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    query_offsets: Tensor | None
+    kv_lengths: Tensor | None
+    kv_starts: Tensor | None
+    # Settings: an offset known here, BandLayout.spec, the factor of the scores.
+    query_offset: int | None
+    layout: str
+    scale: float
+    deterministic: bool
+    impl: str
+
+    def placement(self) -> dict[str, Any]:
+        """Keyword arguments of the reference."""
+        names = ("cu_seqlens", "cu_seqlens_k", "kv_lengths", "kv_starts")
+        offset = self.query_offset if self.query_offsets is None else self.query_offsets
+        return {"query_offset": offset, **{name: getattr(self, name) for name in names}}
+
+
+# The tensors and the settings of a Call.
 Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 SAME_ROWS: Places = (None, None, None, None, None)
-# query_offset, layout (BandLayout.spec), scale, deterministic, impl.
 Settings = tuple[int | None, str, float, bool, str]
 
-_PLACES = (
-    "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? query_offsets, Tensor? kv_lengths, Tensor? kv_starts, "
-    "SymInt? query_offset"
-)
+_SCHEMA_TYPES = {Tensor | None: "Tensor?", int | None: "SymInt?", str: "str", float: "Scalar", bool: "bool"}
+_CALL = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 
 LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 LIBRARY.define(
-    "banded_attention_forward(Tensor q, Tensor k, Tensor v, " + _PLACES + ", str layout, Scalar scale, "
-    "bool deterministic, str impl) -> (Tensor o, Tensor lse)",
+    f"banded_attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    + _PLACES
-    + ", str layout, Scalar scale, bool deterministic, str impl) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -87,109 +101,53 @@ def check_finite(scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _other_keys(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_k: Tensor | None,
-    query_offset: int | Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-) -> int | None:
-    """Number of keys of a call whose keys are not the queries' own rows, or don't all exist; else None."""
-    is_usual = cu_seqlens_k is None and query_offset is None and kv_lengths is None and kv_starts is None
-    return None if is_usual and q.shape[2] == k.shape[2] else k.shape[2]
+def _find(direction: str, q: Tensor, k: Tensor, call: Call) -> tuple[Kernel, Domain | None]:
+    """The kernel that serves a call, and which keys its queries attend to unless that is the reference."""
+    cu_seqlens, cu_seqlens_k, offsets, kv_lengths, kv_starts, offset, layout, _, deterministic, impl = call
+    offset = offset if offsets is None else offsets
+    is_usual = cu_seqlens_k is None and offset is None and kv_lengths is None and kv_starts is None
+    # Number of keys of a call whose keys are not the queries' own rows, or don't all exist; else None.
+    kv_length = None if is_usual and q.shape[2] == k.shape[2] else k.shape[2]
+    kernel = find_kernel(direction, q, layout, impl, deterministic, k.shape[1], kv_length)
+    if kernel.spec is None:
+        return kernel, None
+    return kernel, find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offsets: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    query_offset: int | None,
-    layout: str,
-    scale: float,
-    deterministic: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    check_finite(scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*rest)
+    check_finite(call.scale)
     q = with_contiguous_rows(q)
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    offset = query_offset if query_offsets is None else query_offsets
-    kv_length = _other_keys(q, k, cu_seqlens_k, offset, kv_lengths, kv_starts)
-    kernel = find_kernel("forward", q, layout, impl, deterministic, k.shape[1], kv_length)
-    if kernel.spec is None:
+    kernel, domain = _find("forward", q, k, call)
+    if domain is None:
+        layout = BandLayout.from_spec(call.layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            o, lse = reference_attention(
-                q,
-                k,
-                v,
-                BandLayout.from_spec(layout),
-                scale=scale,
-                cu_seqlens=cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k,
-                query_offset=offset,
-                kv_lengths=kv_lengths,
-                kv_starts=kv_starts,
-            )
+            o, lse = reference_attention(q, k, v, layout, scale=call.scale, **call.placement())
             return like(o, q), lse.to(lse_dtype(q.dtype))
-    domain = find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
-    return launch_forward(kernel, q, k, v, domain, scale)
+    return launch_forward(kernel, q, k, v, domain, call.scale)
 
 
 def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offsets: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    query_offset: int | None,
-    layout: str,
-    scale: float,
-    deterministic: bool,
-    impl: str,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*rest)
     q, k, v = with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v)
     # Hooks on saved tensors may have given them other strides, or another precision.
     o, lse, do = o.to(q.dtype), lse.to(lse_dtype(q.dtype)).contiguous(), do.to(q.dtype)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    offset = query_offset if query_offsets is None else query_offsets
-    kv_length = _other_keys(q, k, cu_seqlens_k, offset, kv_lengths, kv_starts)
-    kernel = find_kernel("backward", q, layout, impl, deterministic, k.shape[1], kv_length)
-    if kernel.spec is None:
+    kernel, domain = _find("backward", q, k, call)
+    if domain is None:
+        layout = BandLayout.from_spec(call.layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = reference_gradients(
-                q,
-                k,
-                v,
-                o,
-                lse,
-                do,
-                dlse,
-                BandLayout.from_spec(layout),
-                scale=scale,
-                cu_seqlens=cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k,
-                query_offset=offset,
-                kv_lengths=kv_lengths,
-                kv_starts=kv_starts,
+                q, k, v, o, lse, do, dlse, layout, scale=call.scale, **call.placement()
             )
             return like(dq, q), like(dk, k), like(dv, v)
-    domain = find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
-    return launch_backward(kernel, q, k, v, o, lse, do, dlse, domain, scale)
+    return launch_backward(kernel, q, k, v, o, lse, do, dlse, domain, call.scale)
 
 
 # --- registration --------------------------------------------------------------------------------------
@@ -202,21 +160,7 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("banded_attention_backward", _backward, _device)
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    query_offsets: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    query_offset: int | None,
-    layout: str,
-    scale: float,
-    deterministic: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     q = with_contiguous_rows(q)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
