@@ -8,6 +8,8 @@ import torch
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.families import find_space
+from spattn_tvm.families.cpu.abi import BACKWARD
+from spattn_tvm.families.family import Sizes
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import Domain
 from spattn_tvm.reference import reference_attention
@@ -33,6 +35,7 @@ PROBLEMS = [
     (1, 4, 4, 300, BandLayout.exclusive(4), None),
     (1, 3, 1, 257, BandLayout.equal_area(3), (0, 0, 31, 64, 65, 200, 257)),
     (1, 2, 2, 1, BandLayout.spattention(2), None),
+    (1, 2, 1, 701, BandLayout.custom([[(0, 3), (300, 700)], [(40, 290)]], 701), None),
 ]
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -62,6 +65,16 @@ def relative(result, expected):
     return ((result.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
+def run_backward(kernel, given, domain, workers):
+    q, k = given[:2]
+    dq = torch.full_like(q, math.nan)
+    dk, dv = (torch.full(tuple(q.shape), math.nan) for _ in range(2))
+    sizes = Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], workers)
+    scratch = [torch.full(item.shape(sizes), math.nan) for item in BACKWARD.scratch]
+    kernel(*given, *domain, dq, dk, dv, *scratch, q.shape[3] ** -0.5, workers)
+    return dq, *(g.unflatten(1, (k.shape[1], -1)).sum(2) for g in (dk, dv))
+
+
 @pytest.mark.parametrize("dtype,head_dim,changes", FORWARD_CASES)
 def test_forward_under_other_decisions(dtype, head_dim, changes):
     kernel = build("forward", dtype, head_dim, changes)
@@ -88,14 +101,11 @@ def test_backward_under_other_decisions(dtype, head_dim, changes):
         dlse = torch.randn_like(lse)
         finite = torch.where(lse.isfinite(), lse, 0.0)
         expected = torch.autograd.grad((o * do.double()).sum() + (finite * dlse).sum(), leaves)
-        dq = torch.full_like(q, math.nan)
-        dk, dv = (torch.full(tuple(q.shape), math.nan) for _ in range(2))
-        kernel(
-            q, k, v, o.detach().to(q.dtype), lse.detach().float(), do, dlse.float(),
-            *Domain.of_same_rows(table, cu_seqlens), dq, dk, dv, head_dim**-0.5, 2,
-        )  # fmt: skip
-        group = q.shape[1] // k.shape[1]
-        dk, dv = (g.unflatten(1, (k.shape[1], group)).sum(2) for g in (dk, dv))
-        for result, gradient in zip((dq, dk, dv), expected, strict=True):
-            # With one key dq is a difference of nearly equal numbers, hence the absolute term.
-            assert relative(result, gradient) < 8 * UNIT[dtype] + 2e-5
+        given = q, k, v, o.detach().to(q.dtype), lse.detach().float(), do, dlse.float()
+        for workers in (1, 3, 16):
+            results = run_backward(kernel, given, Domain.of_same_rows(table, cu_seqlens), workers)
+            for result, gradient in zip(results, expected, strict=True):
+                # With one key dq is a difference of nearly equal numbers, hence the absolute term.
+                assert relative(result, gradient) < 8 * UNIT[dtype] + 2e-5
+        again = run_backward(kernel, given, Domain.of_same_rows(table, cu_seqlens), workers)
+        assert all(torch.equal(*pair) for pair in zip(again, results, strict=True))

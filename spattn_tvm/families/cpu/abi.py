@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
 
 if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
+
+# With so many heads a thread, threads that take every so many-th head finish within about 15% of one another.
+HEADS_PER_THREAD = 4
+
+
+def splits_heads(batch_heads: Any, threads: Any) -> Any:
+    """Whether the backward divides heads among threads (:mod:`.segments`); of numbers or expressions."""
+    return (batch_heads < HEADS_PER_THREAD * threads) & (threads > 1)
+
+
+def _dq_sum(n: Sizes) -> tuple[int, ...]:
+    batch = n.batch if splits_heads(n.batch * n.query_heads, n.workers) else 0
+    return batch, n.query_heads, n.queries, n.head_dim
+
 
 FORWARD = Abi(
     inputs=("q", "k", "v", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
@@ -24,6 +38,8 @@ BACKWARD = Abi(
         Output("dk", like="k", per_query_head=True),
         Output("dv", like="v", per_query_head=True),
     ),
+    # A float32 kernel adds in dq itself and never touches this memory.
+    scratch=(Scratch("dq_sum", shape=_dq_sum, dtype="float32"),),
 )
 
 # Parts that a step of decoding is divided into, for each worker, so that uneven ones fill the workers.

@@ -23,6 +23,7 @@ from spattn_tvm.domains.tiles import first_slot, table_row, tile_slots
 
 from .exponential import LN2, exp
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
+from .rows import find_document, strided_rows
 
 # A running maximum not above any finite score, yet finite: -inf - -inf would be NaN.
 LOWEST = -3.4028234663852886e38
@@ -79,22 +80,14 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
         T.func_attr({"global_symbol": "forward", "tirx.noalias": True})
         B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         M, DOCUMENTS_1, RANGES = T.int64(), T.int64(), T.int64()
-        qb, qh, qn = T.int64(), T.int64(), T.int64()
-        kb, kh, kn = T.int64(), T.int64(), T.int64()
-        vb, vh, vn = T.int64(), T.int64(), T.int64()
-        ob, oh, on = T.int64(), T.int64(), T.int64()
-        q = T.match_buffer(q_handle, (B, HQ, N, D), dtype, strides=(qb, qh, qn, 1), align=2, offset_factor=1)
-        k = T.match_buffer(
-            k_handle, (B, HKV, NK, D), dtype, strides=(kb, kh, kn, 1), align=2, offset_factor=1
-        )
-        v = T.match_buffer(
-            v_handle, (B, HKV, NK, D), dtype, strides=(vb, vh, vn, 1), align=2, offset_factor=1
-        )
+        q = strided_rows(q_handle, (B, HQ, N, D), dtype)
+        k = strided_rows(k_handle, (B, HKV, NK, D), dtype)
+        v = strided_rows(v_handle, (B, HKV, NK, D), dtype)
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
         cu_seqlens = T.match_buffer(cu_seqlens_handle, (DOCUMENTS_1,), "int32", align=4)
         cu_seqlens_k = T.match_buffer(cu_seqlens_k_handle, (DOCUMENTS_1,), "int32", align=4)
         key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
-        o = T.match_buffer(o_handle, (B, HQ, N, D), dtype, strides=(ob, oh, on, 1), align=2, offset_factor=1)
+        o = strided_rows(o_handle, (B, HQ, N, D), dtype)
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
         for worker in T.parallel(workers):
             query = T.alloc_buffer((D, R), "float32")
@@ -134,12 +127,7 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
 
                 bounds[0] = 0
                 bounds[1] = documents - 1
-                while bounds[0] < bounds[1]:
-                    middle: T.let[T.int32] = (bounds[0] + bounds[1] + 1) // 2
-                    if first_slot(cu_seqlens[middle], middle, R) <= slot:
-                        bounds[0] = middle
-                    else:
-                        bounds[1] = middle - 1
+                find_document(cu_seqlens, slot, R, bounds, 0)
                 document: T.let[T.int32] = bounds[0]
                 begin: T.let[T.int32] = cu_seqlens[document]
                 end: T.let[T.int32] = cu_seqlens[document + 1]
