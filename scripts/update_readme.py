@@ -25,7 +25,7 @@ from typing import Any
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.bench.peers import is_ours
-from spattn_tvm.families import find_space
+from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import parse_target
@@ -115,7 +115,7 @@ def best_but_untuned_us(log: Path, family: str) -> float:
     """The least latency that a search logged for other decisions than the untuned default."""
     run = read_run(log)
     problem, target = AttentionProblem.from_json(run["problem"]), parse_target(run["target"])
-    untuned = find_space(family, problem.direction).untuned(problem.head_dim, problem.dtype, target)
+    untuned = KernelSpec.untuned(family, problem, target).decisions
     return min(
         measurement.latency_us
         for measurement in read_measurements(log)

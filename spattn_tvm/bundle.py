@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .build.label import contradiction
-from .families.kernel import KernelSpec
+from .families.kernel import KernelSpec, is_far
 from .file_reading import parse_json, read_regular_file, shown
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .runtime import RUNTIME_LIBRARY
@@ -106,7 +106,8 @@ class Bundle:
         deterministic: bool = False,
     ) -> BundledKernel | None:
         """The kernel exported for the problem nearest to this one, among those for the target nearest to
-        this device: its very model, its instruction set, or one that it runs as well.
+        this device: its very model, its instruction set, or one that it runs as well. One for bands of
+        another width serves only where there is no better (:func:`~spattn_tvm.families.kernel.is_far`).
 
         None if there is none for its direction, dtype and head dim, none whose results are bitwise
         reproducible where that is asked for, or the bundle is for other devices.
@@ -124,6 +125,14 @@ class Bundle:
             key=lambda entry: (
                 _distance(entry.target, target),
                 not is_same_problem(problem, entry.problem),
+                is_far(
+                    entry.kernel.family,
+                    problem,
+                    entry.problem,
+                    target,
+                    deterministic,
+                    measured=entry.status != "untuned",
+                ),
                 problem_distance(problem, entry.problem),
             ),
             default=None,

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .families import families_for, find_family, find_space, has_space
-from .families.kernel import KernelSpec
+from .families.kernel import KernelSpec, is_far
 from .problem import AttentionProblem, is_same_problem, problem_distance
 from .store import ScheduleRecord, read_cached, schedules_root, target_folders
 from .target import MachineTarget, parse_target
+
+# In problem_distance: what bands four times as wide count.
+_KINSHIP = 2.0
 
 
 class NoKernelError(ValueError):
@@ -36,7 +40,7 @@ def _difference(wanted: AttentionProblem, record: ScheduleRecord, target: Machin
     known = record.problem
     parts = []
     if record.target != target.folder:
-        parts.append(f"on {record.target}")
+        parts.append(f"on {record.target}, another chip with {target.arch}")
     if known.dtype != wanted.dtype:
         parts.append(f"for {known.dtype}")
     if (known.batch, known.query_heads, known.kv_heads, known.length, known.keys) != (
@@ -109,10 +113,12 @@ def find_schedule(
 ) -> Choice:
     """Decisions for a problem on a target, from the records or the space's default.
 
-    In this order: a record of the very problem on this chip (``tuned``); the record of this chip nearest by
-    :func:`problem_distance`; the nearest of another chip with the same instruction set (both ``nearest``);
-    the space's default (``untuned``). Only records of the same direction and head dim count, and of equally
-    near ones the faster.
+    In this order: a record of the very problem on this chip (``tuned``); the record of this chip, or of
+    another with the same instruction set, that is nearest by :func:`problem_distance`, where the other chip
+    counts as much as bands four times as wide (``nearest``); the space's default (``untuned``). Only records
+    of the same direction and head dim count, and of equally near ones the faster. One for bands so much wider
+    or narrower that the default is another kernel there (:func:`~spattn_tvm.families.kernel.is_far`) does not
+    count.
 
     A record decides between families only if those that are preferred to its own were measured beside it, for
     the same problem on the same chip: else the most preferred of them serves, with what is known of it alone.
@@ -178,6 +184,14 @@ def find_schedule(
     here = usable(target.folder)
     elsewhere: list[ScheduleRecord] | None = None
 
+    def nearness(record: ScheduleRecord) -> tuple[Any, ...]:
+        distance = problem_distance(problem, record.problem) + _KINSHIP * (record.target != target.folder)
+        return distance, record.latency_us, record.problem.key, record.target
+
+    def is_beyond(record: ScheduleRecord, names: Sequence[str]) -> bool:
+        """A record speaks for what all families would do at its problem, beside which it was measured."""
+        return any(is_far(name, problem, record.problem, target, deterministic) for name in names)
+
     def choose(names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
         """The choice among some families, and the records measured beside its own."""
         nonlocal elsewhere
@@ -187,25 +201,25 @@ def find_schedule(
             record = min(same, key=lambda item: item.latency_us)
             reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
             return Choice(kernel_of(record), "tuned", reason, record), same
-        if not known:
-            if elsewhere is None:
-                elsewhere = [record for folder in _other_models(target, root) for record in usable(folder)]
-            known = [record for record in elsewhere if record.kernel.family in names]
-        if known:
-            record = min(
-                known,
-                key=lambda item: (
-                    problem_distance(problem, item.problem),
-                    item.latency_us,
-                    item.problem.key,
-                ),
-            )
+        if elsewhere is None:
+            elsewhere = [record for folder in _other_models(target, root) for record in usable(folder)]
+        known += [record for record in elsewhere if record.kernel.family in names]
+        known.sort(key=nearness)
+        near = [record for record in known if not is_beyond(record, names)]
+        if near:
+            record = near[0]
             reason = f"nearest record, measured {_difference(problem, record, target)}"
-            beside = [r for r in known if (r.problem, r.target) == (record.problem, record.target)]
+            beside = [r for r in near if (r.problem, r.target) == (record.problem, record.target)]
             return Choice(kernel_of(record), "nearest", reason, record), beside
-        reason = (
-            f"no record for {problem.direction} d{problem.head_dim} on {target.folder} or its instruction set"
-        )
+        if known:
+            reason = (
+                f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
+                f"{_difference(problem, known[0], target)}, has {known[0].problem.mean_keys:.0f}, for which "
+                "the default is another"
+            )
+        else:
+            wanted = f"{problem.direction} d{problem.head_dim}"
+            reason = f"no record for {wanted} on {target.folder} or its instruction set"
         return Choice(KernelSpec.untuned(names[0], problem, target, deterministic), "untuned", reason), []
 
     choice, beside = choose(able)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .bands import BandLayout
 from .bundle import FORMAT, MANIFEST, VERSIONED_PACKAGES, file_sha256, read_manifest
 from .choice import find_schedule
+from .families import families_for, find_space, has_space
 from .problem import AttentionProblem
 from .provenance import installed_versions
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
@@ -41,7 +45,8 @@ def export_bundle(
     problems : iterable of AttentionProblem
         Each gets the kernel that dispatch would choose on each target, and, where that one's gradients are
         not bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout
-        of its direction, dtype and head dim; a training run needs both directions.
+        of its direction, dtype and head dim; where another is chosen for much wider or narrower bands, that
+        one is exported too. A training run needs both directions.
     targets : MachineTarget or iterable of MachineTarget
         This machine's or any others that this machine can compile for. Where the bundle runs, a call takes
         the kernel of the target that is nearest to its device.
@@ -107,6 +112,23 @@ def export_bundle(
     return folder
 
 
+def _of_other_widths(problem: AttentionProblem, target: MachineTarget) -> Iterator[AttentionProblem]:
+    """Problems like one, with bands of the other widths between which the families' defaults differ."""
+    steps = {
+        step
+        for family in families_for(target)
+        if has_space(family, problem.direction)
+        for step in find_space(family, problem.direction).width_steps
+    }
+    edges = [0, *sorted(steps), math.inf]
+    for begin, end in itertools.pairwise(edges):
+        if steps and not begin <= problem.mean_keys < end:
+            # Causal bands have half their length of keys a query.
+            length = 2 * begin if begin else int(end)
+            layout = BandLayout.causal(problem.query_heads)
+            yield replace(problem, layout=layout, length=int(length), kv_length=None)
+
+
 def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> list[dict[str, Any]]:
     """Compile a problem's kernels into a folder; their entries in the manifest."""
     from .build.label import label_library
@@ -114,16 +136,25 @@ def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> l
     from .build.resources import describe_resources, library_metadata
 
     # The fastest comes first, so that it is the one of equally near kernels that a call takes.
-    choices = [find_schedule(problem, target, deterministic=asked) for asked in (False, True)]
+    fastest, steady = (find_schedule(problem, target, deterministic=asked) for asked in (False, True))
+    choices = [(problem, fastest)]
+    if steady.kernel != fastest.kernel:
+        choices.append((problem, steady))
+    known = {fastest.kernel}
+    for other in _of_other_widths(problem, target):
+        choice = find_schedule(other, target)
+        if choice.kernel not in known:
+            known.add(choice.kernel)
+            choices.append((other, choice))
     entries = []
-    for choice in choices if choices[0].kernel != choices[1].kernel else choices[:1]:
+    for served, choice in choices:
         library = compile_kernel(choice.kernel, target)
         if not (folder / library.name).exists():
             shutil.copyfile(library, folder / library.name)
             label_library(folder / library.name, choice.kernel, target)
         entries.append(
             {
-                "problem": problem.to_json(),
+                "problem": served.to_json(),
                 "target": target.folder,
                 "family": choice.kernel.family,
                 "decisions": dict(choice.kernel.decisions),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .bands import FLOPS_PER_PAIR, LIMIT, BandLayout
@@ -141,6 +142,16 @@ class AttentionProblem:
         """Number of keys."""
         return self.length if self.kv_length is None else self.kv_length
 
+    @cached_property
+    def mean_keys(self) -> float:
+        """Keys that a query attends to, the mean over queries and heads, and at least 1: how wide the bands
+        are. Documents are not known here, and are taken for one.
+        """
+        pairs = self.layout.pairs(self.keys)
+        if self.keys > self.length:
+            pairs -= self.layout.pairs(self.keys - self.length)
+        return max(1.0, pairs / (self.query_heads * self.length))
+
     @property
     def useful_flops(self) -> int:
         """Floating-point operations of the attended pairs: ``4*D`` each forward and decoding, ``10*D``
@@ -212,18 +223,15 @@ class AttentionProblem:
 def problem_distance(wanted: AttentionProblem, known: AttentionProblem) -> float:
     """How far a problem is from one that was measured.
 
-    The sum of ``|log2|`` of the ratios of length, of keys per query, of batch times query heads and of query
-    heads per key head, plus 1 for a layout of another name and 4 for another dtype: a doubled length weighs
-    as much as another layout, and a record of the same dtype is preferred unless its shape is 16 times
-    further off.
+    The sum of ``|log2|`` of the ratios of mean keys a query (the width of the bands, which decides how long a
+    tile's loop is), of query heads per key head, and, at half the weight, of queries in all (how many tiles
+    there are), plus 1 for a layout of another name and 4 for another dtype: bands twice as wide weigh as much
+    as another layout, and a record of the same dtype is preferred unless its bands are 16 times further off.
     """
-    ratios = (
-        wanted.length / known.length,
-        (wanted.keys / wanted.length) / (known.keys / known.length),
-        wanted.batch * wanted.query_heads / (known.batch * known.query_heads),
-        (wanted.query_heads / wanted.kv_heads) / (known.query_heads / known.kv_heads),
-    )
-    distance = sum(abs(math.log2(ratio)) for ratio in ratios)
+    queries = [problem.batch * problem.query_heads * problem.length for problem in (wanted, known)]
+    distance = abs(math.log2(wanted.mean_keys / known.mean_keys))
+    distance += abs(math.log2(queries[0] / queries[1])) / 2
+    distance += abs(math.log2((wanted.query_heads / wanted.kv_heads) / (known.query_heads / known.kv_heads)))
     distance += wanted.layout.name != known.layout.name
     return distance + 4 * (wanted.dtype != known.dtype)
 

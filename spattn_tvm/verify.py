@@ -143,7 +143,7 @@ def kernels_of_records(records: Iterable[ScheduleRecord]) -> list[CheckedKernel]
 
 def kernels_of(target: MachineTarget) -> list[CheckedKernel]:
     """Each distinct kernel of the target's shipped records, and untuned ones of some dtypes and head dims:
-    the fastest, and the deterministic one where that is another."""
+    the fastest for bands of any width, and the deterministic ones where those are others."""
     from .store import load_records
 
     kernels = kernels_of_records(load_records(target.folder))
@@ -154,9 +154,9 @@ def kernels_of(target: MachineTarget) -> list[CheckedKernel]:
                 if space.unsupported(head_dim, dtype, target) is not None:
                     continue
                 for deterministic in (False, True):
-                    decisions = space.untuned(head_dim, dtype, target, deterministic=deterministic)
-                    spec = KernelSpec(family, direction, dtype, head_dim, decisions)
-                    kernels.append(CheckedKernel(spec, "untuned"))
+                    for decisions in space.all_untuned(head_dim, dtype, target, deterministic):
+                        spec = KernelSpec(family, direction, dtype, head_dim, decisions)
+                        kernels.append(CheckedKernel(spec, "untuned"))
     return _distinct(kernels)
 
 

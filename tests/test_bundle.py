@@ -573,4 +573,44 @@ def test_an_export_adds_the_deterministic_kernel_where_the_fastest_is_another(
         ("mma", 1),
         ("mma", 0),
         ("hopper", 0),
+        ("hopper", 1),
     ]
+
+
+@pytest.mark.parametrize("exported", [4096, 65536])
+def test_an_export_has_the_kernels_of_bands_of_every_width(
+    exported: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a call gets that of its own, whatever length was exported."""
+
+    def write_instead(kernel: KernelSpec, target: MachineTarget) -> Path:
+        path = tmp_path / f"{kernel.name}.so"
+        path.write_bytes(kernel.name.encode())
+        return path
+
+    monkeypatch.setattr("spattn_tvm.build.library_cache.compile_kernel", write_instead)
+    monkeypatch.setenv("SPATTN_SCHEDULES", str(tmp_path / "none"))
+    h100 = parse_target("nvidia/h100")
+
+    def problem(direction: str, length: int, layout: BandLayout | None = None) -> AttentionProblem:
+        bands = layout or BandLayout.spattention(16)
+        return AttentionProblem(direction, "bfloat16", 1, 16, 16, length, 128, bands)
+
+    folder = export_bundle(
+        tmp_path / "bundle", [problem("forward", exported), problem("backward", exported)], h100
+    )
+    entries = json.loads((folder / MANIFEST).read_text())["kernels"]
+    kernels = tuple(
+        BundledKernel(served, KernelSpec.of(e["family"], served, e["decisions"]), "untuned", "", folder, h100)
+        for e in entries
+        if (served := AttentionProblem.from_json(e["problem"]))
+    )
+    bundle = Bundle(folder, (h100,), kernels, {}, {})
+    for direction in ("forward", "backward"):
+        for length in (1024, 4096, 65536, 131072):
+            for layout in (None, BandLayout.causal(16), BandLayout.sliding_window(16, 1024)):
+                wanted = problem(direction, length, layout)
+                for asked in (False, True):
+                    found = bundle.nearest(wanted, h100, deterministic=asked)
+                    assert found is not None
+                    assert found.kernel == KernelSpec.untuned("hopper", wanted, h100, asked)

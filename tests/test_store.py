@@ -121,7 +121,8 @@ def test_layouts_are_the_same_problem_when_their_intervals_are(tmp_path: Path) -
         ({"length": 2048}, {"length": 1024}),
         ({"batch": 2}, {"batch": 8}),
         ({"length": 8192}, {"dtype": "bfloat16"}),
-        ({"layout": BandLayout.causal(16)}, {"layout": BandLayout.causal(16), "length": 2048}),
+        ({"layout": BandLayout.causal(16), "length": 2048}, {"layout": BandLayout.causal(16)}),
+        ({"length": 16384, "layout": BandLayout.sliding_window(16, 400)}, {"length": 1024}),
         ({"kv_heads": 8}, {"kv_heads": 2}),
     ],
 )
@@ -133,20 +134,23 @@ def test_the_nearest_record_of_the_chip_is_taken(tmp_path: Path, near: dict, far
     assert "nearest record" in choice.reason
 
 
-def test_records_of_this_chip_come_before_those_of_its_instruction_set_and_other_sets_do_not_count(
+def test_a_chips_own_records_come_before_equally_near_ones_of_its_instruction_set_and_no_others_count(
     tmp_path: Path,
 ) -> None:
     older = record(target=OLDER)
     sibling = record(target=SIBLING)
-    mine = record(problem(length=64))
     save_records([older], tmp_path)
     assert find_schedule(BASE, HERE, root=tmp_path).status == "untuned"
     save_records([sibling], tmp_path)
     choice = find_schedule(BASE, HERE, root=tmp_path)
     assert (choice.status, choice.record) == ("nearest", sibling)
     assert SIBLING.folder in choice.reason
-    save_records([mine], tmp_path)
-    assert find_schedule(BASE, HERE, root=tmp_path).record == mine
+    assert "another chip with x86-64-v4" in choice.reason
+    far, near = record(problem(length=64)), record(problem(length=2048))
+    save_records([far], tmp_path)
+    assert find_schedule(BASE, HERE, root=tmp_path).record == sibling
+    save_records([near], tmp_path)
+    assert find_schedule(BASE, HERE, root=tmp_path).record == near
 
 
 def test_the_default_is_taken_without_a_record_of_this_direction_and_head_dim(tmp_path: Path) -> None:
@@ -711,6 +715,54 @@ def gpu_record(family: str, latency_us: float, **changes: Any) -> ScheduleRecord
     wanted = problem(dtype="bfloat16", head_dim=128, **changes)
     h200 = parse_target("nvidia/h200")
     return ScheduleRecord(wanted, h200.folder, KernelSpec.untuned(family, wanted, h200), latency_us)
+
+
+def test_a_record_of_narrow_bands_does_not_speak_for_wide_ones_whose_default_is_another(
+    tmp_path: Path,
+) -> None:
+    """On its own chip and on a kin one, in both directions; also where another family was measured beside."""
+    h200, h100 = parse_target("nvidia/h200"), parse_target("nvidia/h100")
+    for direction in ("forward", "backward"):
+
+        def at(length: int, heads: int = 16, direction: str = direction) -> AttentionProblem:
+            return problem(
+                direction=direction, dtype="bfloat16", head_dim=128, length=length, query_heads=heads,
+                kv_heads=heads, layout=BandLayout.spattention(heads),
+            )  # fmt: skip
+
+        measured = [
+            ScheduleRecord(at(length), h200.folder, KernelSpec.untuned(family, at(length), h200), latency_us)
+            for length, family, latency_us in (
+                (4096, "hopper", 400.0),
+                (4096, "mma", 300.0),
+                (65536, "hopper", 13000.0),
+                (65536, "mma", 20000.0),
+            )
+        ]
+        root = tmp_path / direction
+        save_records(measured[:2], root)
+        for target, status in ((h200, "tuned"), (h100, "nearest")):
+            assert find_schedule(at(4096), target, root=root).status == status
+            assert find_schedule(at(2048), target, root=root).record == measured[1]
+            choice = find_schedule(at(65536), target, root=root)
+            assert (choice.status, choice.kernel) == (
+                "untuned",
+                KernelSpec.untuned("hopper", at(65536), h100),
+            )
+            assert "the default for 5769 keys a query; the nearest record" in choice.reason
+            assert "has 361, for which the default is another" in choice.reason
+            # A family whose default is the same for all bands is served by what was measured.
+            assert find_schedule(at(65536), target, root=root, families=["mma"]).record == measured[1]
+        save_records(measured[2:], root)
+        for target in (h200, h100):
+            assert find_schedule(at(131072), target, root=root).record == measured[2]
+            assert find_schedule(at(32768), target, root=root).record == measured[2]
+            assert find_schedule(at(1024), target, root=root).record == measured[1]
+        # A chip's own record of other bands comes behind its kin's of the very same.
+        own = dataclasses.replace(measured[0], target=h100.folder)
+        save_records([own], root)
+        assert find_schedule(at(65536), h100, root=root).record == measured[2]
+        assert find_schedule(at(2048), h100, root=root, families=["hopper"]).record == own
 
 
 def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measured_beside_it(

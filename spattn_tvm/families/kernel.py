@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -123,11 +124,8 @@ class KernelSpec:
     ) -> KernelSpec:
         """The kernel that a family's space names for a problem without a search."""
         space = find_space(family, problem.direction)
-        return cls.of(
-            family,
-            problem,
-            space.untuned(problem.head_dim, problem.dtype, target, deterministic=deterministic),
-        )
+        key = (problem.mean_keys, problem.head_dim, problem.dtype, target, deterministic)
+        return cls.of(family, problem, space.untuned_at(*key))
 
     def __str__(self) -> str:
         return f"{self.family} {self.direction} {self.dtype} head dim {self.head_dim}"
@@ -197,3 +195,32 @@ class KernelSpec:
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(f"a kernel is a JSON object with the fields {sorted(names)}, got {data!r}")
         return cls(**data)
+
+
+# In |log2| of mean keys a query. Records are made at lengths four times apart: what lies between two of them
+# is within a factor of two of one.
+_FAR = 1.25
+
+
+def is_far(
+    family: str,
+    wanted: AttentionProblem,
+    known: AttentionProblem,
+    target: MachineTarget,
+    deterministic: bool = False,
+    *,
+    measured: bool = True,
+) -> bool:
+    """Whether a kernel for a problem is none for another, because its bands are so much wider or narrower
+    that the family's own default is another kernel.
+
+    Where the default is the same for both, a kernel that was `measured` is better evidence than it, and so it
+    is near the width at which defaults change.
+    """
+    space = find_space(family, wanted.direction)
+    if not space.width_steps:
+        return False
+    if measured and abs(math.log2(wanted.mean_keys / known.mean_keys)) <= _FAR:
+        return False
+    key = (wanted.head_dim, wanted.dtype, target, deterministic)
+    return space.untuned_at(wanted.mean_keys, *key) != space.untuned_at(known.mean_keys, *key)

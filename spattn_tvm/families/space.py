@@ -47,13 +47,16 @@ class Space:
         What the cost model learns from besides the decisions; the same length for every structure.
     untuned : (head_dim, dtype, target, deterministic=False) -> dict[str, int]
         Legal decisions for any problem, chosen without a search; with ``deterministic`` such that
-        ``is_deterministic`` holds.
+        ``is_deterministic`` holds. A space with `width_steps` takes ``width=0`` as well.
     build : (decisions, head_dim, dtype, target) -> tvm.IRModule
         The kernel, exporting one function named after the direction. Imports TVM.
     unsupported : (head_dim, dtype, target) -> str or None
         Why no decision of the space can serve a head dim, dtype or target, or None. Asked before the others.
     is_deterministic : (decisions) -> bool
         Whether results are bitwise equal from run to run. By default they are.
+    width_steps : tuple of int
+        Mean numbers of keys a query from which `untuned` has other decisions. It is given the greatest that
+        a problem reaches, or 0, as ``width``.
     """
 
     family: str
@@ -65,6 +68,7 @@ class Space:
     build: Callable[[Decisions, int, str, MachineTarget], Any]
     unsupported: Callable[[int, str, MachineTarget], str | None]
     is_deterministic: Callable[[Decisions], bool] = lambda decisions: True
+    width_steps: tuple[int, ...] = ()
 
     def structure(self, decisions: Decisions, head_dim: int, dtype: str) -> str | None:
         """The structure of a kernel, by the decisions that tell structures apart; None if it is of none."""
@@ -96,6 +100,31 @@ class Space:
             return dict(decisions)
         idle = set(self.names(head_dim, dtype)) - set(self.structures(head_dim, dtype)[structure])
         return {name: value for name, value in decisions.items() if name not in idle}
+
+    def untuned_at(
+        self,
+        mean_keys: float,
+        head_dim: int,
+        dtype: str,
+        target: MachineTarget,
+        deterministic: bool = False,
+    ) -> dict[str, int]:
+        """Decisions without a search for problems whose queries attend to so many keys on average."""
+        if not self.width_steps:
+            return self.untuned(head_dim, dtype, target, deterministic=deterministic)
+        width = max((step for step in self.width_steps if step <= mean_keys), default=0)
+        return self.untuned(head_dim, dtype, target, deterministic=deterministic, width=width)
+
+    def all_untuned(
+        self, head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False
+    ) -> list[dict[str, int]]:
+        """What `untuned_at` says for any problem, each once."""
+        found: list[dict[str, int]] = []
+        for width in (0, *self.width_steps):
+            decisions = self.untuned_at(width, head_dim, dtype, target, deterministic)
+            if decisions not in found:
+                found.append(decisions)
+        return found
 
     def rejection(self, decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
         """Why ``decisions`` can't be used (unsupported, misnamed, not offered or illegal), or None."""

@@ -22,6 +22,7 @@ from spattn_tvm.families.hopper.backward import build_hopper_backward
 from spattn_tvm.families.hopper.backward_sizes import SHARED_LIMIT, shared_bytes
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import Domain, launch_backward
+from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.runtime import load_library
 from spattn_tvm.target import MachineTarget, parse_target
@@ -31,9 +32,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def one_pass_decisions(head_dim: int, dtype: str, target: MachineTarget) -> dict[str, int]:
-    untuned = SPACE.untuned(head_dim, dtype, target)
-    changed = {**untuned, "one_pass": 1, "dkv_stages": 3 if head_dim == 128 else 5}
-    return SPACE.without_idle(changed, head_dim, dtype)
+    return SPACE.untuned_at(65536, head_dim, dtype, target)
 
 
 @pytest.fixture
@@ -50,6 +49,24 @@ def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str, h200: Machin
     for name in ("dq_stages", "dkv_stages"):
         deeper = {**decisions, name: 1000}
         assert "1000" in str(SPACE.rejection(deeper, head_dim, dtype, h200))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_pass_is_the_default_for_wide_bands_only(head_dim: int, h200: MachineTarget) -> None:
+    def chosen(layout: BandLayout, length: int, deterministic: bool = False) -> int:
+        problem = AttentionProblem("backward", "bfloat16", 1, 16, 4, length, head_dim, layout)
+        kernel = KernelSpec.untuned("hopper", problem, h200, deterministic)
+        assert kernel.rejection(h200) is None
+        return kernel.decisions["one_pass"]
+
+    bands = BandLayout.spattention(16)
+    assert [chosen(bands, length) for length in (512, 1024, 4096, 65536, 131072)] == [0, 0, 0, 1, 1]
+    assert chosen(bands, 65536, deterministic=True) == 0
+    assert chosen(BandLayout.causal(16), 16384) == 1
+    assert chosen(BandLayout.sliding_window(16, 512), 131072) == 0
+    assert chosen(BandLayout.custom([[] for _ in range(16)], 64), 64) == 0
+    assert len(SPACE.all_untuned(head_dim, "bfloat16", h200)) == 2
+    assert len(SPACE.all_untuned(head_dim, "bfloat16", h200, deterministic=True)) == 1
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

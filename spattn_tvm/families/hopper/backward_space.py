@@ -142,15 +142,38 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     return features
 
 
-def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
-    """Two passes, chunks of 64 and the deepest rings that fit, with one buffer of K and V.
+# Mean keys a query from which one pass is the default: clearing and converting dQ costs the same whatever the
+# bands, and of products it has five where two passes have seven. ms on an H100 (bfloat16, spattention):
+#   (B, H, N, D)                  mean keys  one pass  two passes
+#   (4, 16, 4096, 128)                  361     0.574       0.426
+#   (1, 16, 16384, 128)                1443     1.043       1.061
+#   (1, 16, 65536, 128)                5769    13.4        15.8
+#   (1, 16, 16384, 128), causal        8192     5.15        5.99
+#   (1, 16, 65536, 64)                 5769     8.95        9.84
+# One pass gains less at head dim 64, where nothing was measured below.
+_ONE_PASS_FROM = {64: 2048, 128: 1400}
+
+
+def _untuned(
+    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False, width: int = 0
+) -> dict[str, int]:
+    """One pass over wide bands, unless results must be reproducible; else two passes, chunks of 64 and the
+    deepest rings that fit, with one buffer of K and V.
 
     Measured on an H200 in bfloat16, spattention, ms at (B, H, N, D). Two buffers and three stages took
     0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead of
-    0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. :mod:`.backward_one_pass` has the figures
-    of one pass, which wins where bands are wide: no default can know that, a search does.
+    0.396, chunks of 96 0.310 instead of 0.265 at head dim 64.
     """
     wide = head_dim == 128
+    if width >= _ONE_PASS_FROM[head_dim] and not deterministic:
+        return {
+            "one_pass": 1,
+            "dkv_warpgroups": 2,
+            "dkv_stages": 3 if wide else 5,
+            "dkv_heads": 4,
+            "dkv_registers": 240,
+            "dkv_producer_registers": 24,
+        }
     return {
         "one_pass": 0,
         "dq_warpgroups": 2,
@@ -189,4 +212,5 @@ BACKWARD = Space(
     build=_build,
     unsupported=partial(unsupported, HEAD_DIMS),
     is_deterministic=_is_deterministic,
+    width_steps=tuple(sorted(_ONE_PASS_FROM.values())),
 )
