@@ -1,5 +1,7 @@
-"""Tests marked ``gpu`` are skipped, with the reason, where PyTorch sees no CUDA device."""
+"""What holds for all tests: ``gpu`` ones are skipped without a CUDA device; the longest files come first."""
 
+import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,25 @@ settings.register_profile("spattn", deadline=None, print_blob=True)
 settings.load_profile("spattn")
 
 
+# Processes that share a run take a file at a time: who takes one of these last keeps the others waiting.
+LONGEST_FILES = (
+    "test_tuning.py",
+    "test_compile_export.py",
+    "test_cli.py",
+    "test_families.py",
+    "test_compilers.py",
+    "test_rpc_tuning.py",
+    "test_nonfinite.py",
+    "test_sweep.py",
+    "test_operators.py",
+    "test_hopper_backward.py",
+    "test_cross_compile.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason=f"no CUDA device for PyTorch {torch.__version__}")
@@ -32,6 +52,17 @@ def _families_of_the_package_alone() -> Iterator[None]:
     yield
     for name in set(family_names()) - set(known):
         unregister_family(name)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh one each time, which a failure's report shows; ``SPATTN_TEST_SEED`` repeats it.
+
+    No parameter of a test: processes that share a run must collect the same names.
+    """
+    value = int(os.environ.get("SPATTN_TEST_SEED") or random.randrange(2**32))
+    print(f"SPATTN_TEST_SEED={value}")
+    return value
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from spattn_tvm.launch import launch_forward
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.band_tables import find_domain
 
+pytestmark = pytest.mark.alone
+
 LIMITS_US = {"cpu": 15.0, "cuda": 10.0}
 ATTEMPTS = 8
 ROUNDS = 60

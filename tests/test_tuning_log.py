@@ -254,7 +254,6 @@ def test_something_else_in_the_place_of_the_measurements(kind: str, folder: Path
     assert len(read_measurements(folder)) == 1
 
 
-@pytest.mark.parametrize("seed", [random.randrange(2**32)])
 def test_no_mutation_of_a_log_stops_reading_or_resuming_it(seed: int, folder: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     contents = {name: (folder / name).read_bytes() for name in (MEASUREMENTS, RUN)}

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 LOOP = """
 import gc, os, sys
 import torch
