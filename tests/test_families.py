@@ -122,7 +122,7 @@ def test_a_kernels_name_is_short_and_fit_for_a_file(family: str, tmp_path: Path)
     [
         ({"family": "abacus"}, "unknown kernel family 'abacus'; known: cpu"),
         ({"family": ["cpu"]}, "unknown kernel family"),
-        ({"direction": "sideways"}, "the cpu family has no 'sideways', only forward, backward"),
+        ({"direction": "sideways"}, "the cpu family has no 'sideways', only forward, backward, decode"),
         ({"dtype": "float64"}, "dtype must be one of float32"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"head_dim": True}, "head_dim must be an int, got True"),
@@ -157,8 +157,10 @@ def test_the_package_prefers_a_chips_own_family() -> None:
     assert families_for(parse_target("x86-64-v2")) == ("cpu",)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("family", ["cpu", "mma", "hopper"])
+@pytest.mark.parametrize(
+    ("family", "direction"),
+    [(family, direction) for family in ("cpu", "mma", "hopper") for direction in find_family(family).spaces],
+)
 def test_functions_take_what_the_abi_says(family: str, direction: str) -> None:
     """As many arguments, for each set of scratch that decisions can ask for."""
     target = detect_cpu() if family == "cpu" else parse_target("nvidia/h100")

@@ -72,7 +72,8 @@ FAMILY = Family(
     spaces={
         "forward": "spattn_tvm.families.cpu.space:FORWARD",
         "backward": "spattn_tvm.families.cpu.space:BACKWARD",
+        "decode": "spattn_tvm.families.cpu.decode_space:DECODE",
     },
-    abis={"forward": FORWARD, "backward": BACKWARD},
+    abis={"forward": FORWARD, "backward": BACKWARD, "decode": DECODE},
     sources=("spattn_tvm.families.cpu", "spattn_tvm.domains"),
 )

@@ -20,7 +20,8 @@ VECTOR_UNITS = {"x86-64-v4": (16, 32), "x86-64-v3": (8, 16), "x86-64-v2": (4, 16
 NARROWEST = (4, 16)
 
 
-def _unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+def unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    """Why the family can't serve a head dim, dtype or target, or None."""
     if target.kind != "cpu":
         return f"the cpu family runs on CPUs, not on {target.folder}"
     if dtype not in DTYPES:
@@ -159,7 +160,7 @@ FORWARD = Space(
     features=_features,
     untuned=partial(_untuned, "forward"),
     build=_build_forward,
-    unsupported=_unsupported,
+    unsupported=unsupported,
 )
 
 BACKWARD = Space(
@@ -170,5 +171,5 @@ BACKWARD = Space(
     features=_features,
     untuned=partial(_untuned, "backward"),
     build=_build_backward,
-    unsupported=_unsupported,
+    unsupported=unsupported,
 )
