@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.reference import reference_attention
+from spattn_tvm.problem import DIRECTIONS, AttentionProblem
+from spattn_tvm.reference import reference_attention, reference_decode
 
 tvm = pytest.importorskip("tvm")
 
@@ -90,6 +90,24 @@ def test_workload_matches_reference(name: str, direction: str) -> None:
         _close(actual, expected, case.dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_matches_the_reference(dtype: str) -> None:
+    lengths, starts = (50, 33, 2, 0), (0, 7, 0, 0)
+    layout = BandLayout.custom([[(0, 3), (9, 20)], [(5, 60)], [], [(0, 49)]], 64)
+    problem = AttentionProblem("decode", dtype, 4, 4, 2, 3, 32, layout, 50)
+    shapes = ((4, 4, 3, 32), (4, 2, 50, 32), (4, 2, 50, 32))
+    q, k, v = (torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes)
+    places = [torch.tensor(values, dtype=torch.int32) for values in (lengths, starts)]
+    expected = reference_decode(
+        *(tensor.double() for tensor in (q, k, v)), layout, cache_lengths=places[0], cache_starts=places[1]
+    )
+    o, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
+    run = tvm.compile(build_workload(problem), target="llvm")["decode"]
+    run(q, k, v, torch.tensor(layout.table(50)[None]), *places, torch.tensor([32**-0.5]), o, lse)
+    _close(o, expected[0], dtype)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
 def test_layout_is_part_of_the_workload() -> None:
     shape = ("float32", 1, 2, 2, 64, 32)
     workloads = [
@@ -100,7 +118,7 @@ def test_layout_is_part_of_the_workload() -> None:
     assert structural_equal(workloads[1], workloads[2])
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_workload_has_the_block_that_carries_decisions(direction: str) -> None:
     problem = AttentionProblem(direction, "float32", 1, 2, 1, 16, 32, BandLayout.causal(2))
     schedule = tvm.s_tir.Schedule(build_workload(problem))

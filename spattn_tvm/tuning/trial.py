@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spattn_tvm.ops.band_tables import find_cache_domain
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.torch_private import cuda_sleep
@@ -86,6 +87,16 @@ class TrialData:
         self.cu_seqlens = torch.tensor([0, problem.length], dtype=torch.int32, device=self.device)
         self.cu_seqlens_k = torch.tensor([0, problem.keys], dtype=torch.int32, device=self.device)
         self.key_ranges = torch.empty((0, 3), dtype=torch.int32, device=self.device)
+        # The keys of a step of decoding, in a contiguous cache that is full.
+        places = find_cache_domain(
+            problem.layout.spec,
+            torch.full((problem.batch,), problem.keys, device=self.device),
+            None,
+            None,
+            None,
+            problem.keys,
+        )
+        self.cache = {name: place for name, place in places._asdict().items() if name != "bands"}
         if cache is not None and cache.exists():
             expected = torch.load(cache, weights_only=True)
         else:
@@ -116,7 +127,7 @@ class TrialData:
         """What a kernel of any direction may take, by the names of its ABI."""
         tensors = ("q", "k", "v", "o", "lse", "do", "dlse")
         names = (*tensors, "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, **self.cache}
 
     def outputs(self, launch: Callable[[TrialData], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a launch computes, by name, from output buffers that PyTorch fills with NaN first."""

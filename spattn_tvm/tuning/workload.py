@@ -1,5 +1,5 @@
-"""The problem itself in TensorIR: naive banded attention, forward and backward, with the bands as loop
-bounds.
+"""The problem itself in TensorIR: naive banded attention, forward, backward and decoding, with the bands as
+loop bounds.
 
 A search tunes *this* function: its shapes, dtype and layout identify a problem in the tuning database, and
 its block ``attention`` carries the decisions as annotations. It runs, so that a test can compare it with the
@@ -217,6 +217,80 @@ def _build_backward(B, HQ, HKV, N, NK, D, dtype, documents, tables):
     return backward
 
 
+def _build_decode(B, HQ, HKV, N, NK, D, dtype, documents, tables):
+    group = HQ // HKV
+
+    @T.prim_func(s_tir=True)
+    def decode(
+        q: T.Buffer((B, HQ, N, D), dtype),
+        k: T.Buffer((B, HKV, NK, D), dtype),
+        v: T.Buffer((B, HKV, NK, D), dtype),
+        bands: T.Buffer((1, HQ, 4), "int32"),
+        cache_lengths: T.Buffer((B,), "int32"),
+        cache_starts: T.Buffer((B,), "int32"),
+        scale: T.Buffer((1,), "float32"),
+        o: T.Buffer((B, HQ, N, D), dtype),
+        lse: T.Buffer((B, HQ, N), "float32"),
+    ):
+        T.func_attr({"global_symbol": "decode", "tirx.noalias": True})
+        for b, h, r in T.grid(B, HQ, N):
+            with T.sblock("attention"):
+                vb, vh, vr = T.axis.remap("SSS", [b, h, r])
+                T.reads(
+                    q[vb, vh, vr, 0:D],
+                    k[vb, vh // group, 0:NK, 0:D],
+                    v[vb, vh // group, 0:NK, 0:D],
+                    bands[0, vh, 0:4],
+                    cache_lengths[vb],
+                    cache_starts[vb],
+                    scale[0],
+                )
+                T.writes(o[vb, vh, vr, 0:D], lse[vb, vh, vr])
+                scores = T.sblock_alloc_buffer((NK,), "float32")
+                row_max = T.sblock_alloc_buffer((1,), "float32")
+                row_sum = T.sblock_alloc_buffer((1,), "float32")
+                output = T.sblock_alloc_buffer((D,), "float32")
+
+                position: T.let[T.int32] = cache_lengths[vb] - N + vr
+                row_max[0] = T.float32(-math.inf)
+                for j in range(cache_starts[vb], cache_lengths[vb]):
+                    scores[j] = T.float32(-math.inf)
+                    if ((position - j >= bands[0, vh, 0]) & (position - j <= bands[0, vh, 1])) | (
+                        (position - j >= bands[0, vh, 2]) & (position - j <= bands[0, vh, 3])
+                    ):
+                        scores[j] = T.float32(0)
+                        for d in range(D):
+                            scores[j] = scores[j] + T.cast(q[vb, vh, vr, d], "float32") * T.cast(
+                                k[vb, vh // group, j, d], "float32"
+                            )
+                        scores[j] = scores[j] * scale[0]
+                        row_max[0] = T.max(row_max[0], scores[j])
+
+                row_sum[0] = T.float32(0)
+                for d in range(D):
+                    output[d] = T.float32(0)
+                for j in range(cache_starts[vb], cache_lengths[vb]):
+                    if scores[j] > T.float32(-math.inf):
+                        scores[j] = T.exp(scores[j] - row_max[0])
+                        row_sum[0] = row_sum[0] + scores[j]
+                        for d in range(D):
+                            output[d] = output[d] + scores[j] * T.cast(v[vb, vh // group, j, d], "float32")
+
+                if row_sum[0] > T.float32(0):
+                    lse[vb, vh, vr] = row_max[0] + T.log(row_sum[0])
+                    for d in range(D):
+                        o[vb, vh, vr, d] = T.cast(output[d] / row_sum[0], dtype)
+                else:
+                    lse[vb, vh, vr] = T.float32(-math.inf)
+                    for d in range(D):
+                        o[vb, vh, vr, d] = T.cast(T.float32(0), dtype)
+
+    return decode
+
+
+_BUILDERS = {"forward": _build_forward, "backward": _build_backward, "decode": _build_decode}
+
+
 def build_workload(
     problem: AttentionProblem, *, documents: int = 1, per_document_bands: bool = False
 ) -> IRModule:
@@ -235,8 +309,9 @@ def build_workload(
     Returns
     -------
     IRModule
-        ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, scale, o, lse)`` or
-        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, scale, dq, dk, dv)``. Shapes
+        ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, scale, o, lse)``,
+        ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, scale, dq, dk, dv)`` or
+        ``decode(q, k, v, bands, cache_lengths, cache_starts, scale, o, lse)`` over a contiguous cache. Shapes
         and dtypes are those of the kernel ABI; ``scale`` is float32 of shape (1,), dq, dk, dv have the dtype
         and shape of q, k, v.
 
@@ -247,8 +322,7 @@ def build_workload(
     """
     if documents < 1:
         raise ValueError(f"documents must be at least 1, got {documents}")
-    build = _build_forward if problem.direction == "forward" else _build_backward
-    function = build(
+    function = _BUILDERS[problem.direction](
         problem.batch,
         problem.query_heads,
         problem.kv_heads,
