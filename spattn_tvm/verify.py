@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .accuracy import judge, plain_attention
-from .bands import BandLayout
+from .bands import LIMIT, BandLayout
+from .cache_forms import capacity_of
 from .families import families_for, find_family, find_space
 from .families.kernel import KernelSpec
-from .reference import attention_mask, reference_attention
+from .reference import attention_mask, reference_attention, reference_decode
 from .target import MachineTarget
 
 if TYPE_CHECKING:
@@ -94,8 +95,104 @@ class RandomProblem:
         return tensors | {"dlse": torch.randn(shape, generator=generator, device=device)}
 
 
-def _random_layout(rng: random.Random, heads: int, length: int) -> BandLayout:
-    context = rng.choice((None, length, length + rng.randint(0, length)))
+@dataclass(frozen=True)
+class RandomStep:
+    """A step of decoding that nobody chose: ragged rows, padding, grouped queries, each form of a cache.
+
+    Of each batch row the keys ``[start, length)`` exist; `rows` are those of a batch row's contiguous cache,
+    of a page, or of all rings of a batch row, `slack` what a ring holds beyond what its heads need.
+    """
+
+    dtype: str
+    head_dim: int
+    query_heads: int
+    kv_heads: int
+    queries: int
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    layout: BandLayout
+    form: str
+    rows: int
+    slack: int
+    seed: int
+
+    @classmethod
+    def draw(cls, rng: random.Random, dtype: str, head_dim: int, max_length: int) -> RandomStep:
+        kv_heads = rng.choice((1, 2, 3))
+        query_heads = kv_heads * rng.choice((1, 1, 2, 4))
+        longest = rng.choice((rng.randint(1, max_length), max_length))
+        lengths = tuple(
+            rng.choice((rng.randint(0, longest), longest)) for _ in range(rng.choice((1, 1, 2, 4)))
+        )
+        starts = tuple(rng.choice((0, 0, rng.randint(0, length))) for length in lengths)
+        form = rng.choice(("contiguous", "paged", "ring"))
+        rows = rng.choice((16, 48, 64, 256)) if form == "paged" else longest + rng.randint(0, 9)
+        return cls(
+            dtype,
+            head_dim,
+            query_heads,
+            kv_heads,
+            rng.choice((1, 1, 2, rng.randint(3, 16))),
+            lengths,
+            starts,
+            _random_layout(rng, query_heads, longest, is_autoregressive=True),
+            form,
+            rows,
+            rng.randint(0, 9),
+            rng.randrange(2**31),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"({len(self.lengths)},{self.query_heads}/{self.kv_heads},{self.queries},{self.head_dim}) "
+            f"{self.dtype} {self.layout.spec}, lengths {self.lengths} from {self.starts}, {self.form} cache "
+            f"of {self.rows} rows, seed {self.seed}"
+        )
+
+    def _rings(self) -> list[tuple[int, int]]:
+        bands, group = self.layout.bands(LIMIT), self.query_heads // self.kv_heads
+        rings, base = [], 0
+        for first in range(0, self.query_heads, group):
+            reach = max((high for head in bands[first : first + group] for _, high in head), default=0)
+            capacity = min(reach, max(self.lengths)) + self.queries + self.slack
+            rings.append((base, capacity))
+            base += capacity
+        return rings
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """q and the caches, normal random in the dtype, and what says where the keys lie."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+        dtype, batch = getattr(torch, self.dtype), len(self.lengths)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, self.head_dim, generator=generator, device=device).to(dtype)
+
+        def numbers(values: object) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        places = {"cache_lengths": numbers(self.lengths), "cache_starts": numbers(self.starts)}
+        shape: tuple[int, ...] = (batch, self.kv_heads, self.rows)
+        if self.form == "paged":
+            columns = max(1, -(-max(self.lengths) // self.rows))
+            pages = torch.randperm(batch * columns + 2, generator=generator, device=device)
+            places["block_table"] = pages[: batch * columns].view(batch, columns).to(torch.int32)
+            shape = (len(pages), self.kv_heads, self.rows)
+        elif self.form == "ring":
+            places["ring"] = numbers(self._rings())
+            shape = (batch, sum(self._rings()[-1]))
+        caches = {"k_cache": normal(*shape), "v_cache": normal(*shape)}
+        if self.form == "contiguous":
+            for b, (begin, end) in enumerate(zip(self.starts, self.lengths, strict=True)):
+                for cache in caches.values():
+                    cache[b, :, :begin] = cache[b, :, end:] = torch.nan
+        return {"q": normal(batch, self.query_heads, self.queries), **caches, **places}
+
+
+def _random_layout(
+    rng: random.Random, heads: int, length: int, *, is_autoregressive: bool = False
+) -> BandLayout:
+    contexts = (length, length + rng.randint(0, length))
+    context = rng.choice(contexts if is_autoregressive else (None, *contexts))
     name = rng.choice(
         (
             "spattention",
@@ -201,6 +298,56 @@ def check_kernel(kernel: Kernel, problem: RandomProblem, device: torch.device) -
     return judge(dict(zip(results, outputs, strict=True)), exact, plain, problem.dtype)[1]
 
 
+def check_step(kernel: Kernel, problem: RandomStep, device: torch.device) -> str:
+    """How a decode kernel's results on a step are wrong; "" when they are right."""
+    from .launch import launch_decode
+    from .ops.band_tables import find_cache_domain
+
+    given = problem.tensors(device)
+    q, k, v, lengths, starts = (
+        given[name] for name in ("q", "k_cache", "v_cache", "cache_lengths", "cache_starts")
+    )
+    block_table, ring = given.get("block_table"), given.get("ring")
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        o, lse = reference_decode(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            problem.layout,
+            cache_lengths=lengths,
+            cache_starts=starts,
+            block_table=block_table,
+            ring=ring,
+        )
+        return {"o": o.to(dtype), "lse": lse}
+
+    exact, plain = compute(torch.float64), compute(q.dtype)
+    capacity = capacity_of(k, block_table, ring)
+    domain = find_cache_domain(problem.layout.spec, lengths, starts, block_table, ring, capacity)
+    if ring is not None:
+        k, v = k[:, None], v[:, None]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        o, lse = launch_decode(kernel, q, k, v, domain, problem.head_dim**-0.5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return judge({"o": o, "lse": lse}, exact, plain, problem.dtype)[1]
+
+
+def check_randomly(
+    kernel: Kernel, rng: random.Random, max_length: int, device: torch.device
+) -> tuple[RandomProblem | RandomStep, str]:
+    """A fresh problem of a kernel's direction, and how the kernel's results on it are wrong."""
+    spec = kernel.spec
+    assert spec is not None
+    if spec.direction == "decode":
+        step = RandomStep.draw(rng, spec.dtype, spec.head_dim, max_length)
+        return step, check_step(kernel, step, device)
+    problem = RandomProblem.draw(rng, spec.dtype, spec.head_dim, max_length)
+    return problem, check_kernel(kernel, problem, device)
+
+
 @dataclass
 class Verification:
     """What `verify` found: problems checked, and a line for each that was wrong."""
@@ -261,11 +408,11 @@ def verify(
         for done in range(count):
             if done and time.monotonic() > until:
                 break
-            problem = RandomProblem.draw(rng, checked.spec.dtype, checked.spec.head_dim, max_length)
             try:
-                wrong = check_kernel(kernel, problem, device)
+                problem, wrong = check_randomly(kernel, rng, max_length, device)
             except Exception as error:
-                wrong = f"{type(error).__name__}: {error}"
+                result.failures.append(f"{checked}: {type(error).__name__}: {error}")
+                continue
             if wrong:
                 result.failures.append(f"{checked}: {problem}: {wrong}")
             else:
