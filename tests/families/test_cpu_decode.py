@@ -79,7 +79,7 @@ def test_random_decisions() -> None:
     rng, target = random.Random(), detect_cpu()
     for _ in range(2):
         head_dim, dtype = rng.choice((32, 40, 72, 256)), rng.choice(("float32", "bfloat16"))
-        choices = SPACE.choices(head_dim, dtype)
+        choices = SPACE.structures(head_dim, dtype)[""]
         while True:
             decisions = {name: rng.choice(values) for name, values in choices.items()}
             if SPACE.illegal(decisions, head_dim, dtype, target) is None:

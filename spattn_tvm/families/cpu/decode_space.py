@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import Decisions, Space, one_structure
 from spattn_tvm.problem import keys_read
 
 from .abi import DECODE_PARTS
@@ -40,14 +40,12 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     shares = problem.batch * problem.kv_heads
     keys = keys_read(problem.layout, problem.kv_heads, problem.length, problem.keys) / problem.kv_heads
     tile_bytes = 8 * decisions["key_rows"] * problem.head_dim
-    features = [math.log2(max(value, 0.5)) for _, value in sorted(decisions.items())]
-    features += [
+    return [
         math.log2(max(1.0, keys) / decisions["key_rows"]),
         math.log2(tile_bytes / 32768),
         math.log2(problem.query_heads // problem.kv_heads * problem.length),
         math.log2(shares / decisions["parts"]),
     ]
-    return features
 
 
 def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
@@ -69,7 +67,7 @@ def _build(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarge
 DECODE = Space(
     family="cpu",
     direction="decode",
-    choices=_choices,
+    structures=one_structure(_choices),
     illegal=_illegal,
     features=_features,
     untuned=_untuned,
