@@ -70,8 +70,8 @@ def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], ab
     return f"; {chosen.kernel.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
 
 
-def _other_models(target: MachineTarget, root: Path) -> list[str]:
-    """Folders of the other chips with the target's instruction set."""
+def kin_folders(target: MachineTarget, root: Path) -> list[str]:
+    """Names of a root's folders that are of other chips with the target's instruction set."""
     # By what a name means: "x86-64-" is a prefix of "x86-64-v3-" too.
     return [
         folder
@@ -202,7 +202,7 @@ def find_schedule(
             reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
             return Choice(kernel_of(record), "tuned", reason, record), same
         if elsewhere is None:
-            elsewhere = [record for folder in _other_models(target, root) for record in usable(folder)]
+            elsewhere = [record for folder in kin_folders(target, root) for record in usable(folder)]
         known += [record for record in elsewhere if record.kernel.family in names]
         known.sort(key=nearness)
         near = [record for record in known if not is_beyond(record, names)]

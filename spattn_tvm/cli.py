@@ -152,7 +152,7 @@ def parse_problems(
     ValueError
         A shape that is not four numbers, or values that `AttentionProblem` refuses.
     """
-    from .problem import DIRECTIONS, AttentionProblem
+    from .problem import AttentionProblem
 
     problems = []
     for shape in shapes:
@@ -167,7 +167,7 @@ def parse_problems(
                 f"--shape is B,H,N,D such as 1,16,4096,64 or 1,16/4,4096,64, got {shape!r}"
             ) from None
         bands = parse_layout(layout, sizes[1], context)
-        directions = DIRECTIONS if direction == "both" else (direction,)
+        directions = ("forward", "backward") if direction == "both" else (direction,)
         problems += [AttentionProblem(name, dtype, *sizes, bands) for name in directions]
     return problems
 
@@ -191,6 +191,27 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
     if match[2] is None:
         return int(match[1]), None
     return None, float(match[1]) / (60 if match[2] == "s" else 1)
+
+
+def parse_shapes(text: str, layout: str) -> dict[str, list[str]]:
+    """The shapes of ``--shapes-file`` by their layouts, in the order in which they come; ``layout`` is that
+    of those without one.
+
+    Raises
+    ------
+    ValueError
+        For a line of more than two words, or no line at all.
+    """
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if len(words) > 2:
+            raise ValueError(f"line {number} is not B,H,N,D and a layout: {line!r}")
+        if words:
+            found.setdefault(words[1] if len(words) == 2 else layout, []).append(words[0])
+    if not found:
+        raise ValueError("the file names no shape: give B,H,N,D, such as 1,16,4096,64, in each line")
+    return found
 
 
 def _replace_head_dims(shapes: list[str], head_dims: str | None) -> list[str]:
@@ -230,6 +251,13 @@ def tune(
             "1,16,4096,64 on a CPU, 4,16,4096,64 and 4,16,4096,128 on a GPU."
         ),
     ] = None,
+    shapes_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with B,H,N,D in each line, and behind it a layout where it is not --layout's; # "
+            "begins a comment. In place of --shape."
+        ),
+    ] = None,
     head_dims: Annotated[
         str | None, typer.Option(help="Comma-separated, such as 64,128: in place of the shapes' own.")
     ] = None,
@@ -248,6 +276,9 @@ def tune(
             "control; they share the time equally."
         ),
     ] = "64",
+    each: Annotated[
+        bool, typer.Option("--each", help="The time of --budget is for each problem, not for all together.")
+    ] = False,
     strategy: Annotated[
         Strategy, typer.Option(help="random samples the same space without a cost model: the control.")
     ] = Strategy.evolutionary,
@@ -292,13 +323,28 @@ def tune(
     from .tuning.workers import Workers
 
     machine, fleet = _target_and_fleet(target, rpc, key)
-    shapes = _replace_head_dims(shape or _DEFAULT_SHAPES[machine.kind], head_dims)
     name = (dtype or _DEFAULT_DTYPE[machine.kind]).value
-    problems = parse_problems(shapes, name, layout, context, direction.value)
+    if shapes_file is None:
+        of_layouts = {layout: shape or _DEFAULT_SHAPES[machine.kind]}
+    elif shape is None:
+        of_layouts = parse_shapes(shapes_file.read_text(encoding="utf-8"), layout)
+    else:
+        raise ValueError(f"give either --shape or --shapes-file, not both: {', '.join(shape)}, {shapes_file}")
+    problems = [
+        problem
+        for named, shapes in of_layouts.items()
+        for problem in parse_problems(
+            _replace_head_dims(shapes, head_dims), name, named, context, direction.value
+        )
+    ]
     strategies = [strategy]
     if control and strategy is not Strategy.random:
         strategies.append(Strategy.random)
     trials, minutes = parse_budget(budget)
+    if each:
+        if minutes is None:
+            raise ValueError(f"--each is for a time: trials are of each search anyway, got --budget {budget}")
+        minutes *= len(problems)
     plan = None if minutes is None else TimePlan(60 * minutes, verify * len(problems), distill, control)
     if minutes is not None:
         minutes /= len(problems) * len(strategies)
@@ -327,6 +373,7 @@ def tune(
                         families=family or None,
                         workers=workers,
                         deadline=None if plan is None else plan.search_ends(ends, len(strategies) - done),
+                        schedules=schedules,
                     )
                 except DefaultFailedError as error:  # the other problems are still tuned
                     failures.append(f"{problem.key}: {error}")

@@ -355,6 +355,34 @@ def test_problems_of_shapes() -> None:
     assert {p.dtype for p in problems} == {"float16"}
 
 
+def test_a_file_of_shapes_names_layouts_too(tmp_path: Path) -> None:
+    text = "# why\n4,16,4096,64\n\n1,16,8192,64  causal # dense\n1,16/4,99,32\n"
+    text += "1,2,9,32 sliding_window:window=3\n"
+    found = cli.parse_shapes(text, "spattention")
+    assert found == {
+        "spattention": ["4,16,4096,64", "1,16/4,99,32"],
+        "causal": ["1,16,8192,64"],
+        "sliding_window:window=3": ["1,2,9,32"],
+    }
+    for bad, message in (
+        ("1,2,9,32 causal x", "line 1 is not B,H,N,D and a layout"),
+        ("# no", "names no shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cli.parse_shapes(bad, "causal")
+    shipped = Path(__file__).resolve().parent.parent / "scripts" / "lengths.txt"
+    for layout, shapes in cli.parse_shapes(shipped.read_text(encoding="utf-8"), "spattention").items():
+        assert cli.parse_problems(shapes, "bfloat16", layout, None, "both")
+    (tmp_path / "shapes").write_text(text)
+    tune = ("tune", "--shapes-file", str(tmp_path / "shapes"))
+    for more, message in (
+        (("--shape", "1,2,9,32"), "either --shape or --shapes-file"),
+        (("--each", "--budget", "7"), "--each is for a time"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(cli.app, [*tune, *more], catch_exceptions=False)
+
+
 def test_doctor_names_what_is_there() -> None:
     text = invoke("doctor")
     for expected in (

@@ -56,6 +56,7 @@ from spattn_tvm.tuning.measure import Outcome, ProcessMeter
 from spattn_tvm.tuning.search import RETAKEN, Budget, _Progress, _Session, run_search
 from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, forget_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
+from spattn_tvm.tuning.warm_start import warm_starts
 from spattn_tvm.tuning.workers import Workers
 
 # The package's attribute of this name is the function.
@@ -777,6 +778,66 @@ def test_a_damaged_log_beside_it_stops_no_distillation(logged: Path) -> None:
     texts = {str(warning.message) for warning in said}
     assert len([text for text in texts if "run.json is damaged" in text]) == 2
     assert any("measurements.jsonl, line 2 is left out" in text for text in texts)
+
+
+def _log_of(
+    root: Path, target: MachineTarget, problem: AttentionProblem, latencies: Mapping[int, float]
+) -> None:
+    """A log in which kernels took as long as `latencies` says, by ``key_rows``."""
+    untuned = KernelSpec.untuned("cpu", problem, target)
+    with TuningLog(log_folder(root, target, problem, "evolutionary"), problem, target, "evolutionary") as log:
+        log.begin_session({"seed": 0})
+        log.note_family("cpu", {"kernel": "fake", "workload_hash": "0"})
+        for key_rows, latency_us in latencies.items():
+            kernel = replace(untuned, decisions={**untuned.decisions, "key_rows": key_rows})
+            log.append(Measurement(kernel, "fake", latency_us, None, 0.0))
+
+
+def test_a_search_begins_with_what_did_well_elsewhere(tmp_path: Path) -> None:
+    here, kin = detect_cpu(), replace(detect_cpu(), model="kin")
+    other = MachineTarget("cpu", "x86-64-v2" if here.arch != "x86-64-v2" else "x86-64-v3")
+    logs, schedules = tmp_path / "logs", tmp_path / "schedules"
+    near, far = replace(PROBLEM, length=64), replace(PROBLEM, length=4096, layout=BandLayout.spattention(4))
+    untuned = KernelSpec.untuned("cpu", PROBLEM, here).decisions
+
+    def started() -> list[tuple[int, int]]:
+        kernels = warm_starts("cpu", PROBLEM, here, logs, schedules)
+        assert len(set(kernels)) == len(kernels) and all(k.rejection(here) is None for k in kernels)
+        assert all(kernel.serves(PROBLEM) for kernel in kernels)
+        return [(kernel.decisions["key_rows"], kernel.decisions["query_rows"]) for kernel in kernels]
+
+    rows = untuned["query_rows"]
+    assert started() == []
+    _log_of(logs, here, PROBLEM, {48: 1.0})  # its own log is resumed anyway
+    _log_of(logs, other, PROBLEM, {48: 1.0})
+    assert started() == []
+    _log_of(logs, here, far, {384: 5.0, 192: 4.0})
+    _log_of(logs, kin, PROBLEM, {384: 9.0, 48: 8.0, 96: 7.0})
+    assert started() == [(96, rows), (48, rows), (384, rows), (192, rows)]
+    _log_of(logs, here, near, {48: 3.0, 96: 9.0})
+    assert started() == [(96, rows), (48, rows), (384, rows), (192, rows)]
+    small = {**untuned, "query_rows": 8}
+    for target, problem, query in ((kin, near, small), (other, PROBLEM, untuned)):
+        kernel = KernelSpec.of("cpu", problem, {**query, "key_rows": 192})
+        save_records([ScheduleRecord(problem, target.folder, kernel, 1.0)], schedules)
+    assert started() == [(192, 8), (96, rows), (48, rows), (384, rows), (192, rows)]
+
+
+def test_early_candidates_follow_the_default_that_a_cpu_times_them_against(tmp_path: Path) -> None:
+    session, search = _fake_session(tmp_path, "evolutionary", 1, Budget(12, None))
+    anchors: list[tuple[int, bool]] = []
+
+    class Meter(_FakeMeter):
+        def measure(self, batch: Any, best_us: Any, anchor: Any = None) -> Iterator[tuple[int, Outcome]]:
+            anchors.append((len(batch), anchor is not None))
+            return super().measure(batch, best_us, anchor)
+
+    early = [_fake({**_FIRST, "order": order, "parallel": 1}) for order in (0, 1, 2)]
+    run_search(search, Meter(), session, "fake", _fake(_FIRST), True, early)
+    search.close()
+    session.log.close()
+    assert [m.kernel for m in session.log.measurements[:4]] == [_fake(_FIRST), *early]
+    assert anchors[:2] == [(1, False), (3, True)]
 
 
 def test_log_belongs_to_one_problem(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class _Contestant:
     is_record: bool = False
 
 
-def _best_candidates(
+def best_candidates(
     logs: Iterable[Path], family: str, target: MachineTarget
 ) -> list[tuple[Path, Measurement]]:
     """The different kernels in a problem's logs that were correct and that the space still offers, the
@@ -87,7 +87,7 @@ def _contestants(
     logs: Sequence[Path], family: str, target: MachineTarget, top: int
 ) -> list[tuple[Path, Measurement]]:
     """The `top` fastest candidates, with the fastest two deterministic ones among them or added."""
-    ranked = _best_candidates(logs, family, target)
+    ranked = best_candidates(logs, family, target)
     deterministic = [item for item in ranked[top:] if item[1].kernel.is_deterministic]
     missing = _TOP_DETERMINISTIC - sum(m.kernel.is_deterministic for _, m in ranked[:top])
     return ranked[:top] + deterministic[: max(0, missing)]
@@ -264,7 +264,7 @@ def compare_strategies(
     family = family or next(iter(run["families"]))
     contestants = {"untuned": KernelSpec.untuned(family, problem, target)}
     for log in sorted(logs, key=lambda log: len(log.parts)):  # the search before its controls
-        best = _best_candidates([log], family, target)
+        best = best_candidates([log], family, target)
         if not best:
             raise ValueError(f"{log} holds no correct candidate of the {family} family")
         contestants[read_run(log)["strategy"]] = best[0][1].kernel

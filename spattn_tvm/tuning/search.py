@@ -237,7 +237,7 @@ def run_search(
         Whether it is measured before all others, which on a CPU are timed against it. On a GPU the other
         builders would have nothing to do meanwhile, for as long as each later batch takes.
     also : sequence of KernelSpec
-        Measured right after the default, such as the default with deterministic results.
+        Measured right after the default: the default with deterministic results, what did well elsewhere.
 
     Raises
     ------
@@ -258,11 +258,15 @@ def run_search(
     search.start(batch_size)
     search.restore([(dict(kernel.decisions), latency) for kernel, latency in known.items()])
     stale = 0
-    with_first = [] if first_alone or first in known else (ask() or [])
-    proposed: list[tuple[KernelSpec, Any]] | None = [
-        *((kernel, search.candidate(kernel.decisions)) for kernel in (first, *also)),
-        *with_first[: max(0, batch_size - 1 - len(also))],
-    ]
+    early = [(kernel, search.candidate(kernel.decisions)) for kernel in (first, *also)]
+    proposed: list[tuple[KernelSpec, Any]] | None
+    if first in known:
+        proposed, early = early, []
+    elif first_alone:
+        proposed, early = early[:1], early[1:]
+    else:
+        with_first = ask() or []
+        proposed, early = [*early, *with_first[: max(0, batch_size - len(early))]], []
     while True:
         left = None if session.budget.trials is None else session.budget.trials - len(known)
         if (left is not None and left <= 0) or (known and session.out_of_time()):
@@ -334,7 +338,7 @@ def run_search(
                     )
                     return RETAKEN
         if not session.out_of_time():
-            proposed = ask()
+            proposed, early = (early, []) if early else (ask(), [])
 
 
 def tune(
@@ -350,6 +354,7 @@ def tune(
     progress: bool = True,
     workers: Workers | None = None,
     deadline: Deadline | None = None,
+    schedules: Path | None = None,
 ) -> TuningResult:
     """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
 
@@ -385,6 +390,9 @@ def tune(
     deadline : callable, optional
         Given the measurements so far, the ``time.monotonic()`` at which the search ends even if `trials` or
         `minutes` are left.
+    schedules : Path, optional
+        Records whose kernels an evolutionary search measures right after the default, with the best of the
+        logs of kin chips and of neighbouring problems; by default those that dispatch reads.
 
     Returns
     -------
@@ -413,6 +421,7 @@ def tune(
         )
 
     from .strategy import DecisionSearch, forget_database, kernel_hash, workload_hash
+    from .warm_start import warm_starts
 
     folder = log_folder(log_root, target, problem, strategy)
     interrupt = _Interrupt()
@@ -475,12 +484,14 @@ def tune(
                     return interrupt.requested or late
 
                 first = KernelSpec.untuned(family, problem, target)
-                reproducible = KernelSpec.untuned(family, problem, target, deterministic=True)
+                early = [KernelSpec.untuned(family, problem, target, deterministic=True)]
+                if strategy == "evolutionary":
+                    early += warm_starts(family, problem, target, Path(log_root), schedules)
                 alone = target.kind == "cpu"
                 try:
                     with ProcessMeter(problem, target, seed=seed, stopped=stopped, workers=workers) as meter:
                         while True:
-                            ended = run_search(search, meter, session, code, first, alone, [reproducible])
+                            ended = run_search(search, meter, session, code, first, alone, early)
                             search.close()
                             if ended != RETAKEN:
                                 break

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -352,7 +353,7 @@ class DecisionSearch:
         self._batches = self._batch_size = 0
         self._random = np.random.default_rng(seed)
         self._seen: set[frozenset[tuple[str, int]]] = set()
-        self._learnt = 0
+        self._learnt: Counter[str | None] = Counter()  # by structure
         self._best_us = math.inf
 
     @property
@@ -416,8 +417,8 @@ class DecisionSearch:
     def ask(self) -> list[tuple[dict[str, int], Any]] | None:
         """The next batch as (decisions, candidate), possibly empty; None when the space is exhausted."""
         self._batches += 1
-        if self._strategy == "evolutionary" and len(self.structures) > 1 and self._learnt < _WARMUP_SAMPLES:
-            drawn = self._equal_shares()
+        if self._strategy == "evolutionary":
+            drawn = self._shares_of_structures()
             if drawn:
                 return drawn
         with _cost_model_settings(self._seed + self._batches):
@@ -426,15 +427,19 @@ class DecisionSearch:
             return None
         return [(trace_decisions(c.sch.trace, self.structures), c) for c in candidates]
 
-    def _equal_shares(self) -> list[tuple[dict[str, int], Any]]:
-        """A batch of legal candidates, drawn from each structure in turn.
+    def _shares_of_structures(self) -> list[tuple[dict[str, int], Any]]:
+        """A batch of legal candidates, drawn in turn from those of several structures that are little known.
 
         Until the cost model has learnt, a generation's picks are random ones among what is new in it, and a
         structure of few points is rarely among them: one of 48 beside one of 100 000 had 2 of 48.
         """
         drawn: list[tuple[dict[str, int], Any]] = []
+        share = _WARMUP_SAMPLES // len(self.structures)
+        unknown = [name for name in self.structures if self._learnt[name] < share]
+        if len(self.structures) == 1 or not unknown:
+            return drawn
         for position in range(self._batch_size):
-            choices = list(self.structures.values())[position % len(self.structures)]
+            choices = self.structures[unknown[position % len(unknown)]]
             for _ in range(_DRAWS):
                 decisions = {name: int(self._random.choice(values)) for name, values in choices.items()}
                 key = frozenset(decisions.items())
@@ -447,7 +452,9 @@ class DecisionSearch:
     def tell(self, candidates: Sequence[Any], latencies_us: Sequence[float | None]) -> None:
         """Results of candidates from `ask` or `candidate`; None is a failure. Trains the cost model."""
         self._best_us = min([self._best_us, *(latency for latency in latencies_us if latency is not None)])
-        self._learnt += len(candidates)
+        for candidate in candidates:
+            decisions = trace_decisions(candidate.sch.trace, self.structures)
+            self._learnt[self._space.structure(decisions, *self._key)] += 1
         results = []
         for latency in latencies_us:
             if latency is None and self._best_us < math.inf:
