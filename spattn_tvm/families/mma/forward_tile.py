@@ -19,16 +19,18 @@ from spattn_tvm.domains.tiles import chunk_count, tile_slots
 from .blocks import (
     BATCH,
     BLOCK,
-    DOC_BEGIN,
     DOC_END,
     FAR_HI,
     FAR_LO,
     HEAD,
+    KEY_BEGIN,
+    KEY_END,
     LOCATION_BYTES,
     LOCATION_WORDS,
     NEAR_HI,
     NEAR_LO,
     ROW0,
+    SHIFT,
     Blocks,
     element_bytes,
     locate_macro,
@@ -59,7 +61,8 @@ class ForwardTile:
     dtype, arch : str
     call : namespace
         The arguments of the function that is being parsed: the strided ``q, k, v, o``; ``lse``, ``bands``,
-        ``boundaries``; ``scale``; int32 ``batches, query_heads, kv_heads, length, documents, tables``.
+        ``boundaries``, ``key_boundaries``, ``key_ranges``; ``scale``; int32 ``batches, query_heads, kv_heads,
+        length`` (of queries), ``documents, tables, num_ranges``.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class ForwardTile:
             self.prepare()
             self.load(
                 self.load_tile, 0, self.call.q, self.call.q.origin(self.tile[BATCH], self.tile[HEAD]),
-                self.tile[ROW0],
+                self.tile[ROW0], self.tile[ROW0], self.tile[DOC_END],
             )  # fmt: skip
             for s in T.unroll(self.ahead):
                 if s < self.chunks:
@@ -158,33 +161,34 @@ class ForwardTile:
             for s in T.unroll(self.stages):
                 T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([s]), T.uint32(self.threads))
                 T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), T.uint32(self.threads))
-            self.locate(
-                self.tile, number, call.bands, call.boundaries, call.batches, call.query_heads, call.length,
-                call.documents, call.tables,
-            )  # fmt: skip
+            self.locate(self.tile, number, call)
         T.cuda.cta_sync()
 
     def prepare(self) -> None:
-        """The tile's chunks: keys ``[top - chunks * key_rows, top)`` of a band, read from the top down."""
+        """The tile's chunks: keys ``[top - chunks * key_rows, top)`` of a band, read from the top down.
+
+        From here to the end, rows are where the queries stand among the keys.
+        """
         tile, call = self.tile, self.call
         kv_head = scalar("int32", T.truncdiv(tile[HEAD], T.truncdiv(call.query_heads, call.kv_heads)))
         self.key_origin = scalar("int64", call.k.origin(tile[BATCH], kv_head))
         self.value_origin = scalar("int64", call.v.origin(tile[BATCH], kv_head))
-        self.rows_end = scalar("int32", T.min(tile[ROW0] + self.rows, tile[DOC_END]))
+        self.rows_end = scalar("int32", T.min(tile[ROW0] + self.rows, tile[DOC_END]) + tile[SHIFT])
 
         def chunks(low: int, high: int) -> Any:
-            begin, end = key_range(tile[ROW0], self.rows_end - 1, tile[low], tile[high], tile[DOC_BEGIN])
-            return chunk_count(begin, end, self.keys)
+            first = tile[ROW0] + tile[SHIFT]
+            begin, end = key_range(first, self.rows_end - 1, tile[low], tile[high], tile[KEY_BEGIN])
+            return chunk_count(begin, T.min(end, tile[KEY_END]), self.keys)
 
         self.near_chunks = scalar("int32", chunks(NEAR_LO, NEAR_HI))
         self.chunks = scalar("int32", self.near_chunks + chunks(FAR_LO, FAR_HI))
 
     @T.inline
-    def load(self, load_rows, at, tensor, origin, first):
-        """Rows of a head to the arena; those outside of the document become zeros."""
+    def load(self, load_rows, at, tensor, origin, first, least, most):
+        """Rows of a head to the arena; those outside of ``[least, most)`` become zeros."""
         row: T.int32 = first
-        begin: T.int32 = self.tile[DOC_BEGIN]
-        end: T.int32 = self.tile[DOC_END]
+        begin: T.int32 = least
+        end: T.int32 = most
         load_rows(self.arena, at, tensor.flat, origin, tensor.row_stride, row, begin, end, self.thread)
 
     @T.inline
@@ -192,18 +196,19 @@ class ForwardTile:
         """Chunk ``which`` of the near band's chunks and behind them the far band's."""
         is_near: T.let = which < self.near_chunks
         low: T.let = self.tile[T.Select(is_near, NEAR_LO, FAR_LO)]
-        first: T.int32 = (
-            self.rows_end - low - (which + 1 - T.Select(is_near, 0, self.near_chunks)) * self.keys
-        )
+        top: T.let = T.min(self.rows_end - low, self.tile[KEY_END])
+        first: T.int32 = top - (which + 1 - T.Select(is_near, 0, self.near_chunks)) * self.keys
         place = T.meta_var(stage * self.chunk_size)
-        self.load(self.load_chunk, self.keys_at + place, self.call.k, self.key_origin, first)
-        self.load(self.load_chunk, self.values_at + place, self.call.v, self.value_origin, first)
+        begin, end = T.meta_var(self.tile[KEY_BEGIN]), T.meta_var(self.tile[KEY_END])
+        self.load(self.load_chunk, self.keys_at + place, self.call.k, self.key_origin, first, begin, end)
+        self.load(self.load_chunk, self.values_at + place, self.call.v, self.value_origin, first, begin, end)
         T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([stage]))
 
     def clear(self) -> None:
         """A lane's places in the operands, and its rows' sums."""
         blocks, lane, warp_size = self.blocks, self.lane, self.warp_rows * self.pitch
-        self.my_row0 = scalar("int32", self.tile[ROW0] + self.warp * self.warp_rows)  # of this warp
+        row0 = self.tile[ROW0] + self.tile[SHIFT]
+        self.my_row0 = scalar("int32", row0 + self.warp * self.warp_rows)  # of this warp
         self.query = scalar("int32", self.my_row0 + lane // 4)  # and 8 below, in each of the blocks
         # The queries carry a negative factor's sign, so that the greatest score has the greatest weight; and
         # the factor is not 0, which would make 0 * -inf of a masked score.
@@ -248,24 +253,28 @@ class ForwardTile:
     # The walk over the chunks
 
     def find_own_rows(self) -> None:
-        """From which chunk of a band on some, or all, of this warp's rows are not before its keys."""
-        self.my_end = scalar("int32", T.min(self.my_row0 + self.warp_rows, self.tile[DOC_END]))
-        is_any = self.my_row0 < self.my_end
-        some, full = self.rows_end - self.my_end, self.rows_end - 1 - self.my_row0 + (self.keys - 1)
-        self.some_first = scalar("int32", T.Select(is_any, some // self.keys, self.chunks))
-        self.full_first = scalar("int32", T.Select(is_any, full // self.keys, self.chunks))
-        for name in ("low", "high", "count", "top", "some_last", "full_last", "index"):
+        my_end = T.min(self.my_row0 + self.warp_rows, self.tile[DOC_END] + self.tile[SHIFT])
+        self.my_end = scalar("int32", my_end)
+        names = ("low", "high", "count", "top", "some_first", "full_first", "some_last", "full_last", "index")
+        for name in names:
             setattr(self, name, scalar("int32", 0))
 
     @T.inline
     def enter_band(self):
-        """Its distances and chunks; behind which of them all, or some, of this warp's rows are too far."""
-        tile, begin = T.meta_var(self.tile), T.meta_var(self.tile[DOC_BEGIN])
+        """Its distances and chunks: from which of them on some, or all, of this warp's rows are not before
+        the keys, and behind which all, or some, are too far from them.
+        """
+        tile, begin = T.meta_var(self.tile), T.meta_var(self.tile[KEY_BEGIN])
         is_near = T.meta_var(self.band == 0)
         self.low = tile[T.Select(is_near, NEAR_LO, FAR_LO)]
         self.high = tile[T.Select(is_near, NEAR_HI, FAR_HI)]
         self.count = T.Select(is_near, self.near_chunks, self.chunks - self.near_chunks)
-        self.top = self.rows_end - self.low
+        self.top = T.min(self.rows_end - self.low, tile[KEY_END])
+        is_any = T.meta_var(self.my_row0 < self.my_end)
+        some = T.meta_var(T.max(self.top - (self.my_end - self.low), 0) // self.keys)
+        full = T.meta_var(chunk_count(self.my_row0 + 1 - self.low, self.top, self.keys))
+        self.some_first = T.Select(is_any, some, self.count)
+        self.full_first = T.Select(is_any, full, self.count)
         self.some_last = chunk_count(T.max(begin, self.my_row0 - self.high), self.top, self.keys)
         self.full_last = (self.top - T.max(begin, self.my_end - 1 - self.high)) // self.keys
         self.index = 0
@@ -295,7 +304,7 @@ class ForwardTile:
             self.load_ahead()
             if T.And(self.index >= self.some_first, self.index < self.some_last):
                 key0: T.int32 = self.top - (self.index + 1) * self.keys
-                least: T.int32 = T.max(self.tile[DOC_BEGIN], self.my_row0 - self.high)
+                least: T.int32 = T.max(self.tile[KEY_BEGIN], self.my_row0 - self.high)
                 offset: T.int32 = T.max(least - key0, 0) // self.edge * self.edge
                 last: T.int32 = T.min(self.my_end - self.low - key0, self.keys)
                 while offset < last:
@@ -366,7 +375,7 @@ class ForwardTile:
         for m in T.unroll(self.row_blocks):
             for r in T.unroll(2):
                 row: T.int32 = self.query + (m * BLOCK + 8 * r)
-                least: T.int32 = T.max(self.tile[DOC_BEGIN], row - self.high)
+                least: T.int32 = T.max(self.tile[KEY_BEGIN], row - self.high)
                 seen: T.uint32 = T.cast(T.max(row - self.low + 1 - least, 0), "uint32")
                 for n in T.unroll(keys // BLOCK):
                     for t in T.unroll(2):
@@ -480,7 +489,7 @@ class ForwardTile:
     def store(self):
         for m in T.unroll(self.row_blocks):
             for r in T.unroll(2):
-                self.store_row(m, r, self.query + (m * BLOCK + 8 * r))
+                self.store_row(m, r, self.query + (m * BLOCK + 8 * r) - self.tile[SHIFT])
 
     @T.inline
     def store_row(self, m, r, row):
