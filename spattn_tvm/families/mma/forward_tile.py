@@ -149,6 +149,7 @@ class ForwardTile:
             )
 
         self.query_words = view("uint32", self.keys_at * size // 4, 0)
+        self.maxima = view("float32", self.keys_at * size // 4, 0)
         # In shared memory, because registers are what this kernel is short of.
         self.tile = view("int32", LOCATION_WORDS, self.tile_at)
         self.full = view("uint64", self.stages, self.tile_at + LOCATION_BYTES // size)
@@ -215,15 +216,20 @@ class ForwardTile:
         factor = T.abs(self.call.scale) * T.float32(LOG2E)
         self.scale2 = scalar("float32", T.max(factor, T.float32(LEAST_SCALE)))
         self.query_lane = scalar("int32", blocks.lane_a(lane) + self.warp * warp_size)
+        self.pitch_words = self.pitch * element_bytes(self.dtype) // 4
+        row = self.warp * self.warp_rows + lane // 4
+        self.maximum_lane = row * self.pitch_words + self.pitch_words - 4 + lane % 4
         self.key_lane = scalar("int32", blocks.lane_b_transposed(lane))
         self.value_lane = scalar("int32", blocks.lane_b(lane))
         held = self.steps if self.holds_queries else 1
         self.queries = T.alloc_local((self.row_blocks * self.words * held,), "uint32")
         self.output = T.alloc_local((self.row_blocks * self.steps * 8,), "float32")
-        self.row_max = T.alloc_local((2 * self.row_blocks,), "float32")  # of scores before they are scaled
+        # What is subtracted from a row's scaled scores: the greatest when it was last looked for.
+        self.reference = T.alloc_local((2 * self.row_blocks,), "float32")
         self.row_sum = T.alloc_local((2 * self.row_blocks,), "float32")
         self.shrink = T.alloc_local((2 * self.row_blocks,), "float32")
-        self.is_huge = scalar("int32", 0)  # whether some row's maximum in this warp is
+        self.limit = scalar("float32", T.float32(-INF))  # what a score may exceed its reference by
+        self.is_huge = scalar("int32", 0)  # whether some score of this warp's rows was
         self.chunk = scalar("int32", 0)
         self.stage = scalar("int32", 0)  # of the chunk
         self.phase = scalar("int32", 0)  # of the stage
@@ -233,7 +239,7 @@ class ForwardTile:
     @T.inline
     def clear_sums(self):
         for i in T.unroll(2 * self.row_blocks):
-            self.row_max[i] = T.float32(LOWEST)
+            self.reference[i] = T.float32(LOWEST)
             self.row_sum[i] = T.float32(0)
         for i in T.unroll(self.row_blocks * self.steps * 8):
             self.output[i] = T.float32(0)
@@ -405,16 +411,16 @@ class ForwardTile:
             # Any reference near the maximum gives the same quotient; weights stay below 2**threshold, sums
             # are float32. So lanes need not know each other's maxima.
             grown = T.alloc_local((1,), "float32")
-            grown[0] = top[0] - self.row_max[0]
+            grown[0] = top[0] * self.scale2 - self.reference[0]
             for i in T.unroll(2 * self.row_blocks - 1):
-                grown[0] = T.max(grown[0], top[i + 1] - self.row_max[i + 1])
-            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] * self.scale2 > T.float32(self.threshold)) != 0:
-                self.raise_maximum(top)
+                grown[0] = T.max(grown[0], top[i + 1] * self.scale2 - self.reference[i + 1])
+            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] > self.limit) != 0:
+                self.raise_reference(scores, top, keys)
         else:
-            self.raise_maximum(top)
+            self.raise_reference(scores, top, keys)
 
     @T.inline
-    def raise_maximum(self, top):
+    def raise_reference(self, scores, top, keys):
         """Makes the greatest score of each row so far the reference of its weights."""
         count = T.meta_var(2 * self.row_blocks)
         furthest = T.alloc_local((1,), "float32")
@@ -423,15 +429,23 @@ class ForwardTile:
             top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 1, 32, 32))
         for i in T.unroll(count):
             top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 2, 32, 32))
-        for i in T.unroll(count):
-            top[i] = T.max(top[i], self.row_max[i])
-            self.shrink[i] = T.exp2((self.row_max[i] - top[i]) * self.scale2)
-            self.row_max[i] = top[i]
-            self.row_sum[i] = self.row_sum[i] * self.shrink[i]
             furthest[0] = T.max(
                 furthest[0], T.Select(top[i] > T.float32(LOWEST), T.abs(top[i]), T.float32(0))
             )
-        self.is_huge = T.cuda.any_sync(T.uint32(ALL_LANES), furthest[0] * self.scale2 > T.float32(HUGE))
+        was_huge: T.bool = self.is_huge != 0
+        self.is_huge = self.is_huge | T.cuda.any_sync(
+            T.uint32(ALL_LANES), furthest[0] * self.scale2 > T.float32(HUGE)
+        )
+        if self.is_huge != 0:
+            self.subtract_maximum(scores, top, keys, was_huge)
+        else:
+            for i in T.unroll(count):
+                top[i] = T.max(top[i] * self.scale2, self.reference[i])
+                self.shrink[i] = T.exp2(self.reference[i] - top[i])
+                self.reference[i] = top[i]
+            self.find_limit()
+        for i in T.unroll(count):
+            self.row_sum[i] = self.row_sum[i] * self.shrink[i]
         for m in T.unroll(self.row_blocks):
             for j in T.unroll(self.steps * 2):
                 for r in T.unroll(2):
@@ -440,20 +454,48 @@ class ForwardTile:
                         self.output[i] = self.output[i] * self.shrink[2 * m + r]
 
     @T.inline
+    def find_limit(self):
+        """A score below a row's first reference must raise it too: they are, where scaling makes them so."""
+        lowest = T.alloc_local((1,), "float32")
+        lowest[0] = self.reference[0]
+        for i in T.unroll(2 * self.row_blocks - 1):
+            lowest[0] = T.min(lowest[0], self.reference[i + 1])
+        is_any = T.meta_var(T.And(lowest[0] == T.float32(LOWEST), self.scale2 > T.float32(1)))
+        self.limit = T.Select(
+            T.cuda.any_sync(T.uint32(ALL_LANES), is_any) != 0, T.float32(-INF), T.float32(self.threshold)
+        )
+
+    @T.inline
+    def subtract_maximum(self, scores, top, keys, was_huge):
+        """From scores before they are scaled, with this chunk and all that follow.
+
+        The maxima, which these chunks alone need, are kept behind the rows of queries, where each lane has a
+        word of what keeps rows in different banks.
+        """
+        for m in T.unroll(self.row_blocks):
+            for r in T.unroll(2):
+                i: T.let = 2 * m + r
+                before = T.alloc_local((1,), "float32")
+                at: T.int32 = self.maximum_lane + (m * BLOCK + 8 * r) * self.pitch_words
+                if was_huge:
+                    before[0] = self.maxima[at]
+                    top[i] = T.max(top[i], before[0])
+                    self.shrink[i] = (before[0] - top[i]) * self.scale2
+                else:
+                    top[i] = T.max(top[i], T.max(self.reference[i] / self.scale2, T.float32(LOWEST)))
+                    self.shrink[i] = self.reference[i] - top[i] * self.scale2
+                self.shrink[i] = T.exp2(T.min(self.shrink[i], T.float32(0)))
+                self.maxima[at] = top[i]
+                self.reference[i] = T.float32(0)
+                for j in T.unroll(keys // 8):
+                    for e in T.unroll(2):
+                        one: T.let = m * (keys // 2) + 4 * j + 2 * r + e
+                        scores[one] = scores[one] - top[i]
+        self.limit = T.float32(-INF)
+
+    @T.inline
     def weigh(self, scores, weights, keys):
         """The weights of scores, as left operands."""
-        reference = T.alloc_local((2 * self.row_blocks,), "float32")
-        for i in T.unroll(2 * self.row_blocks):
-            # Of a row without keys so far it must be finite too.
-            reference[i] = T.max(self.row_max[i] * self.scale2, T.float32(LOWEST))
-        if self.is_huge != 0:
-            for m in T.unroll(self.row_blocks):
-                for r in T.unroll(2):
-                    for j in T.unroll(keys // 8):
-                        for e in T.unroll(2):
-                            i: T.let = m * (keys // 2) + 4 * j + 2 * r + e
-                            scores[i] = scores[i] - self.row_max[2 * m + r]
-                    reference[2 * m + r] = T.float32(0)
         for m in T.unroll(self.row_blocks):
             for n in T.unroll(keys // BLOCK):
                 for t in T.unroll(2):
@@ -461,7 +503,7 @@ class ForwardTile:
                         for e in T.unroll(2):
                             i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
                             row: T.let = 2 * m + r
-                            scores[i] = T.exp2(scores[i] * self.scale2 - reference[row])
+                            scores[i] = T.exp2(scores[i] * self.scale2 - self.reference[row])
                             self.row_sum[row] = self.row_sum[row] + scores[i]
                 at: T.let = m * (keys // BLOCK) + n
                 self.blocks.a_from_sums(weights, at * self.words, scores, at * 8)
@@ -501,11 +543,14 @@ class ForwardTile:
         total[0] = total[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), total[0], 2, 32, 32)
         # A query without keys; one that is NaN, or sees NaN, has a sum of NaN.
         is_keyless: T.bool = total[0] == T.float32(0)
+        if self.is_huge != 0:
+            maximum = T.meta_var(self.maxima[self.maximum_lane + (m * BLOCK + 8 * r) * self.pitch_words])
+            self.reference[i] = maximum * (self.scale2 * T.float32(LN2))
+        else:
+            self.reference[i] = self.reference[i] * T.float32(LN2)
         if T.And(self.lane % 4 == 0, is_inside):
             self.call.lse[tile[BATCH], tile[HEAD], row] = T.Select(
-                is_keyless,
-                T.float32(-INF),
-                self.row_max[i] * (self.scale2 * T.float32(LN2)) + T.log2(total[0]) * T.float32(LN2),
+                is_keyless, T.float32(-INF), self.reference[i] + T.log2(total[0]) * T.float32(LN2)
             )
         if is_keyless:
             # Also where a value that it doesn't see is NaN.
