@@ -45,22 +45,22 @@ from .parts import (
 CLEARING_WARP = 3
 
 
-def key_plan(decisions: Mapping[str, int], head_dim: int, **differences: int | bool) -> Plan:
-    """What the producers of a pass over tiles of keys have to know."""
+def key_plan(
+    decisions: Mapping[str, int], head_dim: int, queries: int, buffers: int, **differences: int | bool
+) -> Plan:
+    """What the producers of a pass over tiles of keys, with chunks of ``queries``, have to know."""
     return Plan(
-        **{
-            "of_keys": True,
-            "rows": WARPGROUP_ROWS * decisions["dkv_warpgroups"],
-            "chunk_rows": decisions["dkv_queries"],
-            "warpgroups": decisions["dkv_warpgroups"],
-            "stages": decisions["dkv_stages"],
-            "buffers": decisions["dkv_buffers"],
-            "together": decisions["dkv_heads"],
-            "kept": ("k", "v"),
-            "streamed": ("q", "do"),
-            "head_dim": head_dim,
-            **differences,
-        }
+        of_keys=True,
+        rows=WARPGROUP_ROWS * decisions["dkv_warpgroups"],
+        chunk_rows=queries,
+        warpgroups=decisions["dkv_warpgroups"],
+        stages=decisions["dkv_stages"],
+        buffers=buffers,
+        together=decisions["dkv_heads"],
+        kept=("k", "v"),
+        streamed=("q", "do"),
+        head_dim=head_dim,
+        **differences,
     )
 
 
@@ -141,7 +141,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
     THREADS = 128 * (WARPGROUPS + 1)
     OFFSETS, BYTES = dkv_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(QUERIES, dtype), wgmma(D, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D)
+    PLAN = key_plan(decisions, D, QUERIES, BUFFERS)
 
     @T.inline
     def consume(at, warp, lane, t, scale):

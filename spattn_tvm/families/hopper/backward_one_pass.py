@@ -248,7 +248,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SPAN = D // W
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D, shared=True, others=1)
+    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, others=1)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
