@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("launch",),
     ("ops",),
     ("cache",),
-    ("nn", "verify", "tuning", "bench", "distributed"),
+    ("nn", "verify", "tuning", "bench", "distributed", "integrations"),
     ("plotting", "doctor"),
     ("__init__",),
     ("cli",),

@@ -1,0 +1,1 @@
+"""Bands inside other libraries, each imported by whoever uses it."""

@@ -1,0 +1,647 @@
+"""Bands in models of Hugging Face transformers: training, and ``generate()`` over caches.
+
+`register` makes ``attn_implementation="spattn"`` known: an attention function, the mask function that belongs
+to it, and the rule that a model whose configuration holds bands runs with them. `set_layout` gives a model
+its bands; they are stored in its configuration and come back with ``from_pretrained``.
+
+What a model asks for that bands can't do is refused, never ignored. A mask function sees what the attention
+function can't (padding, packing, how far a cache has come) and hands it on once for all layers, as an int32
+tensor ``(B, 1, K, 1)`` in place of a mask: the number of keys of each row (``K = 1``), or the first key, the
+end of the keys and that number (``K = 3``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
+
+from spattn_tvm.bands import BandLayout
+from spattn_tvm.cache import BandedCache, KeyValueCache, PagedCache
+from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.decode import banded_attention_decode
+from spattn_tvm.problem import MAX_DECODE_QUERIES
+
+_is_compiling = torch.compiler.is_compiling
+
+LAYOUTS_KEY = "spattn_layouts"
+"""The configuration's entry: ``BandLayout.spec`` of each layer."""
+
+# By spec, for `torch.compile`, which reads a dictionary and would trace the parsing of a text.
+_layouts: dict[str, BandLayout] = {}
+_names: list[str] = []
+
+
+# --- layouts in a configuration ---------------------------------------------------------------------------
+
+
+def _parse(specs: Sequence[str]) -> None:
+    for spec in specs:
+        if spec not in _layouts:
+            _layouts[spec] = BandLayout.from_spec(spec)
+
+
+def _layout_of(module: nn.Module) -> BandLayout:
+    config: Any = module.config
+    specs = getattr(config, LAYOUTS_KEY, None)
+    index = getattr(module, "layer_idx", None)
+    if specs is None:
+        raise ValueError(
+            f"{type(module).__name__} runs with banded attention and its configuration has no "
+            f"{LAYOUTS_KEY}: give the model its bands with set_layout(model, layout)"
+        )
+    if index is None or not 0 <= index < len(specs):
+        raise ValueError(f"{type(module).__name__} is layer {index}, and {len(specs)} layers have bands")
+    spec = specs[index]
+    if spec not in _layouts:
+        _parse([spec])
+    return _layouts[spec]
+
+
+def set_layout(
+    model: PreTrainedModel,
+    layout: BandLayout | str | Sequence[BandLayout | str | None],
+    *,
+    name: str = "spattn",
+) -> None:
+    """Give a model bands, and its configuration the text that brings them back.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder whose attention goes through transformers' ``AttentionInterface``.
+    layout : BandLayout, str, or a sequence of these and None
+        Of all layers, or of each. A string is a ``BandLayout.spec``; None is dense causal attention.
+    name : str
+        The attention implementation, as in `register`, which this calls.
+
+    Raises
+    ------
+    ValueError
+        A layout for another number of heads, as many layouts as there are not layers, a model that does not
+        take attention functions.
+    TypeError
+        Something that is no layout.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    given = [layout] * layers if layout is None or isinstance(layout, (BandLayout, str)) else list(layout)
+    if len(given) != layers:
+        raise ValueError(f"the model has {layers} layers, got {len(given)} layouts")
+    specs = []
+    for index, one in enumerate(given):
+        if one is None:
+            one = BandLayout.causal(heads)
+        elif isinstance(one, str):
+            one = BandLayout.from_spec(one)
+        elif not isinstance(one, BandLayout):
+            raise TypeError(f"layer {index}: a layout is a BandLayout, its spec or None, got {one!r}")
+        if one.num_heads != heads:
+            raise ValueError(f"layer {index}: the layout has {one.num_heads} heads, the model {heads}")
+        specs.append(one.spec)
+    register(name)
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{type(model).__name__} does not take attention functions of others")
+    _parse(specs)
+    setattr(config, LAYOUTS_KEY, specs)
+    model.set_attn_implementation(name)
+    _keep_name(model.config, name)
+    _keep_name(config, name)
+
+
+def _keep_name(config: Any, name: str) -> None:
+    # transformers reads this entry and does not write it. With it, a process that has not registered the name
+    # refuses the checkpoint rather than running it dense.
+    config.attn_implementation = name
+
+
+# --- what a forward pass knows of its keys ------------------------------------------------------------------
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(f"banded attention has no {what}")
+
+
+def _check_mask_function(function: Any) -> None:
+    """Raise unless a mask function is causal, at most within packed sequences."""
+    if function is causal_mask_function:
+        return
+    name = getattr(function, "__qualname__", repr(function)).partition(".")[0]
+    if name.startswith(("bidirectional", "sliding_window_bidirectional")):
+        _refuse("bidirectional or cross attention, which the model asks for")
+    if name not in ("and_masks", "packed_sequence_mask_function", "remap_positions_for_packed_sequence"):
+        _refuse(f"mask of the kind {name}: it is causal in each sequence")
+    for cell in getattr(function, "__closure__", None) or ():
+        inner = cell.cell_contents
+        for part in inner if isinstance(inner, tuple) else (inner,):
+            if callable(part) and not isinstance(part, Tensor):
+                _check_mask_function(part)
+
+
+def _spans(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first True of each row of a mask ``(B, L)``, the end of the last, and are all between True."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    end = torch.where(mask, place + 1, 0).amax(1)
+    begin = torch.minimum(torch.where(mask, place, mask.shape[1]).amin(1), end)
+    return begin, end, (end - begin == mask.sum(1)).all()
+
+
+_HOLES = (
+    "attention_mask has padding between a row's tokens, which bands would count as distance: pad prompts on "
+    "the left, where nothing is appended, or pack"
+)
+
+
+def banded_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> Tensor:
+    """The mask function: where each row's keys are, in place of a mask.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, use_vmap,
+    device, settings
+        What transformers hands a function of its ``AttentionMaskInterface``.
+
+    Returns
+    -------
+    Tensor
+        int32 ``(B, 1, K, 1)``, see the module's description. Of four dimensions, so that transformers takes
+        it for a mask that was made by the user, and hands it on as it is.
+
+    Raises
+    ------
+    ValueError
+        A window or chunks of the model's own, masks that are not causal, padding between tokens.
+    """
+    if local_size is not None:
+        _refuse(f"window or chunk of the model's own, and its configuration asks for one of {local_size}")
+    if kv_offset:
+        _refuse(f"cache that forgets its first keys, and this one starts at {kv_offset}")
+    if use_vmap:
+        _refuse("masks of the user's own (or_mask_function, and_mask_function)")
+    is_tracing = _is_compiling()
+    if not is_tracing:
+        _check_mask_function(mask_function)
+    length = q_offset + q_length
+    # Are the keys of the call all there are, as the host knows? Then there is nothing to say but how many.
+    is_all = isinstance(length, int) and length == kv_length
+    if attention_mask is not None:
+        begin, end, is_whole = _spans(attention_mask[:, :kv_length])
+        # A step of decoding waits for nothing. Longer calls do, once for all layers, as transformers' own.
+        if is_tracing or (q_length == 1 and attention_mask.is_cuda):
+            torch._assert_async(is_whole, _HOLES)
+        elif not is_whole:
+            raise ValueError(_HOLES)
+        elif q_length > 1 and is_all and bool(attention_mask.all()):
+            attention_mask = None
+    if attention_mask is None and is_all:
+        return torch.full((batch_size, 1, 1, 1), length, dtype=torch.int32, device=device)
+    last = torch.as_tensor(length, device=device).expand(batch_size)
+    if attention_mask is None:
+        begin, end = torch.zeros_like(last), last
+    places = torch.stack((begin, torch.minimum(end, last), last), 1)
+    return places.int()[:, None, :, None]
+
+
+def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
+    """Boundaries of sequences that are packed one after the other, which start where positions don't go on.
+
+    Returns
+    -------
+    cu_seqlens : Tensor or None
+        int32 boundaries; None for one sequence a row.
+    flattens : bool
+        Whether they are those of the flattened batch, because rows differ.
+    """
+    flattens = position_ids.shape[0] > 1 and batch > 1
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = starts.flatten()
+    tokens = starts.shape[0]
+    if _is_compiling():
+        # As many boundaries as there could be, for a static shape: what is too many are empty documents.
+        place = torch.arange(tokens, device=starts.device)
+        ends = torch.where(starts, place, tokens).sort().values
+        return torch.nn.functional.pad(ends, (0, 1), value=tokens).int(), flattens
+    first = starts.nonzero().flatten()
+    if first.shape[0] == position_ids.shape[0]:
+        return None, False
+    return torch.nn.functional.pad(first, (0, 1), value=tokens).int(), flattens
+
+
+def _documents_once(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
+    """`_documents`, found by the first of the layers that are given the same positions."""
+    if _is_compiling():
+        return _documents(position_ids, batch)
+    known = getattr(position_ids, "_spattn_documents", None)
+    if known is None or known[0] != (position_ids._version, batch):
+        known = ((position_ids._version, batch), _documents(position_ids, batch))
+        position_ids._spattn_documents = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+# --- the attention function ---------------------------------------------------------------------------------
+
+# Arguments that say nothing about what is attended to.
+_HARMLESS = frozenset(
+    ("num_items_in_batch", "cache_position", "seq_idx", "max_length_q", "max_length_k", "attention_mask")
+)
+_REFUSED = {
+    "softcap": "softcap of the scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "sliding_window": "window of the model's own beside its bands",
+    "position_bias": "position bias",
+    "head_mask": "head mask",
+    "output_attentions": "attention weights to output",
+}
+
+
+def _check_arguments(
+    module: nn.Module, dropout: float, is_causal: bool | None, others: dict[str, Any]
+) -> None:
+    for name, value in others.items():
+        if value is None or value is False:
+            continue
+        if name in _REFUSED:
+            _refuse(f"{_REFUSED[name]} ({name}={value if isinstance(value, (int, float)) else '…'})")
+        if isinstance(value, Tensor) and name not in _HARMLESS:
+            _refuse(f"argument {name}, and won't ignore it")
+    if dropout:
+        _refuse(f"dropout, and the model asks for attention_dropout={dropout}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        _refuse(f"bidirectional or cross attention, which {type(module).__name__} asks for")
+
+
+def _check_places(places: Tensor | None, queries: int) -> None:
+    if places is None:
+        raise ValueError(
+            "banded attention was not told where keys are: the attention function is registered without its "
+            "mask function, or the model makes no masks; call spattn_tvm.integrations.transformers.register()"
+        )
+    if places.dim() != 4 or places.dtype is not torch.int32 or places.shape[1] != 1 or places.shape[3] != 1:
+        raise ValueError(
+            f"banded attention takes no mask of 4 dimensions, got {tuple(places.shape)} of {places.dtype}: "
+            "give a 2-D attention_mask for padding, position_ids or cu_seq_lens_q for packed sequences"
+        )
+
+
+def banded_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    band_cache: KeyValueCache | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function, in the form of transformers' ``AttentionInterface``.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer: its ``config`` and ``layer_idx`` name its bands.
+    query, key, value : Tensor
+        ``(B, Hq, Nq, D)`` and ``(B, Hkv, Nk, D)``.
+    attention_mask : Tensor
+        What `banded_mask` returned.
+    dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, others
+        What models hand on. Positions matter where they say that sequences are packed.
+    band_cache : KeyValueCache, optional
+        What the keys go into and the past ones come from; `BandedLayer` and `PagedLayer` put it here.
+
+    Returns
+    -------
+    o : Tensor
+        ``(B, Nq, Hq, D)``.
+    None
+        In place of attention weights.
+
+    Raises
+    ------
+    ValueError
+        What bands can't do, by its name.
+    """
+    _check_arguments(module, dropout, is_causal, others)
+    layout = _layout_of(module)
+    batch, _, queries, _ = query.shape
+    _check_places(attention_mask, queries)
+    assert attention_mask is not None
+    is_padded = attention_mask.shape[2] == 3
+    is_first = queries == key.shape[2]
+
+    if cu_seq_lens_q is not None:
+        if is_padded or batch > 1 or not is_first or band_cache is not None:
+            _refuse(
+                "packed sequences (cu_seq_lens_q) beside padding, a cache or several rows: one row holds all"
+            )
+        keys = cu_seq_lens_k if cu_seq_lens_k is not cu_seq_lens_q else None
+        if not layout.is_autoregressive:
+            keys = None  # as many keys as queries, or banded_attention refuses the shapes
+        o = banded_attention(
+            query, key, value, layout, scale=scaling, cu_seqlens=cu_seq_lens_q, cu_seqlens_k=keys
+        )
+        return o.transpose(1, 2), None
+
+    documents, flattens = None, False
+    if position_ids is not None and position_ids.dim() == 2 and is_first and queries > 1 and not is_padded:
+        documents, flattens = _documents_once(position_ids, batch)
+
+    if band_cache is not None:
+        if documents is not None and not _is_compiling() and band_cache.known_length == 0:
+            _refuse("cache for packed sequences")
+        starts = attention_mask[:, 0, 0, 0] if is_padded else None
+        return band_cache.attend(query, key, value, scale=scaling, starts=starts).transpose(1, 2), None
+
+    if documents is not None:
+        if flattens:
+            query, key, value = (
+                t.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for t in (query, key, value)
+            )
+        o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=documents).transpose(1, 2)
+        return (o.unflatten(1, (batch, queries))[0] if flattens else o), None
+
+    wants_gradient = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    if queries <= MAX_DECODE_QUERIES and not is_first and not wants_gradient:
+        o = banded_attention_decode(
+            query,
+            key,
+            value,
+            layout,
+            cache_lengths=attention_mask[:, 0, -1, 0],
+            cache_starts=attention_mask[:, 0, 0, 0] if is_padded else None,
+            scale=scaling,
+        )
+    elif is_padded:
+        begin, end, length = attention_mask[:, 0, :, 0].unbind(1)
+        o = banded_attention(
+            query,
+            key,
+            value,
+            layout,
+            scale=scaling,
+            query_offset=length - queries,
+            kv_starts=begin,
+            kv_lengths=end,
+        )
+    else:
+        o = banded_attention(query, key, value, layout, scale=scaling)
+    return o.transpose(1, 2), None
+
+
+# --- caches -------------------------------------------------------------------------------------------------
+
+
+class _Layer(CacheLayerMixin):
+    """A layer of transformers' ``Cache`` over one of ours, made at the first keys."""
+
+    is_sliding = False
+
+    def __init__(self, config: Any, layout: BandLayout, is_static: bool, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        self.settings = settings
+        self.is_compileable = is_static
+        self.cache: KeyValueCache | None = None
+
+    def _make(self, layout: BandLayout, **sizes: Any) -> KeyValueCache:
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.cache = self._make(
+            self.layout,
+            batch_size=batch,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            dtype=key_states.dtype,
+            device=key_states.device,
+            count_on_host=not self.is_compileable,
+            **self.settings,
+        )
+        self.keys, self.values = self.cache.keys, self.cache.values
+        if self.is_compileable and not _is_compiling():
+            for tensor in (self.cache.keys, self.cache.values, self.cache.lengths):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the cache to the attention function, which stores the keys; they are returned as they are."""
+        if self.config._attn_implementation not in _names:
+            raise ValueError(
+                f"this cache keeps what bands need, and the model runs {self.config._attn_implementation!r}: "
+                "use another cache, or set_layout(model, layout)"
+            )
+        arguments = kwargs.get("kwargs")
+        if arguments is None:
+            raise ValueError(
+                "this model's attention does not tell its cache what the attention function is called with: "
+                "use a DynamicCache or StaticCache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        arguments["band_cache"] = self.cache
+        return key_states, value_states
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.cache is None else self.cache.batch_size
+
+    def get_seq_length(self) -> Any:
+        if self.cache is None:
+            return 0
+        known = None if self.is_compileable else self.cache.known_length
+        return self.cache.lengths[0] if known is None else known
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_compileable:
+            return self.get_max_length(), 0
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.settings.get("max_length") or self.layout.context_length or -1
+
+    def reset(self) -> None:
+        if self.cache is not None:
+            self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if self.cache is not None:
+            self.cache.crop(-tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.cache is not None:
+            self.cache.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.select(indices)
+
+    def offload(self) -> None:
+        raise NotImplementedError("caches of bands are not offloaded")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("caches of bands are not offloaded")
+
+
+class BandedLayer(_Layer):
+    """Keeps the keys that the layer's bands can still need, as a :class:`~spattn_tvm.BandedCache`."""
+
+    is_croppable = True
+
+    def _make(self, layout: BandLayout, **sizes: Any) -> KeyValueCache:
+        return BandedCache(layout, **sizes)
+
+
+class PagedLayer(_Layer):
+    """Keeps all keys in pages, as a :class:`~spattn_tvm.PagedCache`."""
+
+    is_croppable = True
+
+    def _make(self, layout: BandLayout, **sizes: Any) -> KeyValueCache:
+        return PagedCache(layout, **sizes)
+
+
+def make_cache(
+    model: PreTrainedModel | PreTrainedConfig,
+    kind: str = "banded",
+    *,
+    max_length: int | None = None,
+    is_static: bool = False,
+    **settings: Any,
+) -> Cache:
+    """A cache for ``generate(..., cache=cache)``, one layer for each of the model's.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PreTrainedConfig
+        With bands.
+    kind : str
+        ``"banded"`` keeps what the bands can still need, ``"paged"`` everything, in pages.
+    max_length : int, optional
+        Longest sequence, padding included. Layers that are dense need it for ``"banded"``.
+    is_static : bool
+        Whether a step of decoding will be compiled: then only the device counts, and layers that have no end
+        of their own need `max_length`.
+    **settings
+        Further arguments of :class:`~spattn_tvm.BandedCache` (`slack`, how far assisted decoding can go back)
+        or :class:`~spattn_tvm.PagedCache` (`page_size`).
+
+    Returns
+    -------
+    Cache
+
+    Raises
+    ------
+    ValueError
+        A model without bands, layouts that are not autoregressive, an unknown kind.
+    """
+    layers = {"banded": BandedLayer, "paged": PagedLayer}
+    if kind not in layers:
+        raise ValueError(f"kind must be one of {', '.join(layers)}, got {kind!r}")
+    config: Any = getattr(model, "config", model)
+    config = config.get_text_config(decoder=True)
+    specs = getattr(config, LAYOUTS_KEY, None)
+    if specs is None:
+        raise ValueError("the model has no bands: give it some with set_layout(model, layout)")
+    layouts = [BandLayout.from_spec(spec) for spec in specs]
+    for layout in layouts:
+        layout.require_autoregressive("generation")
+        if kind == "banded" and layout.depends_on_length and max_length is None:
+            raise ValueError(
+                f"a layer of the model is dense ({layout.spec}): give max_length, or kind='paged'"
+            )
+        if is_static and max_length is None and (kind == "paged" or layout.context_length is None):
+            raise ValueError(
+                f"a static cache has an end, and {kind} layers of {layout.spec} none: give max_length"
+            )
+    settings = {"max_length": max_length, **settings}
+    return Cache(layers=[layers[kind](config, layout, is_static, settings) for layout in layouts])
+
+
+# --- registration -------------------------------------------------------------------------------------------
+
+
+def _watch_models() -> None:
+    """Let a model whose configuration holds bands run with them, unless another attention is asked for."""
+    original = PreTrainedModel.get_correct_attn_implementation
+
+    def with_bands(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
+        config = self.config.get_text_config(decoder=True)
+        specs = getattr(config, LAYOUTS_KEY, None)
+        if specs is None or not _names:
+            return original(self, requested_attention, is_init_check)
+        if requested_attention is None:
+            requested_attention = _names[0]
+        if requested_attention in _names:
+            _parse(specs)
+            _keep_name(self.config, requested_attention)
+        return original(self, requested_attention, is_init_check)
+
+    PreTrainedModel.get_correct_attn_implementation = with_bands
+
+
+def register(name: str = "spattn") -> None:
+    """Make banded attention known to transformers as ``attn_implementation=name``.
+
+    Registers the attention function and its mask function, and lets a model whose configuration holds bands
+    (`set_layout`) run with them when it is loaded, unless another implementation is asked for by name. To
+    call it again does nothing.
+
+    Parameters
+    ----------
+    name : str
+
+    Raises
+    ------
+    ValueError
+        The name of another implementation.
+    """
+    if name in _names:
+        return
+    if (
+        name == "eager"
+        or name in AttentionInterface._global_mapping
+        or name in AttentionMaskInterface._global_mapping
+    ):
+        raise ValueError(f"{name!r} is another attention implementation's name")
+    AttentionInterface.register(name, banded_attention_forward)
+    AttentionMaskInterface.register(name, banded_mask)
+    if not _names:
+        _watch_models()
+    _names.append(name)

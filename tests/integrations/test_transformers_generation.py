@@ -1,0 +1,256 @@
+"""generate() over every cache gives what the whole sequence gives, by the definition of the bands."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+from banded_models import (
+    BY_DEFINITION,
+    CONTEXT,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    VOCABULARY,
+    make_model,
+    register_the_definition,
+)
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+from spattn_tvm.bands import BandLayout  # noqa: E402
+from spattn_tvm.integrations.transformers import make_cache, set_layout  # noqa: E402
+
+CASES = int(os.environ.get("SPATTN_SWEEP", "6"))
+KINDS = ("banded", "paged", "banded static", "static", "dynamic")
+LAYOUTS: dict[str, Any] = {
+    "spattention": BandLayout.spattention(HEADS, CONTEXT),
+    "exclusive": BandLayout.exclusive(HEADS, CONTEXT),
+    "hybrid": [BandLayout.spattention(HEADS, CONTEXT), BandLayout.sliding_window(HEADS, 9)],
+    "dense and banded": [None, BandLayout.equal_area(HEADS, CONTEXT)],
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::spattn_tvm.FallbackWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    register_the_definition()
+    return {kind: make_model(kind).eval() for kind in ("llama", "olmoe")}
+
+
+def _with(model: Any, layout: Any, implementation: str | None = None) -> Any:
+    set_layout(model, layout)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    return model
+
+
+def _cache(model: Any, kind: str, batch: int, length: int, **settings: Any) -> Any:
+    """With NaN wherever nothing will be stored."""
+    if kind == "dynamic":
+        return transformers.DynamicCache(config=model.config)
+    if kind == "static":
+        cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    elif kind == "paged":
+        cache = make_cache(model, "paged", max_length=length, page_size=16)
+    else:
+        cache = make_cache(model, max_length=length, is_static=kind == "banded static", **settings)
+    cache.early_initialization(batch, KV_HEADS, HEAD_DIM, torch.float32, model.device)
+    for layer in cache.layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
+    return cache
+
+
+def _prompts(chance: random.Random, batch: int, is_padded: bool) -> tuple[Tensor, Tensor]:
+    longest = chance.choice((1, 2, 5, 16, 17, 33, 50))
+    generator = torch.Generator().manual_seed(chance.randrange(2**31))
+    ids = torch.randint(2, VOCABULARY, (batch, longest), generator=generator)
+    mask = torch.ones_like(ids)
+    if is_padded:
+        for row in range(batch):
+            mask[row, : chance.randrange(longest)] = 0
+        mask[chance.randrange(batch)] = 1
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def _recomputed(model: Any, layout: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Logits of the last `steps` tokens, each of which the one before it predicts."""
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    _with(model, layout, BY_DEFINITION)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+    _with(model, layout)
+    return logits[:, -steps - 1 : -1]
+
+
+def _check_case(seed: int, model: Any, device: str = "cpu") -> None:
+    chance = random.Random(seed)
+    layout = chance.choice(list(LAYOUTS.values()))
+    batch, steps = chance.randint(1, 3), chance.choice((3, 10, 30))
+    ids, mask = (t.to(device) for t in _prompts(chance, batch, chance.random() < 0.6))
+    kind = chance.choice(KINDS)
+    settings: dict[str, Any] = {}
+    if chance.random() < 0.5:
+        settings["prefill_chunk_size"] = chance.choice((1, 3, 16, 20))
+    _with(model, layout)
+    slack = {"slack": chance.choice((0, 15))} if kind.startswith("banded") else {}
+    result = model.generate(
+        ids,
+        attention_mask=mask,
+        cache=_cache(model, kind, batch, ids.shape[1] + steps, **slack),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    logits = torch.stack(result.logits, 1)
+    expected = _recomputed(model, layout, result.sequences, mask, steps)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    best = expected.topk(2).values
+    is_clear = best[..., 0] - best[..., 1] > 1e-4
+    tokens = result.sequences[:, -steps:]
+    assert torch.equal(tokens[is_clear], expected.argmax(-1)[is_clear])
+    assert tokens.unique().numel() > 1 or steps < 10, "a model that says one thing shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+@pytest.mark.parametrize("seed", range(CASES))
+def test_logits_and_tokens_are_those_of_the_whole_sequence(
+    seed: int, kind: str, models: dict[str, Any]
+) -> None:
+    _check_case(seed, models[kind])
+
+
+def test_every_cache_comes_to_the_same(models: dict[str, Any]) -> None:
+    """Left padding and chunks, on each kind of cache, so that none is left to chance."""
+    layout = LAYOUTS["hybrid"]
+    model = _with(models["llama"], layout)
+    ids, mask = _prompts(random.Random(3), 3, is_padded=True)
+    for kind in KINDS:
+        for chunk in (None, 7):
+            result = model.generate(
+                ids,
+                attention_mask=mask,
+                cache=_cache(model, kind, 3, ids.shape[1] + 8),
+                max_new_tokens=8,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                prefill_chunk_size=chunk,
+            )
+            expected = _recomputed(model, layout, result.sequences, mask, 8)
+            torch.testing.assert_close(torch.stack(result.logits, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["banded", "paged", "static"])
+def test_beams_and_samples_are_those_without_a_cache(kind: str, models: dict[str, Any]) -> None:
+    model = _with(models["llama"], LAYOUTS["spattention"])
+    ids, mask = _prompts(random.Random(5), 2, is_padded=True)
+    for settings in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 20}):
+        beams = settings.get("num_beams", 1)
+        sequences = []
+        for cache in (None, _cache(model, kind, 2 * beams, ids.shape[1] + 12)):
+            torch.manual_seed(1)
+            given = {"use_cache": False} if cache is None else {"cache": cache}
+            sequences.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, **given, **settings))
+        assert torch.equal(*sequences)
+
+
+@pytest.mark.parametrize("kind", ["banded", "paged", "dynamic"])
+def test_a_conversation_goes_on_where_it_was(kind: str, models: dict[str, Any]) -> None:
+    model = _with(models["olmoe"], LAYOUTS["spattention"])
+    cache = _cache(model, kind, 1, CONTEXT)
+    ids = torch.randint(2, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(4))
+    for _ in range(3):
+        ids = model.generate(ids, cache=cache, max_new_tokens=6, do_sample=False)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        more = torch.randint(2, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(ids.shape[1]))
+        ids = torch.cat((ids, more), 1)
+    whole = model.generate(ids[:, :-9], use_cache=False, max_new_tokens=1, do_sample=False)
+    assert torch.equal(whole[:, :-1], ids[:, :-9])
+    expected = _recomputed(model, LAYOUTS["spattention"], ids[:, :-9], torch.ones_like(ids[:, :-9]), 6)
+    assert torch.equal(expected.argmax(-1), ids[:, -15:-9])
+
+
+def test_a_speculating_assistant_changes_nothing(models: dict[str, Any]) -> None:
+    model = _with(models["llama"], LAYOUTS["spattention"])
+    assistant = _with(make_model("llama", seed=7).eval(), LAYOUTS["spattention"])
+    ids = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(2))
+    expected = model.generate(ids, use_cache=False, max_new_tokens=25, do_sample=False)
+    cache = _cache(model, "banded", 1, CONTEXT, slack=15)
+    result = model.generate(ids, cache=cache, assistant_model=assistant, max_new_tokens=25, do_sample=False)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["banded static", "static"])
+def test_compiled_steps_are_compiled_once(kind: str, models: dict[str, Any]) -> None:
+    model = _with(models["llama"], LAYOUTS["spattention"])
+    ids, mask = _prompts(random.Random(3), 2, is_padded=True)
+    compiled = 0
+
+    def count(module: Any, inputs: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return module.forward
+
+    cache = _cache(model, kind, 2, ids.shape[1] + 10)
+    step = torch.compile(model.forward, backend=count, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        prompt = model.prepare_inputs_for_generation(
+            ids, cache=cache, attention_mask=mask, position_ids=position
+        )
+        logits = [model(**prompt).logits[:, -1]]
+        sequence, full = ids, mask
+        for _ in range(8):
+            sequence = torch.cat((sequence, logits[-1].argmax(-1, keepdim=True)), 1)
+            full = torch.nn.functional.pad(full, (0, 1), value=1)
+            position = full.sum(1, keepdim=True) - 1
+            inputs = model.prepare_inputs_for_generation(
+                sequence, next_sequence_length=1, cache=cache, attention_mask=full, position_ids=position
+            )
+            logits.append(step(**inputs, return_dict=True).logits[:, -1])
+    sequence = torch.cat((sequence, logits[-1].argmax(-1, keepdim=True)), 1)
+    assert compiled == 1
+    expected = _recomputed(model, LAYOUTS["spattention"], sequence, mask, 9)
+    torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_batch_needs_its_padding_on_the_left(models: dict[str, Any]) -> None:
+    model = _with(models["llama"], LAYOUTS["spattention"])
+    ids = torch.randint(2, VOCABULARY, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with pytest.raises(ValueError, match="padding between a row's tokens"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+
+
+def test_memory_is_what_the_bands_need(models: dict[str, Any]) -> None:
+    model = _with(models["llama"], BandLayout.spattention(HEADS, 2048))
+    cache = make_cache(model)
+    cache.early_initialization(1, KV_HEADS, HEAD_DIM, torch.float32, torch.device("meta"))
+    dense = 2 * KV_HEADS * 2048 * HEAD_DIM * 4
+    assert all(0.7 < layer.cache.nbytes / dense < 0.77 for layer in cache.layers)  # (1/2 + 1) / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+@pytest.mark.parametrize("seed", range(CASES))
+def test_logits_and_tokens_are_those_of_the_whole_sequence_on_the_gpu(seed: int, kind: str) -> None:
+    register_the_definition()
+    torch.set_default_device("cuda")
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        _check_case(seed, make_model(kind).eval().cuda(), "cuda")
+    finally:
+        torch.set_default_device(None)

@@ -1,0 +1,350 @@
+"""Loss and gradients of a banded model are those by the bands' definition; what it can't do is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from banded_models import BY_DEFINITION, HEADS, LAYERS, VOCABULARY, make_model, register_the_definition
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+from spattn_tvm.bands import BandLayout  # noqa: E402
+from spattn_tvm.integrations import transformers as adapter  # noqa: E402
+from spattn_tvm.integrations.transformers import make_cache, register, set_layout  # noqa: E402
+
+LENGTH = 40
+BANDED = BandLayout.spattention(HEADS, LENGTH)
+HYBRID = [None, BANDED]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::spattn_tvm.FallbackWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _definition() -> None:
+    register_the_definition()
+
+
+def _batch(form: str, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(batch: int) -> Tensor:
+        return torch.randint(2, VOCABULARY, (batch, LENGTH), generator=generator)
+
+    if form == "plain":
+        ids = tokens(2)
+        return {"input_ids": ids, "labels": ids}
+    if form.startswith("padded"):
+        ids, mask = tokens(3), torch.ones(3, LENGTH, dtype=torch.int64)
+        mask[0, 30:] = mask[2, 3:] = 0
+        if form == "padded left":
+            mask = mask.flip(1)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        labels = ids.masked_fill(mask == 0, -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": position}
+    lengths = [[17, 1, 22]] if form != "packed rows" else [[17, 1, 22], [40], [5, 35]]
+    ids = tokens(len(lengths))
+    position = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    batch = {"input_ids": ids, "position_ids": position, "labels": ids.masked_fill(position == 0, -100)}
+    if form == "packed boundaries":
+        ends = torch.tensor([0, 17, 18, 40], dtype=torch.int32)
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 22, "max_length_k": 22}
+    return batch
+
+
+FORMS = ("plain", "padded right", "padded left", "packed", "packed rows", "packed boundaries")
+
+
+def _gradients(
+    model: Any, batch: dict[str, Any], forward: Any = None, **settings: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = (model if forward is None else forward)(**batch, **settings).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _expected(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(BY_DEFINITION)
+    return _gradients(model, batch, use_cache=False)
+
+
+def _compare(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(results[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert results[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def _banded(kind: str = "llama", layout: Any = BANDED, **settings: Any) -> Any:
+    model = make_model(kind, **settings)
+    set_layout(model, layout)
+    return model.train()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("kind", "layout"), [("llama", HYBRID), ("olmoe", BANDED)])
+def test_loss_and_gradients(form: str, kind: str, layout: Any) -> None:
+    """As a training loop calls a model: with the cache a configuration asks for by default, and without."""
+    model, batch = _banded(kind, layout), _batch(form)
+    expected = _expected(model, batch)
+    _compare(_gradients(model, batch, use_cache=False), expected)
+    if form != "packed boundaries":
+        _compare(_gradients(model, batch), expected)
+
+
+def test_bands_of_each_sequences_own_length() -> None:
+    model = _banded(layout=BandLayout.spattention(HEADS))
+    for form in ("plain", "packed"):
+        batch = _batch(form)
+        result = _gradients(model, batch, use_cache=False)
+        documents = [batch] if form == "plain" else _separate(batch)
+        losses = [_expected(model, document)[0] for document in documents]
+        weights = [float((document["labels"][:, 1:] != -100).sum()) for document in documents]
+        loss = sum(a * b for a, b in zip(losses, weights, strict=True) if b) / sum(weights)
+        torch.testing.assert_close(result[0], torch.as_tensor(loss), atol=1e-5, rtol=1e-5)
+
+
+def _separate(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {key: batch[key][:, begin:end] for key in ("input_ids", "labels")}
+        for begin, end in ((0, 17), (18, 40))
+    ]
+
+
+@pytest.mark.parametrize("form", ["plain", "padded right", "packed"])
+def test_gradient_checkpointing(form: str) -> None:
+    model, batch = _banded(), _batch(form)
+    expected = _expected(model, batch)
+    model.gradient_checkpointing_enable()
+    _compare(_gradients(model, batch, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("form", ["plain", "padded right", "packed", "packed boundaries"])
+def test_compiled_without_a_break(form: str) -> None:
+    model, batch = _banded(layout=[BANDED], num_hidden_layers=1), _batch(form)
+    expected = _expected(model, batch)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    _compare(_gradients(model, batch, compiled, use_cache=False), expected)
+
+
+def test_compiled_padding_between_tokens_is_refused() -> None:
+    model, batch = _banded(layout=[BANDED], num_hidden_layers=1), _batch("padded right")
+    batch["attention_mask"][1, 7] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    with pytest.raises(RuntimeError, match="padding between a row's tokens"):
+        compiled(**batch, use_cache=False)
+
+
+def test_autocast() -> None:
+    model, batch = _banded(), _batch("plain")
+    expected, _ = _expected(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = _gradients(model, batch, use_cache=False)
+    assert abs(float(loss - expected)) < 0.05
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    losses = []
+    for implementation in ("spattn", BY_DEFINITION):
+        model = _banded("olmoe", HYBRID)
+        model.set_attn_implementation(implementation)
+        rows = [_batch("padded right", seed) for seed in range(4)]
+        data = [{key: value[row] for key, value in batch.items()} for batch in rows for row in range(3)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=3,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert losses[0][-1] != losses[0][0]
+
+
+# --- configurations -----------------------------------------------------------------------------------------
+
+
+def test_bands_come_back_with_the_weights(tmp_path: Path) -> None:
+    model, batch = _banded(layout=HYBRID).eval(), _batch("plain")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    folder = tmp_path / "0"
+    model.save_pretrained(folder)
+    for again in ("1", "2"):  # what was loaded can be saved and loaded
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config.spattn_layouts == [BandLayout.causal(HEADS).spec, BANDED.spec]
+        assert loaded.config._attn_implementation == "spattn"
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, logits)
+        folder = tmp_path / again
+        loaded.save_pretrained(folder)
+    made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    assert made.config._attn_implementation == "spattn"
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    with torch.no_grad():
+        assert not torch.allclose(dense(**batch).logits, logits, atol=1e-2), (
+            "asked for, dense is what one gets"
+        )
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers as it is in a process that has not called `register`."""
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        mapping = {k: v for k, v in interface._global_mapping.items() if k != "spattn"}
+        monkeypatch.setattr(interface, "_global_mapping", mapping)
+    monkeypatch.setattr(adapter, "_names", [])
+    yield
+
+
+# --- wrong uses ---------------------------------------------------------------------------------------------
+
+
+def test_a_banded_checkpoint_does_not_run_dense_where_bands_are_unknown(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    _banded().save_pretrained(tmp_path)
+    request.getfixturevalue("unregistered")
+    with pytest.raises(ValueError, match="spattn"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_half_a_registration_is_refused() -> None:
+    model = _banded()
+    name = "half_of_spattn"
+    transformers.AttentionInterface.register(name, adapter.banded_attention_forward)
+    try:
+        model.set_attn_implementation(name)
+        with pytest.raises(ValueError, match="registered without its mask function"):
+            model(**_batch("packed"))
+        transformers.AttentionMaskInterface.register(name, transformers.masking_utils.sdpa_mask)
+        with pytest.raises(ValueError, match="takes no mask of 4 dimensions"):
+            model(**_batch("padded right"))
+    finally:
+        for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+            interface._global_mapping.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", BY_DEFINITION])
+def test_names_of_others_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="another attention implementation's name"):
+        register(name)
+
+
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    model = make_model("llama")
+    with pytest.raises(ValueError, match=r"layer 0: the layout has 8 heads, the model 4"):
+        set_layout(model, BandLayout.spattention(8, 64))
+    with pytest.raises(ValueError, match=rf"the model has {LAYERS} layers, got 3 layouts"):
+        set_layout(model, [BANDED] * 3)
+    with pytest.raises(TypeError, match="layer 1: a layout is a BandLayout"):
+        set_layout(model, [BANDED, 5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="expected 'name:heads"):
+        set_layout(model, "longformer:heads=4")
+    assert model.config._attn_implementation != "spattn"
+    assert not hasattr(model.config, "spattn_layouts")
+    set_layout(model, "spattention:heads=4,context=40")
+    with pytest.raises(ValueError, match="a sequence of 41 is longer"):
+        model(torch.ones(1, 41, dtype=torch.int64))
+
+
+def test_a_model_without_bands_is_refused() -> None:
+    register()
+    model = make_model("llama", attn_implementation="spattn")
+    with pytest.raises(ValueError, match="give the model its bands with set_layout"):
+        model(**_batch("plain"))
+    with pytest.raises(ValueError, match="the model has no bands"):
+        make_cache(model)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "dropout": ({"attention_dropout": 0.1}, {}, "dropout, and the model asks for attention_dropout=0.1"),
+    "output_attentions": ({}, {"output_attentions": True}, "attention weights to output"),
+    "4-D mask": ({}, {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)}, "takes no mask"),
+    "4-D float mask": ({}, {"attention_mask": torch.zeros(2, 1, LENGTH, LENGTH)}, "takes no mask"),
+    "padding amid tokens": (
+        {},
+        {"attention_mask": torch.ones(2, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([5]), 0)},
+        "padding between a row's tokens",
+    ),
+    "bidirectional": ({}, {"is_causal": False}, "bidirectional or cross attention"),
+    "softcap": ({}, {"softcap": 30.0}, r"softcap of the scores \(softcap=30.0\)"),
+    "sinks": ({}, {"s_aux": torch.zeros(HEADS)}, "attention sinks"),
+    "window": ({}, {"sliding_window": 8}, "window of the model's own beside its bands"),
+    "position bias": ({}, {"position_bias": torch.zeros(1)}, "position bias"),
+    "unknown": ({}, {"block_ids": torch.zeros(2, LENGTH)}, "argument block_ids, and won't ignore it"),
+    "packed rows": (
+        {},
+        {"cu_seq_lens_q": torch.tensor([0, 40]), "cu_seq_lens_k": torch.tensor([0, 40])},
+        "one row holds all",
+    ),
+}
+
+
+@pytest.mark.parametrize("use", REFUSED)
+def test_what_bands_cannot_do_is_refused_by_name(use: str) -> None:
+    settings, arguments, message = REFUSED[use]
+    model = _banded(**settings)
+    with pytest.raises(ValueError, match=message):
+        model(**(_batch("plain") | arguments), use_cache=False)
+
+
+def test_masks_of_other_models_are_refused() -> None:
+    """What mask functions of other models would ask for; of those that mix bands with a window, say."""
+    from transformers import masking_utils as masks
+
+    config = _banded(layout=BANDED).config
+    config.sliding_window, config.attention_chunk_size = 8, 8
+    given = {"config": config, "inputs_embeds": torch.zeros(1, 12, 4), "attention_mask": None, "cache": None}
+    with pytest.raises(ValueError, match=r"window or chunk of the model's own.* 8"):
+        masks.create_sliding_window_causal_mask(**given)
+    with pytest.raises(ValueError, match=r"window or chunk of the model's own.* 8"):
+        masks.create_chunked_causal_mask(**given)
+    with pytest.raises(ValueError, match="bidirectional or cross attention"):
+        masks.create_bidirectional_mask(config, given["inputs_embeds"], None)
+    with pytest.raises(ValueError, match="mask of the kind or_masks"):
+        masks.create_causal_mask(**given, block_sequence_ids=torch.zeros(1, 12, dtype=torch.int64))
+    with pytest.raises(ValueError, match="masks of the user's own"):
+        masks.create_causal_mask(**given, and_mask_function=masks.sliding_window_overlay(3))
+
+
+def test_caches_refuse_what_they_cannot_hold() -> None:
+    model, batch = _banded().eval(), _batch("packed")
+    del batch["labels"]
+    with torch.no_grad(), pytest.raises(ValueError, match="cache for packed sequences"):
+        model(**batch, cache=make_cache(model))
+    with pytest.raises(RuntimeError, match="a cache has no gradient"):
+        model(batch["input_ids"], cache=make_cache(model))
+    cache = make_cache(model)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad(), pytest.raises(ValueError, match="keeps what bands need, and the model runs 'sdpa'"):
+        model(batch["input_ids"], cache=cache)
+    with pytest.raises(ValueError, match="kind must be one of banded, paged"):
+        make_cache(model, "dense")
+    for kind, is_static in (("banded", False), ("paged", True), ("banded", True)):
+        with pytest.raises(ValueError, match="give max_length"):
+            make_cache(_banded(layout=HYBRID), kind, is_static=is_static)
+    with pytest.raises(ValueError, match="generation needs bands that don't follow"):
+        make_cache(_banded(layout=BandLayout.spattention(HEADS)))
+    growing = _banded(layout=BandLayout.spattention(HEADS)).eval()
+    with pytest.raises(ValueError, match="needs bands that don't follow"):
+        growing.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
