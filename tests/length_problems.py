@@ -184,3 +184,33 @@ def truth(
     gradients = torch.autograd.grad(loss, (q, k, v))
     results = {"o": o.detach(), "lse": lse.detach().masked_fill(~has_key, -torch.inf)}
     return results | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
+def tiled_problems(head_dim: int) -> dict[str, LengthProblem]:
+    """Longer than the tiles of any family, with every kind of end inside of them."""
+    spattention, exclusive = BandLayout.spattention(4, 1200), BandLayout.exclusive(4, 1200)
+    # Bands that begin and end at odd distances, and queries between them that have no key.
+    odd = BandLayout.custom([[(1, 30)], [(63, 63), (65, 200)], [(129, 490)], [(7, 12), (301, 801)]])
+    padded = {"kv_lengths": [512, 447], "kv_starts": [63, 129], "query_offset": [70, 301]}
+    apart = {"cu_seqlens": [0, 7, 140, 140, 333, 590], "cu_seqlens_k": [0, 300, 301, 444, 700, 899]}
+    fewer = {"cu_seqlens": [0, 1, 66, 400, 777], "cu_seqlens_k": [0, 1, 130, 131, 402]}
+    extreme = {"query_offset": [2**31 - 1, -(2**31)]}
+    problems: dict[str, tuple[int, int, BandLayout, dict[str, Any]]] = {
+        "more keys": (333, 777, spattention, {}),
+        "more queries": (700, 131, odd, {}),
+        "one query": (1, 1111, spattention, {}),
+        "inside": (401, 900, odd, {"query_offset": 203}),
+        "before all keys": (300, 200, odd, {"query_offset": -450}),
+        "behind all keys": (257, 130, exclusive, {"query_offset": 701}),
+        "ends inside": (515, 300, odd, {"query_offset": 64}),
+        "lengths": (129, 640, spattention, {"kv_lengths": [517, 0]}),
+        "padded on both sides": (255, 513, odd, padded),
+        "starts behind ends": (130, 260, spattention, {"kv_lengths": [99, 260], "kv_starts": [100, 260]}),
+        "extreme offsets": (200, 300, BandLayout.causal(4), extreme),
+        "packed apart": (600, 901, odd, apart),
+        "packed, fewer keys": (777, 402, spattention, fewer),
+    }
+    return {
+        name: LengthProblem(2, 2, 2, queries, keys, head_dim, layout, places, seed)
+        for seed, (name, (queries, keys, layout, places)) in enumerate(problems.items())
+    }

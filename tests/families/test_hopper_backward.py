@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from length_problems import tiled_problems, truth
 from torch import Tensor
 
 from spattn_tvm import BandLayout
@@ -22,6 +23,7 @@ from spattn_tvm.families.hopper.backward import build_hopper_backward
 from spattn_tvm.families.hopper.backward_sizes import SHARED_LIMIT, shared_bytes
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import Domain, launch_backward
+from spattn_tvm.ops.band_tables import find_domain
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.runtime import load_library
@@ -325,3 +327,59 @@ def test_rows_without_bands_get_zero_gradients(
         assert (gradient[:, :, outside] == 0).all(), name
         expected[name][:, :, outside] = 0
     assert_near(gradients, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", tiled_problems(64))
+@shapes
+@structures
+def test_queries_and_keys_that_are_not_the_same_rows(
+    structure: int, dtype: str, head_dim: int, name: str, h200: MachineTarget
+) -> None:
+    """NaN in keys that don't exist, and in whatever arrives for queries without keys."""
+    kernel = kernel_of(structure, dtype, head_dim, h200)
+    problem = tiled_problems(head_dim)[name]
+    q, k, v, do, dlse = problem.tensors(DTYPES[dtype], "cuda")
+    places = problem.arguments("cuda")
+    o, lse = reference_attention(q, k, v, problem.layout, **places)
+    keyless, unused = ~problem.mask().any(-1), problem.unused()
+    arriving = [o.to(q.dtype), do, dlse]
+    for tensor in arriving:
+        tensor[keyless] = torch.nan
+    o, do, dlse = arriving
+    domain = find_domain(problem.layout.spec, q, k, **places)
+    found = launch_backward(kernel, q, k, v, o, lse.contiguous(), do, dlse, domain, head_dim**-0.5)
+    gradients = dict(zip(("dq", "dk", "dv"), (tensor.cpu() for tensor in found), strict=True))
+    assert (gradients["dq"][keyless] == 0).all()
+    for name in ("dk", "dv"):
+        assert (gradients[name].transpose(1, 2)[unused] == 0).all()
+    assert_near(gradients, truth(problem, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_chunks_hold_what_a_band_gives_to_a_tile(of_keys: bool) -> None:
+    """Of the rows that exist; none of them twice, none in vain."""
+    pytest.importorskip("tvm")
+    from spattn_tvm.families.hopper.backward_producers import Plan
+
+    chance = random.Random(0)
+    for _ in range(2000):
+        plan = Plan(of_keys, chance.randint(1, 9), 2 * chance.randint(1, 4), 2, 2, 1, 1, (), (), 64)
+        first, begin, low = chance.randint(0, 30), chance.randint(0, 30), chance.randint(-20, 40)
+        last, end, high = (at + chance.randint(0, 20) for at in (first, begin, low))
+        sign = -1 if of_keys else 1
+        expected = [
+            other
+            for other in range(begin, end)
+            if any(low <= sign * (row - other) <= high for row in range(first, last + 1))
+        ]
+        met_begin, met_end = plan.met(first, last, low, high, begin, end)
+        assert list(range(met_begin, met_end)) == expected
+        origin, count = (int(value) for value in plan.chunks(met_begin, met_end))
+        if count:
+            edge = origin + count * plan.chunk_rows
+            assert (origin, origin % 2) == (met_begin // 2 * 2, 0) if of_keys else edge == met_end
+            assert origin <= met_begin and met_end <= edge
+            assert met_begin < origin + plan.chunk_rows and met_end > edge - plan.chunk_rows
+        assert (count > 0) == bool(expected)

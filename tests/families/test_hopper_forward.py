@@ -1,12 +1,20 @@
-"""What the Hopper forward can be built with. No GPU, no TVM: the builder refuses before it imports any."""
+"""What the Hopper forward can be built with, which the builder tells before it imports TVM; on a GPU, what it
+gives."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
+import torch
+from length_problems import tiled_problems, truth
+from torch import Tensor
 
 from spattn_tvm import BandLayout
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.hopper.forward import build_hopper_forward
 from spattn_tvm.families.hopper.forward_sizes import (
@@ -15,7 +23,11 @@ from spattn_tvm.families.hopper.forward_sizes import (
     producer_registers,
     shared_bytes,
 )
+from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.launch import launch_forward
+from spattn_tvm.ops.band_tables import find_domain
 from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.runtime import load_library
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("hopper", "forward")
@@ -88,3 +100,80 @@ def test_features_are_finite_and_tell_decisions_apart(h200: MachineTarget) -> No
     executed_over_useful = features[len(decisions)]
     assert 1.2 < executed_over_useful < 1.3
     assert SPACE.features({**decisions, "key_rows": 128}, problem) != features
+
+
+def kernel_of(changes: dict[str, int], dtype: str, head_dim: int, target: MachineTarget) -> Kernel:
+    """The kernel with the untuned decisions but for some, for a test on a GPU."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of sm_90")
+    if compile_obstacle(target) is not None:
+        pytest.skip(str(compile_obstacle(target)))
+    decisions = {**SPACE.untuned(head_dim, dtype, target), **changes}
+    assert SPACE.rejection(decisions, head_dim, dtype, target) is None
+    spec = KernelSpec("hopper", "forward", dtype, head_dim, decisions)
+    return Kernel(load_library(compile_kernel(spec, target), "forward"), spec)
+
+
+LARGE_CHUNKS = {
+    "consumer_warpgroups": 2, "consumer_registers": 240, "key_rows": 128, "stages": 2, "overlap": 0,
+    "queries_in_registers": 0,
+}  # fmt: skip
+variants = pytest.mark.parametrize(
+    "changes,dtype,head_dim",
+    [
+        ({}, "bfloat16", 64),
+        ({}, "float16", 64),
+        ({}, "bfloat16", 128),
+        ({}, "float16", 128),
+        ({}, "bfloat16", 192),
+        (LARGE_CHUNKS, "bfloat16", 128),
+    ],
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", tiled_problems(64))
+@variants
+def test_queries_and_keys_that_are_not_the_same_rows(
+    changes: dict[str, int], dtype: str, head_dim: int, name: str, h200: MachineTarget
+) -> None:
+    kernel = kernel_of(changes, dtype, head_dim, h200)
+    problem, torch_dtype = tiled_problems(head_dim)[name], getattr(torch, dtype)
+    q, k, v, _, _ = problem.tensors(torch_dtype, "cuda")
+    assert k.isnan().any() == problem.unused().any()
+    domain = find_domain(problem.layout.spec, q, k, **problem.arguments("cuda"))
+    o, lse = (tensor.cpu() for tensor in launch_forward(kernel, q, k, v, domain, head_dim**-0.5))
+    expected, keyless = truth(problem, dtype=torch_dtype), ~problem.mask().any(-1)
+    assert torch.equal(lse == -torch.inf, keyless)
+    assert (o[keyless] == 0).all()
+    torch.testing.assert_close(lse.double(), expected["lse"], rtol=1e-4, atol=1e-4)
+    assert (o.double() - expected["o"]).norm() <= 5e-3 * expected["o"].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 64), ("float16", 128)])
+def test_chunks_of_a_prompt_equal_one_call(dtype: str, head_dim: int, h200: MachineTarget) -> None:
+    kernel, layout = kernel_of({}, dtype, head_dim, h200), BandLayout.spattention(4, 1100)
+    q, k, v = (
+        torch.randn(2, heads, 1001, head_dim, device="cuda").to(getattr(torch, dtype)) for heads in (4, 2, 2)
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **places: Any) -> tuple[Tensor, Tensor]:
+        domain = find_domain(layout.spec, q, k, **places)
+        return launch_forward(kernel, q, k, v, domain, head_dim**-0.5)
+
+    whole, whole_lse = attend(q, k, v)
+    for begin, end in ((0, 1), (1, 64), (64, 513), (513, 1000), (1000, 1001)):
+        chunk = q[:, :, begin:end]
+        cache = [torch.cat((t[:, :, :end], torch.full_like(t[:, :, end:], torch.nan)), 2) for t in (k, v)]
+        for o, lse in (
+            attend(chunk, k[:, :, :end], v[:, :, :end]),
+            attend(chunk, k, v, query_offset=begin),
+            attend(chunk, *cache, kv_lengths=torch.tensor([end, end], device="cuda")),
+        ):
+            torch.testing.assert_close(lse, whole_lse[:, :, begin:end], rtol=1e-5, atol=1e-5)
+            # Other tiles mean other maxima, so that other weights are rounded.
+            difference = (o - whole[:, :, begin:end]).float().norm()
+            assert difference <= 5e-3 * whole[:, :, begin:end].float().norm()

@@ -23,7 +23,7 @@ def _query_rows(n: Sizes) -> tuple[int, ...]:
 NEXT_TILE = Scratch("next_tile", shape=lambda n: (2,), dtype="int32", kept=True)
 
 FORWARD = Abi(
-    inputs=("q", "k", "v", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
     outputs=(Output("o", like="q"), Output("lse", shape=_query_rows, dtype="float32")),
     scratch=(NEXT_TILE,),
     alignment=TMA_BYTES,
@@ -31,7 +31,7 @@ FORWARD = Abi(
 )
 
 BACKWARD = Abi(
-    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
     outputs=(Output("dq", like="q", has_sign=True), Output("dk", like="k"), Output("dv", like="v")),
     scratch=(
         # lse and delta of two queries a row

@@ -39,37 +39,39 @@ from .backward_sizes import DTYPES, SHARED_LIMIT, shared_bytes
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
     """The backward of banded attention as one function ``backward`` that launches three kernels.
 
-    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, stats, next_tile, [dq_sum,]
-    scale, workers)``. Batch, heads, length, strides, layout and documents are data of the call. Nothing
-    synchronises; nothing is allocated.
+    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, key_ranges, dq, dk, dv,
+    stats, next_tile, [dq_sum,] scale, workers)``. Batch, heads, lengths, strides, layout and documents are
+    data of the call. Nothing synchronises; nothing is allocated.
 
     ============== ======================= ============ ====================================================
     argument       shape                   dtype        meaning
     ============== ======================= ============ ====================================================
-    q, o, do, dq   (B, Hq, N, D)           `dtype`      any strides with a contiguous last dimension
-    k, v, dk, dv   (B, Hkv, N, D)          `dtype`      likewise; dk and dv are summed over the group
-    lse, dlse      (B, Hq, N)              float32      contiguous; natural logarithm, -inf for a query with
+    q, o, do, dq   (B, Hq, Nq, D)          `dtype`      any strides with a contiguous last dimension
+    k, v, dk, dv   (B, Hkv, Nk, D)         `dtype`      likewise; dk and dv are summed over the group
+    lse, dlse      (B, Hq, Nq)             float32      contiguous; natural logarithm, -inf for a query with
                                                         no key
     bands          (M, Hq, 4)              int32        near_lo, near_hi, far_lo, far_hi; a document's row:
                                                         table_row
-    cu_seqlens     (documents + 1,)        int32        first token of each document, and N; sorted, from 0
-    stats          (B, Hq, ceil(N / 2), 4) float32      workspace, written before it is read: of two queries,
+    cu_seqlens     (documents + 1,)        int32        first query of each document, and Nq; sorted, from 0
+    cu_seqlens_k   (documents + 1,)        int32        likewise its keys, and Nk
+    key_ranges     (0, 1 or B, 3)          int32        as document_keys takes them; their keys in [0, Nk]
+    stats          (B, Hq, ceil(Nq/2), 4)  float32      workspace, written before it is read: of two queries,
                                                         lse in base 2 twice, then rowsum(do * o) - dlse twice;
                                                         in one pass -lse / scale, then dlse - rowsum(do * o)
     next_tile      (2,)                    int32        workspace: the tile counters, cleared by the first
                                                         kernel
-    dq_sum         (B, Hq, N, D)           float32      only for ``one_pass``; contiguous workspace, written
+    dq_sum         (B, Hq, Nq, D)          float32      only for ``one_pass``; contiguous workspace, written
                                                         before it is read
     scale          scalar                  float32      factor of the scores, positive
     workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
     ============== ======================= ============ ====================================================
 
     A query without keys has the gradient 0 whatever `do`, `dlse` and `o` hold there; a NaN or an infinity
-    stays within its document.
+    stays within its document. Keys that don't exist get 0, whatever k and v hold there.
 
-    B, Hq, Hkv and N are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer than
-    1 are multiples of 16 bytes, the gradients' too. Offsets are 64-bit. Gradients of two passes are bitwise
-    reproducible.
+    B, Hq, Hkv, Nq and Nk are at least 1. Inputs must suit TMA: addresses and the strides of dimensions longer
+    than 1 are multiples of 16 bytes, the gradients' too. Offsets are 64-bit. Gradients of two passes are
+    bitwise reproducible.
 
     Parameters
     ----------

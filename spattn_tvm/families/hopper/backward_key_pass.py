@@ -12,7 +12,6 @@ from functools import partial
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import query_range
 from spattn_tvm.domains.row_store import store_row
 
 from .backward_producers import Plan, draw_tiles, init_rings, walk_chunks
@@ -43,31 +42,52 @@ from .parts import (
     wgmma,
 )
 
+CLEARING_WARP = 3
 
-def key_plan(decisions: Mapping[str, int], head_dim: int, **differences: int | bool) -> Plan:
-    """What the producers of a pass over tiles of keys have to know."""
+
+def key_plan(
+    decisions: Mapping[str, int], head_dim: int, queries: int, buffers: int, **differences: int | bool
+) -> Plan:
+    """What the producers of a pass over tiles of keys, with chunks of ``queries``, have to know."""
     return Plan(
-        **{
-            "rows": WARPGROUP_ROWS * decisions["dkv_warpgroups"],
-            "chunk_rows": decisions["dkv_queries"],
-            "warpgroups": decisions["dkv_warpgroups"],
-            "stages": decisions["dkv_stages"],
-            "buffers": decisions["dkv_buffers"],
-            "together": decisions["dkv_heads"],
-            "kept": ("k", "v"),
-            "streamed": ("q", "do"),
-            "has_statistics": True,
-            "head_dim": head_dim,
-            "reach": lambda first, last, low, high, begin, end: query_range(first, last, low, high, end),
-            # TMA traps on rows of statistics (two queries are 16 bytes) that do not start at 16 bytes.
-            "grain": 2,
-            **differences,
-        }
+        of_keys=True,
+        rows=WARPGROUP_ROWS * decisions["dkv_warpgroups"],
+        chunk_rows=queries,
+        warpgroups=decisions["dkv_warpgroups"],
+        stages=decisions["dkv_stages"],
+        buffers=buffers,
+        together=decisions["dkv_heads"],
+        kept=("k", "v"),
+        streamed=("q", "do"),
+        head_dim=head_dim,
+        **differences,
     )
 
 
 @T.inline
-def produce_for_keys(plan, at, warp, lane, t, maps):
+def clear_missing_keys(t, head_dim, block, workers, lane):
+    # No tile holds the keys that don't exist, before or behind those of a batch row: their dk and dv.
+    units = T.meta_var(head_dim // 8)  # of 16 bytes, in a row
+    step: T.int32 = workers * (32 // units)
+    pairs: T.int32 = T.if_then_else(t.ranges > 0, t.batches * t.kv_heads, 0)
+    pair: T.int32 = 0
+    while pair < pairs:
+        b: T.int32 = T.truncdiv(pair, t.kv_heads)
+        h: T.int32 = pair - b * t.kv_heads
+        begin: T.int32 = t.key_ranges[T.min(b, t.ranges - 1), 0]
+        count: T.int32 = T.max(t.key_ranges[T.min(b, t.ranges - 1), 1] - begin, 0)
+        missing: T.int32 = block * (32 // units) + lane // units
+        while missing < t.keys - count:
+            row: T.int32 = T.if_then_else(missing < begin, missing, missing + count)
+            column: T.int32 = lane % units * 8
+            T.ptx["st.global.v4.s32"](element(t.dk, b, h, row, column), 0, 0, 0, 0)
+            T.ptx["st.global.v4.s32"](element(t.dv, b, h, row, column), 0, 0, 0, 0)
+            missing = missing + step
+        pair = pair + 1
+
+
+@T.inline
+def produce_for_keys(plan, at, warp, lane, t, maps, block, workers):
     # The loading warps of a pass over tiles of keys; the first ones have the most queries.
     @T.inline
     def load_tile(slab, barrier, first, b, h):
@@ -87,6 +107,8 @@ def produce_for_keys(plan, at, warp, lane, t, maps):
         draw_tiles(plan, at, lane, t.next_tile[1], t, t.batches, t.kv_heads, t.group, load_tile)
     if warp == 0:
         walk_chunks(plan, at, lane, t, t.group, lambda h: h * t.group, load_chunk)
+    if warp == CLEARING_WARP:
+        clear_missing_keys(t, plan.head_dim, block, workers, lane)
 
 
 @T.inline
@@ -119,7 +141,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
     THREADS = 128 * (WARPGROUPS + 1)
     OFFSETS, BYTES = dkv_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(QUERIES, dtype), wgmma(D, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D)
+    PLAN = key_plan(decisions, D, QUERIES, BUFFERS)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
@@ -256,7 +278,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
 
     @T.inline
     def run(t, maps, scale, workers):
-        T.cta_id([workers])
+        block = T.cta_id([workers])
         warp = T.warp_id([THREADS // 32])
         thread = T.thread_id([THREADS])
         arena = T.alloc_buffer((BYTES,), "uint8", scope="shared.dyn", align=1024)
@@ -268,7 +290,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
         T.cuda.cta_sync()
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dkv_producer_registers"])
-            produce_for_keys(PLAN, at, warp, lane, t, maps)
+            produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
             consume(at, warp, lane, t, scale)

@@ -114,13 +114,13 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
 
     @T.inline
     def run(t, scale):
-        rows: T.int32 = t.batches * t.query_heads * t.length
-        block = T.cta_id([(t.batches * t.query_heads * t.length + ROWS - 1) // ROWS])
+        rows: T.int32 = t.batches * t.query_heads * t.queries
+        block = T.cta_id([(t.batches * t.query_heads * t.queries + ROWS - 1) // ROWS])
         thread = T.thread_id([THREADS])
         row: T.int32 = T.min(block * ROWS + thread // LANES, rows - 1)
         part: T.int32 = thread % LANES
-        bh: T.int32 = T.truncdiv(row, t.length)
-        query: T.int32 = row - bh * t.length
+        bh: T.int32 = T.truncdiv(row, t.queries)
+        query: T.int32 = row - bh * t.queries
         b: T.int32 = T.truncdiv(bh, t.query_heads)
         h: T.int32 = bh - b * t.query_heads
         o = T.alloc_local((4,), "uint32")
@@ -155,8 +155,8 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
                     lse[0] = T.float32(MOST)
             t.stats[b, h, query // 2, query % 2] = lse[0]
             t.stats[b, h, query // 2, query % 2 + 2] = delta[0]
-            if query == t.length - 1:
-                if t.length % 2 == 1:
+            if query == t.queries - 1:
+                if t.queries % 2 == 1:
                     t.stats[b, h, query // 2, 1] = T.float32(-INF)
                     t.stats[b, h, query // 2, 3] = T.float32(0)
 
@@ -164,26 +164,35 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
 
 
 @T.inline
-def store_sums(at, lane, t, stages, warpgroups, span):
-    # The storing warp: adds each chunk's dQ to the sums in global memory.
+def store_sums(plan, at, lane, t, span):
+    # The storing warp: adds each chunk's dQ to the sums in global memory, of the queries that meet the tile
+    # in its band. A chunk may hold others, even of other documents.
     stage: T.int32 = 0
     phase: T.int32 = 0
     tile_phase: T.int32 = 0
     left: T.int32 = 0
     tile_first: T.int32 = 0
+    tile_last: T.int32 = 0
+    begin: T.int32 = 0
     end: T.int32 = 0
     row: T.int32 = 0
     first: T.int32 = 0
+    count: T.int32 = 0
+    lo: T.int32 = 0
+    hi: T.int32 = 0
     head: T.int32 = 0
     storing: T.int32 = 1
-    sum_bytes = T.meta_var(ONE_PASS_QUERIES * span * 4)
+    warpgroups = T.meta_var(plan.warpgroups)
+    sum_bytes = T.meta_var(plan.chunk_rows * span * 4)
     for w in T.unroll(warpgroups):
         T.ptx.bar.arrive(T.uint32(SUM_EMPTY + w), T.uint32(WITH_STORING_WARP))
     while storing == 1:
         T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
         tile_phase = tile_phase ^ 1
         tile_first = load_shared(at("tile"))
-        end = load_shared(at("tile") + T.uint32(8))
+        tile_last = T.min(load_shared(at("tile") + T.uint32(8)), tile_first + plan.rows) - 1
+        begin = load_shared(at("tile") + T.uint32(4))
+        end = load_shared(at("tile") + T.uint32(TILE_COUNTS_AT))
         left = load_shared(at("tile") + T.uint32(TILE_COUNTS_AT + 4 * warpgroups))
         if tile_first < 0:
             storing = 0
@@ -193,22 +202,22 @@ def store_sums(at, lane, t, stages, warpgroups, span):
                     T.ptx.bar.sync(T.uint32(SUM_FULL + w), T.uint32(WITH_STORING_WARP))
                     if w == 0:
                         row = load_shared(at("info", stage, INFO_BYTES))
-                        # The box may begin a query before the first that meets the tile, which can be another
-                        # document's.
-                        first = T.max(
-                            row, tile_first + load_shared(at("info", stage, INFO_BYTES) + T.uint32(4))
-                        )
+                        lo = load_shared(at("info", stage, INFO_BYTES) + T.uint32(4))
+                        hi = load_shared(at("info", stage, INFO_BYTES) + T.uint32(8))
+                        met_begin, met_end = T.meta_var(plan.met(tile_first, tile_last, lo, hi, begin, end))
+                        first = T.max(row, met_begin)
+                        count = T.min(row + plan.chunk_rows, met_end) - first
                         head = load_shared(at("info", stage, INFO_BYTES) + T.uint32(12))
                         T.cuda.warp_sync()
                         if lane == 0:
                             arrive(at("empty", stage, BARRIER_BYTES))
                     if lane == 0:
-                        of_head: T.int64 = T.Cast("int64", head * warpgroups + w) * T.Cast("int64", t.length)
+                        of_head: T.int64 = T.Cast("int64", head * warpgroups + w) * T.Cast("int64", t.queries)
                         T.ptx[REDUCE](
                             T.reinterpret("uint64", t.dq_sum.data)
                             + T.Cast("uint64", of_head + T.Cast("int64", first)) * T.uint64(span * 4),
                             at("sum", w, sum_bytes) + T.Cast("uint32", (first - row) * (span * 4)),
-                            T.Cast("uint32", (T.min(end, row + ONE_PASS_QUERIES) - first) * (span * 4)),
+                            T.Cast("uint32", count * (span * 4)),
                         )  # fmt: skip
                         T.ptx["cp.async.bulk.commit_group"]()
                 for w in T.unroll(warpgroups):
@@ -216,7 +225,7 @@ def store_sums(at, lane, t, stages, warpgroups, span):
                         T.ptx["cp.async.bulk.wait_group.read"](warpgroups - 1 - w)
                     T.cuda.warp_sync()
                     T.ptx.bar.arrive(T.uint32(SUM_EMPTY + w), T.uint32(WITH_STORING_WARP))
-                advance(stage, phase, stages)
+                advance(stage, phase, plan.stages)
                 left = left - 1
             if lane == 0:
                 arrive(at("tile_empty"))
@@ -239,7 +248,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SPAN = D // W
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D, shared=True, others=1)
+    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, others=1)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
@@ -424,7 +433,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
 
     @T.inline
     def run(t, maps, scale, workers):
-        T.cta_id([workers])
+        block = T.cta_id([workers])
         warp = T.warp_id([4 * (W + 1)])
         thread = T.thread_id([128 * (W + 1)])
         arena = T.alloc_buffer((BYTES,), "uint8", scope="shared.dyn", align=1024)
@@ -436,9 +445,9 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         T.cuda.cta_sync()
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dkv_producer_registers"])
-            produce_for_keys(PLAN, at, warp, lane, t, maps)
+            produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers)
             if warp == STORING_WARP:
-                store_sums(at, lane, t, STAGES, W, SPAN)
+                store_sums(PLAN, at, lane, t, SPAN)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
             consume(at, warp, lane, t, scale)
@@ -456,9 +465,9 @@ def conversion_pass(warpgroups: int, head_dim: int, dtype: str) -> Callable[...,
 
     @T.inline
     def run(t, scale):
-        rows: T.int32 = t.batches * t.query_heads * t.length
+        rows: T.int32 = t.batches * t.query_heads * t.queries
         block = T.cta_id(
-            [(t.batches * t.query_heads * t.length * (D // 4) + THREADS * PIECES - 1) // (THREADS * PIECES)]
+            [(t.batches * t.query_heads * t.queries * (D // 4) + THREADS * PIECES - 1) // (THREADS * PIECES)]
         )
         thread = T.thread_id([THREADS])
         quarter: T.int32 = thread % 4
@@ -475,8 +484,8 @@ def conversion_pass(warpgroups: int, head_dim: int, dtype: str) -> Callable[...,
             piece: T.int32 = T.min((block * PIECES + i) * THREADS + thread, rows * (D // 4) - 4 + quarter)
             row: T.int32 = piece // (SPAN // 4)
             part: T.int32 = piece % (SPAN // 4) // 4
-            bhw: T.int32 = T.truncdiv(row, t.length)
-            query: T.int32 = row - bhw * t.length
+            bhw: T.int32 = T.truncdiv(row, t.queries)
+            query: T.int32 = row - bhw * t.queries
             bh: T.int32 = bhw // warpgroups
             b: T.int32 = T.truncdiv(bh, t.query_heads)
             T.ptx[CONVERT](words[0], sums[4 * i + 1] * scale, sums[4 * i] * scale)
@@ -512,6 +521,8 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
         dlse: T.handle,
         bands: T.handle,
         cu_seqlens: T.handle,
+        cu_seqlens_k: T.handle,
+        key_ranges: T.handle,
         dq: T.handle,
         dk: T.handle,
         dv: T.handle,
@@ -524,7 +535,8 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
         t = T.meta_var(
             match_tensors(
                 dtype, head_dim, q=q, k=k, v=v, o=o, lse=lse, do=do, dlse=dlse, bands=bands,
-                cu_seqlens=cu_seqlens, dq=dq, dk=dk, dv=dv, stats=stats, next_tile=next_tile, dq_sum=dq_sum,
+                cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, key_ranges=key_ranges, dq=dq, dk=dk, dv=dv,
+                stats=stats, next_tile=next_tile, dq_sum=dq_sum,
             )
         )  # fmt: skip
         maps = T.meta_var(

@@ -5,20 +5,25 @@ for the whole tile. The *chunk warp* fills a ring of chunks of the other side, a
 a chunk (where it starts, its band, which warpgroups need it) travels beside the data, so that the consumers
 keep no scheduling state.
 
-A copy takes whole boxes, and a box can reach beyond its document. Masks keep such rows' scores out, but their
-weight 0 times a NaN or an infinity is NaN: the rows are set to zero before the consumers see them, by the
-warp that loads them. Only boxes at the ends of packed documents have any.
+A copy takes whole boxes, and a box can reach beyond the rows that exist for a tile: into another document,
+among keys that don't exist, or among queries without keys, for which anything may arrive. Masks keep such
+rows' scores out, but their weight 0 times a NaN or an infinity is NaN: the rows are set to zero before the
+consumers see them, by the warp that loads them. Only boxes at those ends have any, and none at the ends of
+the tensors, where boxes are filled with zeros.
+
+A query's position among the keys is its row and a shift of its document. Taken off a band's distances, it
+leaves nothing to do to those who compare rows.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.key_range import document_keys, key_range, maximum, minimum, query_range
 from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, table_row, tile_slots
 
 from .backward_sizes import (
@@ -26,6 +31,7 @@ from .backward_sizes import (
     INFO_BYTES,
     PLANE,
     QUEUE,
+    QUEUE_INFO_BYTES,
     SWIZZLE_ROW_BYTES,
     TILE_COUNTS_AT,
     TILE_INFO_BYTES,
@@ -45,6 +51,9 @@ class Plan:
 
     Attributes
     ----------
+    of_keys : bool
+        Whether tiles are of keys, chunks of queries and their statistics; otherwise it is the other way
+        round.
     rows, chunk_rows : int
         Rows of a tile, and of a chunk.
     warpgroups, stages, buffers : int
@@ -54,21 +63,13 @@ class Plan:
     kept, streamed : tuple of str
         Regions of shared memory that hold ``head_dim`` columns of each row of a tile, and of a chunk.
     head_dim : int
-    has_statistics : bool
-        Whether the statistics of a chunk's rows are streamed too, 8 bytes each.
-    reach : callable
-        ``reach(first, last, low, high, begin, end)``: the rows of the other side that a band gives to the
-        rows ``first ... last`` of the document ``[begin, end)``.
-    grain : int
-        Chunks start at a multiple of it.
-    last_first : bool
-        The last tiles of a head are the longest and go first.
     shared : bool
         Whether all warpgroups take all chunks; then a chunk is told by its row of heads instead.
     others : int
         Threads besides the consumers' that hand chunks and tiles back.
     """
 
+    of_keys: bool
     rows: int
     chunk_rows: int
     warpgroups: int
@@ -78,10 +79,6 @@ class Plan:
     kept: tuple[str, ...]
     streamed: tuple[str, ...]
     head_dim: int
-    reach: Callable[..., tuple[Any, Any]]
-    has_statistics: bool = False
-    grain: int = 1
-    last_first: bool = False
     shared: bool = False
     others: int = 0
 
@@ -103,7 +100,27 @@ class Plan:
     @property
     def streamed_bytes(self) -> int:
         """Of a chunk in all."""
-        return len(self.streamed) * self.chunk_bytes + (8 * self.chunk_rows if self.has_statistics else 0)
+        return len(self.streamed) * self.chunk_bytes + (8 * self.chunk_rows if self.of_keys else 0)
+
+    def met(self, first: Any, last: Any, low: Any, high: Any, begin: Any, end: Any) -> tuple[Any, Any]:
+        """The rows ``[begin, end)`` of the other side that a band gives to the rows ``first ... last``."""
+        if self.of_keys:
+            query_begin, query_end = query_range(first, last, low, high, end)
+            return maximum(begin, query_begin), query_end
+        key_begin, key_end = key_range(first, last, low, high, begin)
+        return key_begin, minimum(end, key_end)
+
+    def chunks(self, begin: Any, end: Any) -> tuple[Any, Any]:
+        """The first row of the chunks that cover ``[begin, end)``, and their number.
+
+        Chunks of keys end with them: the mask has no edge there. Chunks of queries begin with them, or one
+        before: TMA traps on rows of statistics (two queries are 16 bytes) that do not start at 16 bytes.
+        """
+        if not self.of_keys:
+            count = chunk_count(begin, end, self.chunk_rows)
+            return end - count * self.chunk_rows, count
+        even = begin // 2 * 2
+        return even, T.if_then_else(end > begin, chunk_count(even, end, self.chunk_rows), 0)
 
 
 @T.inline
@@ -134,24 +151,30 @@ def draw_tile(counter, lane, fetched):
 
 
 @T.inline
-def offer_tile(at, offered, lane, first, begin, end, table, b, h):
+def offer_tile(at, offered, lane, first, begin, end, other_begin, other_end, shift, table, b, h):
     # From the tile warp to the chunk warp; `offered` counts the tiles before.
     place: T.int32 = offered % QUEUE
     T.cuda.mbarrier_wait(at("queue_empty", place, BARRIER_BYTES), offered // QUEUE % 2 ^ 1)
     if lane == 0:
-        T.ptx["st.shared.v4.s32"](at("queue", place, TILE_INFO_BYTES), first, begin, end, table)
-        T.ptx["st.shared.v2.s32"](at("queue", place, TILE_INFO_BYTES) + T.uint32(16), b, h)
+        words: T.uint32 = at("queue", place, QUEUE_INFO_BYTES)
+        T.ptx["st.shared.v4.s32"](words, first, begin, end, other_begin)
+        T.ptx["st.shared.v4.s32"](words + T.uint32(16), other_end, shift, table, b)
+        T.ptx["st.shared.s32"](words + T.uint32(32), h)
         arrive(at("queue_full", place, BARRIER_BYTES))
 
 
 @T.inline
-def take_tile(at, place, begin, end, table, b, h):
+def take_tile(at, place, begin, end, other_begin, other_end, shift, table, b, h):
     # The rest of what `offer_tile` wrote.
-    begin = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(4))
-    end = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(8))
-    table = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(12))
-    b = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(16))
-    h = load_shared(at("queue", place, TILE_INFO_BYTES) + T.uint32(20))
+    words: T.uint32 = at("queue", place, QUEUE_INFO_BYTES)
+    begin = load_shared(words + T.uint32(4))
+    end = load_shared(words + T.uint32(8))
+    other_begin = load_shared(words + T.uint32(12))
+    other_end = load_shared(words + T.uint32(16))
+    shift = load_shared(words + T.uint32(20))
+    table = load_shared(words + T.uint32(24))
+    b = load_shared(words + T.uint32(28))
+    h = load_shared(words + T.uint32(32))
     T.cuda.warp_sync()
     arrive(at("queue_empty", place, BARRIER_BYTES))
 
@@ -159,7 +182,7 @@ def take_tile(at, place, begin, end, table, b, h):
 @T.inline
 def offer_no_more(plan, at, offered, lane):
     # To the chunk warp, and to the consumers.
-    offer_tile(at, offered, lane, -1, 0, 0, 0, 0, 0)
+    offer_tile(at, offered, lane, -1, 0, 0, 0, 0, 0, 0, 0, 0)
     slab: T.int32 = offered % plan.buffers
     T.cuda.mbarrier_wait(at("tile_empty", slab, BARRIER_BYTES), offered // plan.buffers % 2 ^ 1)
     if lane == 0:
@@ -168,18 +191,26 @@ def offer_no_more(plan, at, offered, lane):
 
 
 @T.inline
-def find_chunks(plan, bands_at, band, lane, first, begin, end, lo, hi, origin, chunks, own_first, own_last):
+def find_chunks(
+    plan, bands_at, band, lane, first, end, other_begin, other_end, shift, lo, hi,
+    origin, chunks, own_first, own_last,
+):  # fmt: skip
     # The chunks, from row `origin` on, that a tile needs of one band, and those of lane w's warpgroup among
     # them: the producers have too few registers to keep a copy for each warpgroup.
     T.ptx["ld.global.nc.v2.s32"](lo[0], hi[0], bands_at + T.Cast("uint64", band * 8))
+    lo[0] = lo[0] - shift
+    hi[0] = hi[0] - shift
     last: T.int32 = T.min(first + plan.rows, end) - 1
-    needed_first, needed_end = T.meta_var(plan.reach(first, last, lo[0], hi[0], begin, end))
-    origin = needed_first // plan.grain * plan.grain
-    chunks = T.if_then_else(needed_end > needed_first, chunk_count(origin, needed_end, plan.chunk_rows), 0)
+    needed_first, needed_end = T.meta_var(plan.met(first, last, lo[0], hi[0], other_begin, other_end))
+    chunks_begin, chunks_count = T.meta_var(plan.chunks(needed_first, needed_end))
+    origin = chunks_begin
+    chunks = chunks_count
     if not plan.shared:
         own: T.int32 = first + lane * WARPGROUP_ROWS
         own_end: T.int32 = T.min(own + WARPGROUP_ROWS, end)
-        own_needed_first, own_needed_end = T.meta_var(plan.reach(own, own_end - 1, lo[0], hi[0], begin, end))
+        own_needed_first, own_needed_end = T.meta_var(
+            plan.met(own, own_end - 1, lo[0], hi[0], other_begin, other_end)
+        )
         own_first = 1
         own_last = 0
         if T.And(T.And(lane < plan.warpgroups, own < own_end), own_needed_first < own_needed_end):
@@ -235,7 +266,9 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_ti
     fetched = T.alloc_local((1,), "int32")
     lo = T.alloc_local((1,), "int32")
     hi = T.alloc_local((1,), "int32")
-    slots: T.int32 = tile_slots(tensors.length, tensors.documents, plan.rows)
+    boundaries = T.meta_var(tensors.cu_seqlens_k if plan.of_keys else tensors.cu_seqlens)
+    length = T.meta_var(tensors.keys if plan.of_keys else tensors.queries)
+    slots: T.int32 = tile_slots(length, tensors.documents, plan.rows)
     tiles: T.int32 = slots * batches * heads
     offered: T.int32 = 0  # one count instead of places and phases: registers are few here
     landed_phase: T.int32 = 0
@@ -244,6 +277,9 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_ti
     first: T.int32 = 0
     begin: T.int32 = 0
     end: T.int32 = 0
+    other_begin: T.int32 = 0
+    other_end: T.int32 = 0
+    shift: T.int32 = 0
     b: T.int32 = 0
     h: T.int32 = 0
     origin: T.int32 = 0
@@ -254,20 +290,38 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_ti
     fetched[0] = T.tvm_warp_shuffle(ALL, fetched[0], 0, 32, 32)
     while fetched[0] < tiles:
         locate_head(fetched[0], slots, batches, heads, plan.together, slot, b, h)
-        if plan.last_first:
+        if not plan.of_keys:
+            # Late queries have the most keys, early keys the most queries.
             slot = slots - 1 - slot
         draw_tile(counter, lane, fetched)
-        locate_rows(slot, plan.rows, tensors.cu_seqlens, tensors.documents, document, begin, end, first)
+        locate_rows(slot, plan.rows, boundaries, tensors.documents, document, begin, end, first)
+        key_begin, key_end, offset = T.meta_var(
+            document_keys(
+                document, b, tensors.cu_seqlens, tensors.cu_seqlens_k, tensors.key_ranges, tensors.ranges
+            )
+        )
+        shift = offset
+        if plan.of_keys:
+            # Tiles begin with the first key that exists.
+            first = first - begin + key_begin
+            begin = key_begin
+            end = key_end
+            other_begin = tensors.cu_seqlens[document]
+            other_end = tensors.cu_seqlens[document + 1]
+        else:
+            other_begin = key_begin
+            other_end = key_end
         document = table_row(document, tensors.documents, tensors.tables)
         if first < end:
-            offer_tile(at, offered, lane, first, begin, end, document, b, h)
+            offer_tile(at, offered, lane, first, begin, end, other_begin, other_end, shift, document, b, h)
             bands_at: T.uint64 = band_row(tensors.bands, tensors.query_heads, document, h * spread)
             total: T.int32 = 0
             own: T.int32 = 0
             band: T.int32 = 0
             while band < 2 * spread:
                 find_chunks(
-                    plan, bands_at, band, lane, first, begin, end, lo, hi, origin, chunks, own_first, own_last
+                    plan, bands_at, band, lane, first, end, other_begin, other_end, shift, lo, hi,
+                    origin, chunks, own_first, own_last,
                 )  # fmt: skip
                 total = total + chunks
                 own = own + own_last - own_first + 1
@@ -283,16 +337,17 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_ti
                     if lane == 0:
                         T.ptx["st.shared.s32"](words + T.uint32(TILE_COUNTS_AT + 4 * w), theirs)
             arrival: T.uint32 = at("tile_full", slab, BARRIER_BYTES)
-            strangers: T.int32 = (
-                0  # rows of the box behind the document, if they matter and there are such rows
-            )
+            # Rows of the box behind the tile's own, if they matter and there are such rows.
+            strangers: T.int32 = 0
             if plan.shared:
-                if end < tensors.length:
+                if end < length:
                     strangers = T.max(first + plan.rows - end, 0)
                 if strangers > 0:
                     arrival = at("tile_landed")
             if lane == 0:
-                T.ptx["st.shared.v4.s32"](words, first, begin, end, b * heads + h)
+                T.ptx["st.shared.v4.s32"](words, first, other_begin, end, b * heads + h)
+                if plan.shared:
+                    T.ptx["st.shared.s32"](words + T.uint32(TILE_COUNTS_AT), other_end)
                 T.ptx["st.shared.s32"](words + T.uint32(TILE_COUNTS_AT + 4 * plan.warpgroups), total)
                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(
                     arrival, T.uint32(len(plan.kept) * plan.tile_bytes)
@@ -323,6 +378,9 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
     first: T.int32 = 0
     begin: T.int32 = 0
     end: T.int32 = 0
+    other_begin: T.int32 = 0
+    other_end: T.int32 = 0
+    shift: T.int32 = 0
     b: T.int32 = 0
     h: T.int32 = 0
     origin: T.int32 = 0
@@ -333,34 +391,40 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
     while walking == 1:
         place: T.int32 = taken % QUEUE
         T.cuda.mbarrier_wait(at("queue_full", place, BARRIER_BYTES), taken // QUEUE % 2)
-        first = load_shared(at("queue", place, TILE_INFO_BYTES))
+        first = load_shared(at("queue", place, QUEUE_INFO_BYTES))
         if first < 0:
             walking = 0
         else:
-            take_tile(at, place, begin, end, table, b, h)
+            take_tile(at, place, begin, end, other_begin, other_end, shift, table, b, h)
             taken = taken + 1
             bands_at: T.uint64 = band_row(tensors.bands, tensors.query_heads, table, h * spread)
             h = streamed_head(h)
             band: T.int32 = 0
             while band < 2 * spread:
                 find_chunks(
-                    plan, bands_at, band, lane, first, begin, end, lo, hi, origin, chunks, own_first, own_last
+                    plan, bands_at, band, lane, first, end, other_begin, other_end, shift, lo, hi,
+                    origin, chunks, own_first, own_last,
                 )  # fmt: skip
+                # Keys that exist, and queries that have a key in this band.
+                usable_begin, usable_end = T.meta_var(
+                    plan.met(begin, end - 1, lo[0], hi[0], other_begin, other_end)
+                    if plan.of_keys
+                    else (other_begin, other_end)
+                )
                 c: T.int32 = 0
                 while c < chunks:
                     row: T.int32 = origin + c * plan.chunk_rows
                     word: T.int32 = tensors.query_heads * b + h + band // 2
                     if not plan.shared:
                         word = T.Cast("int32", ballot(T.And(c >= own_first, c <= own_last)))
-                    # The box's rows before the first that any of the document's other rows meets in this
-                    # band, and those behind the document.
+                    # The box's rows before those that this band may use, and behind them.
                     clear_to: T.int32 = 0
-                    if plan.grain > 1:
-                        if first == begin:
-                            clear_to = T.max(first + lo[0] - row, 0)
+                    if usable_begin > 0:
+                        clear_to = T.max(usable_begin - row, 0)
                     clear_from: T.int32 = plan.chunk_rows
-                    if end < tensors.length:
-                        clear_from = T.min(end - row, plan.chunk_rows)
+                    if plan.of_keys:
+                        if usable_end < tensors.queries:
+                            clear_from = T.min(usable_end - row, plan.chunk_rows)
                     strange: T.bool = T.Or(clear_to > 0, clear_from < plan.chunk_rows)
                     T.cuda.mbarrier_wait(at("empty", stage, BARRIER_BYTES), phase ^ 1)
                     if lane == 0:
@@ -378,7 +442,7 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
                         )
                         clear_rows(plan, streamed, plan.chunk_rows, 0, clear_to, lane)
                         clear_rows(plan, streamed, plan.chunk_rows, clear_from, plan.chunk_rows, lane)
-                        if plan.has_statistics:
+                        if plan.of_keys:
                             clear_statistics(plan, at, stage, clear_to, clear_from, lane)
                         show(at("full", stage, BARRIER_BYTES), lane)
                     advance(stage, phase, plan.stages)

@@ -12,7 +12,6 @@ from functools import partial
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import key_range
 from spattn_tvm.domains.row_store import store_row
 
 from .backward_producers import Plan, draw_tiles, init_rings, walk_chunks
@@ -54,6 +53,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
     OFFSETS, BYTES = dq_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(KEYS, dtype), wgmma(D, dtype), convert(dtype)
     PLAN = Plan(
+        of_keys=False,
         rows=ROWS,
         chunk_rows=KEYS,
         warpgroups=WARPGROUPS,
@@ -63,8 +63,6 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
         kept=("q", "do", "o"),
         streamed=("k", "v"),
         head_dim=D,
-        reach=lambda first, last, low, high, begin, end: key_range(first, last, low, high, begin),
-        last_first=True,  # late queries have the most keys
     )
 
     @T.inline

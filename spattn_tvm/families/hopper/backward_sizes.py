@@ -12,10 +12,12 @@ BARRIER_BYTES = 8
 # Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and
 # head).
 INFO_BYTES = 16
-# Of a tile: first row, its document's begin and end, batch and head; chunks of each warpgroup, chunks in all.
+# Of a tile: first row, where the rows of the other side begin that exist for it, where its own end, batch and
+# head; chunks of each warpgroup (one pass: where the rows of the other side end), chunks in all.
 TILE_INFO_BYTES = 32
 TILE_COUNTS_AT = 16  # in those
 QUEUE = 2  # tiles that the tile warp may be ahead of the chunk warp
+QUEUE_INFO_BYTES = 48  # what `offer_tile` writes of one
 ONE_PASS_QUERIES = 64  # of a chunk, where both passes are one
 SHARED_LIMIT = 232448  # bytes a CTA may use on sm_90
 
@@ -35,7 +37,9 @@ class _Offsets:
             self.size = self.of[name] + count
 
     def take_rings(self, stages: int, buffers: int) -> None:
-        self.take(16, info=stages * INFO_BYTES, tile=buffers * TILE_INFO_BYTES, queue=QUEUE * TILE_INFO_BYTES)
+        self.take(
+            16, info=stages * INFO_BYTES, tile=buffers * TILE_INFO_BYTES, queue=QUEUE * QUEUE_INFO_BYTES
+        )
         counts = {
             "full": stages,
             "empty": stages,

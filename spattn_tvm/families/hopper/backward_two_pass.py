@@ -19,7 +19,7 @@ RESET_THREADS = 128
 
 @T.inline
 def reset(t):
-    # What the passes share: the tile counters start at zero, and an odd N has one more row of statistics,
+    # What the passes share: the tile counters start at zero, and an odd Nq has one more row of statistics,
     # which must be finite.
     block = T.cta_id([(t.batches * t.query_heads + RESET_THREADS - 1) // RESET_THREADS])
     thread = T.thread_id([RESET_THREADS])
@@ -27,10 +27,10 @@ def reset(t):
     if row < 2:
         t.next_tile[row] = 0
     if row < t.batches * t.query_heads:
-        if t.length % 2 == 1:
+        if t.queries % 2 == 1:
             b: T.int32 = T.truncdiv(row, t.query_heads)
-            t.stats[b, row - b * t.query_heads, t.length // 2, 1] = T.float32(INF)
-            t.stats[b, row - b * t.query_heads, t.length // 2, 3] = T.float32(0)
+            t.stats[b, row - b * t.query_heads, t.queries // 2, 1] = T.float32(INF)
+            t.stats[b, row - b * t.query_heads, t.queries // 2, 3] = T.float32(0)
 
 
 def build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tvm.IRModule:
@@ -51,6 +51,8 @@ def build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
         dlse: T.handle,
         bands: T.handle,
         cu_seqlens: T.handle,
+        cu_seqlens_k: T.handle,
+        key_ranges: T.handle,
         dq: T.handle,
         dk: T.handle,
         dv: T.handle,
@@ -62,7 +64,8 @@ def build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
         t = T.meta_var(
             match_tensors(
                 dtype, head_dim, q=q, k=k, v=v, o=o, lse=lse, do=do, dlse=dlse, bands=bands,
-                cu_seqlens=cu_seqlens, dq=dq, dk=dk, dv=dv, stats=stats, next_tile=next_tile,
+                cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, key_ranges=key_ranges, dq=dq, dk=dk, dv=dv,
+                stats=stats, next_tile=next_tile,
             )
         )  # fmt: skip
         of_queries = T.meta_var(

@@ -50,15 +50,17 @@ if TYPE_CHECKING:
 def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tvm.IRModule:
     """Build the forward kernel for sm_90a.
 
-    The module exports ``forward(q, k, v, bands, cu_seqlens, o, lse, counters, scale, workers)``: q and o (B,
-    Hq, N, D), k and v (B, Hkv, N, D) of ``dtype``, any strides with a contiguous last dimension, base
-    addresses and strides multiples of 16 bytes; bands int32 (M, Hq, 4), a document's row: table_row;
-    cu_seqlens int32 (documents + 1,), sorted, from 0 to N; lse float32 (B, Hq, N), contiguous, natural
-    logarithm; counters int32 (2,), zero before the first call, left zero by each call, not shared by calls
-    that may run at the same time; scale float32 > 0; workers int32, the number of thread blocks (one for each
-    multiprocessor). B, N and the head counts must be positive. A query without keys gets o = 0 and lse =
-    -inf. Masked keys of a visited chunk get the weight 0, so a NaN among the values there spreads, as it does
-    in dense attention with a mask, but not to another document.
+    The module exports ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, key_ranges, o, lse, counters,
+    scale, workers)``: q and o (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of ``dtype``, any strides with a
+    contiguous last dimension, base addresses and strides multiples of 16 bytes; bands int32 (M, Hq, 4), a
+    document's row: table_row; cu_seqlens and cu_seqlens_k int32 (documents + 1,), sorted, from 0 to Nq and
+    to Nk; key_ranges int32 (0, 1 or B, 3) as `document_keys` takes them, their keys in [0, Nk]; lse float32
+    (B, Hq, Nq), contiguous, natural logarithm; counters int32 (2,), zero before the first call, left zero by
+    each call, not shared by calls that may run at the same time; scale float32 > 0; workers int32, the number
+    of thread blocks (one for each multiprocessor). B, Nq, Nk and the head counts must be positive. A query
+    without keys gets o = 0 and lse = -inf. Masked keys of a visited chunk get the weight 0, so a NaN among
+    the values there spreads, as it does in dense attention with a mask, but not to another document, nor from
+    keys that don't exist.
 
     Parameters
     ----------
@@ -149,6 +151,8 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
         v: T.handle,
         bands: T.handle,
         cu_seqlens: T.handle,
+        cu_seqlens_k: T.handle,
+        key_ranges: T.handle,
         o: T.handle,
         lse: T.handle,
         counters: T.handle,
@@ -158,8 +162,8 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
         T.func_attr({"global_symbol": "forward"})
         t = T.meta_var(
             match_tensors(
-                dtype, head_dim, q=q, k=k, v=v, bands=bands, cu_seqlens=cu_seqlens, o=o, lse=lse,
-                counters=counters,
+                dtype, head_dim, q=q, k=k, v=v, bands=bands, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+                key_ranges=key_ranges, o=o, lse=lse, counters=counters,
             )
         )  # fmt: skip
         # Rows before a tensor's first or behind its last are filled with zeros.

@@ -14,13 +14,12 @@ from spattn_tvm.domains.row_store import store_row
 from .forward_producers import arrive, wait
 from .forward_sizes import (
     BATCH,
-    DOC_BEGIN,
-    DOC_END,
     FAR_CHUNKS,
     FAR_HI,
     FAR_LO,
     FAR_TOP,
     HEAD,
+    KEY_BEGIN,
     LIVE,
     NEAR_CHUNKS,
     NEAR_HI,
@@ -28,6 +27,7 @@ from .forward_sizes import (
     NEAR_TOP,
     PLANE,
     QUERY0,
+    QUERY_END,
     WARPGROUP_ROWS,
     Sizes,
 )
@@ -277,8 +277,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         def run_tile():
             batch: T.int32 = s.words[BATCH]
             head: T.int32 = s.words[HEAD]
-            begin: T.int32 = s.words[DOC_BEGIN]
-            end: T.int32 = s.words[DOC_END]
+            begin: T.int32 = s.words[KEY_BEGIN]
+            end: T.int32 = s.words[QUERY_END]
             near_lo: T.int32 = s.words[NEAR_LO]
             near_hi: T.int32 = s.words[NEAR_HI]
             far_lo: T.int32 = s.words[FAR_LO]
@@ -298,14 +298,16 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
 
             row_end: T.int32 = T.min(row0 + WARPGROUP_ROWS, end)
             near_bottom: T.int32 = T.max(begin, row0 - near_hi)
-            has_near: T.bool = T.And(row0 < end, near_bottom < row_end - near_lo)
-            near_first: T.int32 = T.Select(has_near, (near_top - (row_end - near_lo)) // KEYS, near_chunks)
+            near_end: T.int32 = T.min(row_end - near_lo, near_top)
+            has_near: T.bool = T.And(row0 < end, near_bottom < near_end)
+            near_first: T.int32 = T.Select(has_near, (near_top - near_end) // KEYS, near_chunks)
             near_last: T.int32 = T.Select(
                 has_near, (near_top - near_bottom + (KEYS - 1)) // KEYS, near_chunks
             )
             far_bottom: T.int32 = T.max(begin, row0 - far_hi)
-            has_far: T.bool = T.And(row0 < end, far_bottom < row_end - far_lo)
-            far_first: T.int32 = T.Select(has_far, (far_top - (row_end - far_lo)) // KEYS, far_chunks)
+            far_end: T.int32 = T.min(row_end - far_lo, far_top)
+            has_far: T.bool = T.And(row0 < end, far_bottom < far_end)
+            far_first: T.int32 = T.Select(has_far, (far_top - far_end) // KEYS, far_chunks)
             far_last: T.int32 = T.Select(has_far, (far_top - far_bottom + (KEYS - 1)) // KEYS, far_chunks)
             near_count: T.int32 = near_last - near_first
             chunks: T.int32 = near_count + far_last - far_first

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import key_range
+from spattn_tvm.domains.key_range import document_keys, key_range
 from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, table_row, tile_slots
 
 from .forward_sizes import (
     BATCH,
-    DOC_BEGIN,
-    DOC_END,
     FAR_CHUNKS,
     FAR_HI,
     FAR_LO,
     FAR_TOP,
     HEAD,
+    KEY_BEGIN,
     LIVE,
     NEAR_CHUNKS,
     NEAR_HI,
@@ -26,6 +25,7 @@ from .forward_sizes import (
     NEAR_TOP,
     PLANE,
     QUERY0,
+    QUERY_END,
     Sizes,
 )
 from .parts import LOAD
@@ -50,19 +50,21 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
 
     DYNAMIC = bool(decisions["dynamic"])
 
-    # The keys that one band gives to a tile: `[top - chunks * keys, top)`, read from the top down.
+    # The keys of `[begin, end)` that one band gives to a tile: `[top - chunks * keys, top)`, read from the
+    # top down, so that no chunk reaches beyond the keys that exist.
     @T.inline
-    def tell_band(words, names, first, last, lo, hi, begin):
+    def tell_band(words, names, first, last, lo, hi, begin, end):
         lo_at, hi_at, top_at, chunks_at = T.meta_var(names)
         key_begin, key_end = T.meta_var(key_range(first, last, lo, hi, begin))
+        top: T.int32 = T.min(key_end, end)
         words[lo_at] = lo
         words[hi_at] = hi
-        words[top_at] = key_end
-        words[chunks_at] = chunk_count(key_begin, key_end, c.keys)
+        words[top_at] = top
+        words[chunks_at] = chunk_count(key_begin, top, c.keys)
 
     @T.inline
     def decode(s, t, block, workers):
-        slots: T.int32 = tile_slots(t.length, t.documents, c.rows)
+        slots: T.int32 = tile_slots(t.queries, t.documents, c.rows)
         tiles: T.int32 = slots * t.batches * t.query_heads
         tile: T.int32 = block
         word_phase: T.int32 = 0
@@ -85,22 +87,30 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
             head = (head + 1) % t.query_heads
             locate_rows(slot, c.rows, t.cu_seqlens, t.documents, document, begin, end, first)
             if first < end:
+                keys_of_document = T.meta_var(
+                    document_keys(document, batch, t.cu_seqlens, t.cu_seqlens_k, t.key_ranges, t.ranges)
+                )
+                key_begin: T.int32 = keys_of_document[0]
+                key_end: T.int32 = keys_of_document[1]
+                # A query's position is its row and a shift. Taken off the bands, the shift leaves nothing to
+                # do to those who compare distances of rows.
+                shift: T.int32 = keys_of_document[2]
                 document = table_row(document, t.documents, t.tables)
                 last: T.int32 = T.min(first + c.rows, end) - 1
-                near_lo: T.int32 = t.bands[document, head, 0]
-                near_hi: T.int32 = t.bands[document, head, 1]
-                far_lo: T.int32 = t.bands[document, head, 2]
-                far_hi: T.int32 = t.bands[document, head, 3]
+                near_lo: T.int32 = t.bands[document, head, 0] - shift
+                near_hi: T.int32 = t.bands[document, head, 1] - shift
+                far_lo: T.int32 = t.bands[document, head, 2] - shift
+                far_hi: T.int32 = t.bands[document, head, 3] - shift
                 s.words[LIVE] = 1
                 s.words[BATCH] = batch
                 s.words[HEAD] = head
                 s.words[QUERY0] = first
-                s.words[DOC_BEGIN] = begin
-                s.words[DOC_END] = end
+                s.words[QUERY_END] = end
+                s.words[KEY_BEGIN] = key_begin
                 near = T.meta_var((NEAR_LO, NEAR_HI, NEAR_TOP, NEAR_CHUNKS))
-                tell_band(s.words, near, first, last, near_lo, near_hi, begin)
+                tell_band(s.words, near, first, last, near_lo, near_hi, key_begin, key_end)
                 far = T.meta_var((FAR_LO, FAR_HI, FAR_TOP, FAR_CHUNKS))
-                tell_band(s.words, far, first, last, far_lo, far_hi, begin)
+                tell_band(s.words, far, first, last, far_lo, far_hi, key_begin, key_end)
                 arrive(s, c.tile_full)
                 # Not before the loader nears this tile's end: blocks that claim early end apart (by 7 % of
                 # the kernel's time at (4, 16, 4096, 128) when the ticket was drawn a tile ahead).
@@ -128,8 +138,8 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
 def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
     """The loading warp's work, an inline function of shared memory, tensors, their maps and the lane.
 
-    One lane issues the copies; all of them set to zero what a box of values holds of another document: its
-    weight would be 0, but 0 times a NaN or an infinity is NaN.
+    One lane issues the copies; all of them set to zero what a box of values holds before the keys that exist
+    for the tile, such as another document's: its weight would be 0, but 0 times a NaN or an infinity is NaN.
     """
     LEAD = decisions["claim_lead"]
     UNITS = 8  # of 16 bytes, in a row of a plane
@@ -157,7 +167,7 @@ def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
     def load_chunk(s, maps, position, key0, head, batch, begin, landed_phase, lane):
         stage: T.int32 = position % c.stages
         empty_phase: T.int32 = (position // c.stages) % 2 ^ 1
-        # Rows of the box before the document, where there are such rows.
+        # Rows of the box before the document's keys, where there are such rows.
         strangers: T.int32 = T.Select(begin > 0, T.max(begin - key0, 0), 0)
         landing: T.int32 = T.Select(strangers > 0, c.v_landed, c.v_full + stage)
         wait(s, c.k_empty + stage, empty_phase)
@@ -189,7 +199,7 @@ def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
                 batch: T.int32 = s.words[BATCH]
                 head: T.int32 = s.words[HEAD]
                 query0: T.int32 = s.words[QUERY0]
-                begin: T.int32 = s.words[DOC_BEGIN]
+                begin: T.int32 = s.words[KEY_BEGIN]
                 near_top: T.int32 = s.words[NEAR_TOP]
                 near_chunks: T.int32 = s.words[NEAR_CHUNKS]
                 far_top: T.int32 = s.words[FAR_TOP]

@@ -12,7 +12,7 @@ SHARED_BYTES_MOST = 232_448 - 1024  # 227 KB, less what aligning the arena may t
 
 # What the decoding thread tells the others about a tile, as int32 words in shared memory.
 TILE_WORDS = 16
-LIVE, BATCH, HEAD, QUERY0, DOC_BEGIN, DOC_END, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(10)
+LIVE, BATCH, HEAD, QUERY0, QUERY_END, KEY_BEGIN, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(10)
 NEAR_TOP, NEAR_CHUNKS, FAR_TOP, FAR_CHUNKS = range(10, 14)
 # Barriers besides the rings': queries full and empty (two each), tile full and empty, values landed.
 OTHER_BARRIERS = 7

@@ -126,13 +126,13 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
     ``q, k, v, o, do, dq, dk, dv`` have any strides but the last, which is 1. The shapes are 64-bit, because a
     stride is bound in the type of its buffer's shape.
     """
-    sizes = {name: T.int64() for name in ("B", "HQ", "HKV", "N", "M", "boundaries", "pairs")}
-    batches, query_heads, kv_heads, length, tables, boundaries, pairs = (
+    sizes = {name: T.int64() for name in ("B", "HQ", "HKV", "N", "NK", "M", "boundaries", "R", "pairs")}
+    batches, query_heads, kv_heads, queries, keys, tables, boundaries, ranges, pairs = (
         named(name, size) for name, size in sizes.items()
     )
     t = SimpleNamespace()
     for name, handle in handles.items():
-        heads = kv_heads if name in ("k", "v", "dk", "dv") else query_heads
+        heads, length = (kv_heads, keys) if name in ("k", "v", "dk", "dv") else (query_heads, queries)
         options: dict[str, Any] = {"dtype": "float32", "align": 16}
         if name in ("lse", "dlse"):
             shape = (batches, heads, length)
@@ -142,8 +142,10 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
             shape = (batches, heads, length, T.int64(head_dim))
         elif name == "bands":
             shape, options = (tables, heads, 4), {"dtype": "int32", "align": 4}
-        elif name in ("cu_seqlens", "next_tile", "counters"):
-            shape = (boundaries,) if name == "cu_seqlens" else (2,)
+        elif name == "key_ranges":
+            shape, options = (ranges, 3), {"dtype": "int32", "align": 4}
+        elif name in ("cu_seqlens", "cu_seqlens_k", "next_tile", "counters"):
+            shape = (2,) if name in ("next_tile", "counters") else (boundaries,)
             options = {"dtype": "int32", "align": 4}
         else:
             shape = (batches, heads, length, T.int64(head_dim))
@@ -159,7 +161,8 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
         count("hq", query_heads),
         count("hkv", kv_heads),
     )
-    t.length, t.tables = count("n", length), count("m", tables)
+    t.queries, t.keys = count("n", queries), count("nk", keys)
+    t.tables, t.ranges = count("m", tables), count("r", ranges)
     t.documents = count("documents", boundaries - 1)
     t.group = named("group", T.Bind(t.query_heads // t.kv_heads))
     return t
@@ -206,11 +209,6 @@ def hold(accumulator: Any, count: int) -> Any:
     it, or ptxas sees an accumulator read in flight and serializes every wgmma of the kernel (C7514).
     """
     return T.cuda.func_call(f"spattn_hold{count}", accumulator.data, source_code=_hold_source(count))
-
-
-def distances_seen(chunk: Any, most: Any) -> Any:
-    """How many distances of a chunk's band a row sees that its document's edge lets see up to ``most``."""
-    return T.Cast("uint32", T.max(T.min(chunk[2], most) - chunk[1] + 1, 0))
 
 
 def rows_map(tensor: Any, rows: int) -> Any:
@@ -308,7 +306,8 @@ def hide(scores, place, is_seen):
 @T.inline
 def mask_keys(scores, keys, lane, chunk, tile, first_row, row):
     # Rows are queries here, two of them 8 apart: `row` of the tile is the first, `first_row` its warpgroup's.
-    # `chunk` and `tile` are the words that the producers sent; chunks that no edge crosses need no mask.
+    # `chunk` and `tile` are the words that the producers sent; chunks that no edge crosses need no mask. No
+    # chunk reaches beyond the keys that exist, but one may begin before them.
     first_query: T.int32 = tile[0] + first_row
     inside: T.bool = T.And(
         T.And(
@@ -320,8 +319,9 @@ def mask_keys(scores, keys, lane, chunk, tile, first_row, row):
     if T.Not(inside):
         query: T.int32 = tile[0] + row
         first: T.int32 = query - chunk[0] - lane % 4 * 2 - chunk[1]
-        seen: T.uint32 = distances_seen(chunk, query - tile[1])
-        seen_below: T.uint32 = distances_seen(chunk, query + 8 - tile[1])
+        # How many distances of the band these two rows see.
+        seen: T.uint32 = T.Cast("uint32", T.max(T.min(chunk[2], query - tile[1]) - chunk[1] + 1, 0))
+        seen_below: T.uint32 = T.Cast("uint32", T.max(T.min(chunk[2], query + 8 - tile[1]) - chunk[1] + 1, 0))
         for n in T.unroll(keys // 8):
             for j in T.unroll(2):
                 hide(scores, 4 * n + j, T.Cast("uint32", first - (8 * n + j)) < seen)
@@ -330,20 +330,22 @@ def mask_keys(scores, keys, lane, chunk, tile, first_row, row):
 
 @T.inline
 def mask_queries(scores, queries, lane, chunk, tile, first_row, row):
-    # Likewise where rows are keys.
+    # Likewise where rows are keys, and a tile may reach beyond those that exist. What a chunk holds besides
+    # its document's queries are zeros, and so are their statistics: their weight of 1 adds nothing.
     first_key: T.int32 = tile[0] + first_row
     inside: T.bool = T.And(
         T.And(
             chunk[0] - first_key - (WARPGROUP_ROWS - 1) >= chunk[1],
             chunk[0] + (queries - 1) - first_key <= chunk[2],
         ),
-        chunk[0] + queries <= tile[2],
+        first_key + WARPGROUP_ROWS <= tile[2],
     )
     if T.Not(inside):
         key: T.int32 = tile[0] + row
         first: T.int32 = chunk[0] + lane % 4 * 2 - key - chunk[1]
-        seen: T.uint32 = distances_seen(chunk, tile[2] - 1 - key)
-        seen_below: T.uint32 = distances_seen(chunk, tile[2] - 9 - key)
+        width: T.int32 = chunk[2] - chunk[1] + 1
+        seen: T.uint32 = T.Cast("uint32", T.Select(key < tile[2], width, 0))
+        seen_below: T.uint32 = T.Cast("uint32", T.Select(key + 8 < tile[2], width, 0))
         for n in T.unroll(queries // 8):
             for j in T.unroll(2):
                 hide(scores, 4 * n + j, T.Cast("uint32", first + (8 * n + j)) < seen)

@@ -16,14 +16,16 @@ def _query_rows(n: Sizes) -> tuple[int, ...]:
     return n.batch, n.query_heads, n.queries
 
 
+DOMAIN = ("bands", "cu_seqlens", "cu_seqlens_k", "key_ranges")
+
 FORWARD = Abi(
-    inputs=("q", "k", "v", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", *DOMAIN),
     outputs=(Output("o", like="q"), Output("lse", shape=_query_rows, dtype="float32")),
     alignment=COPY_BYTES,
 )
 
 BACKWARD = Abi(
-    inputs=("q", "k", "v", "o", "lse", "do", "dlse", "bands", "cu_seqlens"),
+    inputs=("q", "k", "v", "o", "lse", "do", "dlse", *DOMAIN),
     outputs=(Output("dq", like="q"), Output("dk", like="k"), Output("dv", like="v")),
     scratch=(
         Scratch("delta", shape=_query_rows, dtype="float32"),

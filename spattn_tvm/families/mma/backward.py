@@ -66,27 +66,30 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     """The backward of banded attention as one function ``backward`` that launches three kernels: delta, then
     the dQ and the dK/dV pass, or the one pass and the kernel that scales and casts dq_sum.
 
-    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, dq, dk, dv, delta, [dq_sum,] scale,
-    workers)``.
-    Batch, heads, length, strides, layout and documents are data of the call. Nothing synchronises; nothing is
-    allocated.
+    Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, key_ranges, dq, dk, dv,
+    delta, [dq_sum,] scale, workers)``.
+    Batch, heads, lengths, strides, layout and documents are data of the call. Nothing synchronises; nothing
+    is allocated.
 
     ============== ================ ========= ================================================================
     argument       shape            dtype     meaning
     ============== ================ ========= ================================================================
-    q, o, do, dq   (B, Hq, N, D)    `dtype`   any strides with a contiguous last dimension
-    k, v, dk, dv   (B, Hkv, N, D)   `dtype`   likewise; dk and dv are summed over the group in registers
-    lse, dlse      (B, Hq, N)       float32   contiguous; natural logarithm, -inf for a query with no key
+    q, o, do, dq   (B, Hq, Nq, D)   `dtype`   any strides with a contiguous last dimension
+    k, v, dk, dv   (B, Hkv, Nk, D)  `dtype`   likewise; dk and dv are summed over the group in registers
+    lse, dlse      (B, Hq, Nq)      float32   contiguous; natural logarithm, -inf for a query with no key
     bands          (M, Hq, 4)       int32     near_lo, near_hi, far_lo, far_hi; a document's row: table_row
-    cu_seqlens     (documents + 1,) int32     first token of each document, and N
-    delta          (B, Hq, N)       float32   workspace, contiguous: rowsum(do * o) - dlse
-    dq_sum         (B, Hq, N, D)    float32   workspace, contiguous, with ``one_pass`` only; cleared here
+    cu_seqlens     (documents + 1,) int32     first query of each document, and Nq
+    cu_seqlens_k   (documents + 1,) int32     first key of each document, and Nk
+    key_ranges     (0, 1 or B, 3)   int32     as `document_keys` takes them
+    delta          (B, Hq, Nq)      float32   workspace, contiguous: rowsum(do * o) - dlse
+    dq_sum         (B, Hq, Nq, D)   float32   workspace, contiguous, with ``one_pass`` only; cleared here
     scale          scalar           float32   factor of the scores, of any sign
     workers        scalar           int32     multiprocessors of the device; not used
     ============== ================ ========= ================================================================
 
-    B, Hq, Hkv and N are at least 1; addresses and the strides of dimensions longer than 1 are multiples of
-    16 bytes. Offsets are 64-bit.
+    B, Hq, Hkv, Nq and Nk are at least 1; addresses and the strides of dimensions longer than 1 are multiples
+    of 16 bytes. Offsets are 64-bit. Keys that don't exist are never read, and queries without keys in their
+    own tile alone, whose rows of dq are then cleared.
 
     Parameters
     ----------
@@ -148,6 +151,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         dlse_handle: T.handle,
         bands_handle: T.handle,
         boundaries_handle: T.handle,
+        key_boundaries_handle: T.handle,
+        key_ranges_handle: T.handle,
         dq_handle: T.handle,
         dk_handle: T.handle,
         dv_handle: T.handle,
@@ -156,8 +161,9 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         scale: T.float32,
         workers: T.int32,
     ):
-        B, HQ, HKV, N, M, BOUNDS = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        of_queries, of_keys = T.meta_var((B, HQ, N, head_dim)), T.meta_var((B, HKV, N, head_dim))
+        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
+        of_queries, of_keys = T.meta_var((B, HQ, N, head_dim)), T.meta_var((B, HKV, NK, head_dim))
         q = T.meta_var(StridedTensor(q_handle, of_queries, dtype))
         k = T.meta_var(StridedTensor(k_handle, of_keys, dtype))
         v = T.meta_var(StridedTensor(v_handle, of_keys, dtype))
@@ -172,6 +178,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         dq_sum = T.match_buffer(dq_sum_handle, (B, HQ, N, head_dim), "float32", align=16)
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
         boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32", align=4)
+        key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32", align=4)
+        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
         flatten(q, k, v, o, do, dq, dk, dv)
         flat_lse = T.decl_buffer((B * HQ * N,), "float32", data=lse.data)
         flat_delta = T.decl_buffer((B * HQ * N,), "float32", data=delta.data)
@@ -184,13 +192,17 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         query_heads: T.let[T.int32] = T.cast(HQ, "int32")
         kv_heads: T.let[T.int32] = T.cast(HKV, "int32")
         length: T.let[T.int32] = T.cast(N, "int32")
+        key_length: T.let[T.int32] = T.cast(NK, "int32")
         documents: T.let[T.int32] = T.cast(BOUNDS, "int32") - 1
         tables: T.let[T.int32] = T.cast(M, "int32")
+        num_ranges: T.let[T.int32] = T.cast(RANGES, "int32")
         call = T.meta_var(
             SimpleNamespace(
                 q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, lse=flat_lse, delta=flat_delta, dq_sum=flat_sum,
-                bands=flat_bands, boundaries=boundaries, scale=scale, batches=batches, length=length,
-                query_heads=query_heads, kv_heads=kv_heads, documents=documents, tables=tables, length64=N,
+                bands=flat_bands, boundaries=boundaries, key_boundaries=key_boundaries,
+                key_ranges=key_ranges, scale=scale, batches=batches, length=length, key_length=key_length,
+                query_heads=query_heads, kv_heads=kv_heads, documents=documents, tables=tables,
+                num_ranges=num_ranges, length64=N,
             )
         )  # fmt: skip
         shape = T.meta_var((batches, query_heads, length))

@@ -13,10 +13,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import first_query_with_keys, key_range, query_range
+from spattn_tvm.domains.key_range import document_keys, has_key, key_range, query_range
 from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
 
-from .backward_sizes import Pass
+from .backward_sizes import TILE_WORDS, Pass
 from .blocks import BLOCK, Blocks, row_loader_macro, scalar, wait_macro
 
 LOG2E = math.log2(math.e)
@@ -26,6 +26,11 @@ INFO_WORDS = 4
 PLACE, LOW, HIGH, SEGMENT = range(
     INFO_WORDS
 )  # of a chunk: its first column, its band, which band of which head
+# Of a tile, in shared memory, because registers are what these kernels are short of: what makes a row's
+# number one of its own side's, the head, where the document's rows end there, the first of the columns that
+# there are, the first of the tile's rows that exist and where they end, the first head's bands, how many.
+TO_ROW, HEAD, OWN_END, COLUMN_BEGIN, LEAST, MOST, TABLE_AT, SEGMENTS = range(TILE_WORDS)
+NO_ROW = 2**30  # behind all columns: sums with distances stay inside int32
 
 
 class TilePass:
@@ -37,8 +42,12 @@ class TilePass:
     dtype, arch : str
     call : namespace
         The arguments of the function that is being parsed: the strided ``q, k, v, do, dq, dk, dv``; ``lse``,
-        ``delta``, ``bands``, ``boundaries`` and ``dq_sum`` (with one pass) as flat buffers; ``scale``; int32
-        ``batches, query_heads, kv_heads, length, documents, tables``.
+        ``delta``, ``bands`` and ``dq_sum`` (with one pass) as flat buffers; ``boundaries``,
+        ``key_boundaries``, ``key_ranges``; ``scale``; int32 ``batches, query_heads, kv_heads, length`` (of
+        queries), ``key_length, documents, tables, num_ranges``.
+
+    Rows are numbered as those of the columns' side, so that the distance of a pair is the difference of the
+    two: a query is where it stands among the keys, a key is the query that would stand there.
     """
 
     def __init__(self, sizes: Pass, dtype: str, arch: str, call: SimpleNamespace) -> None:
@@ -53,10 +62,10 @@ class TilePass:
         self.load_chunk = row_loader_macro(sizes.chunk, sizes.head_dim, dtype, sizes.threads, whole=False)
         # The tile's own rows, the columns' rows, and what is accumulated from the latter.
         if sizes.keys:
-            self.heads = call.kv_heads
+            self.heads, self.length, self.boundaries = call.kv_heads, call.key_length, call.key_boundaries
             self.row_tensors, self.column_tensors = (call.k, call.v), (call.q, call.do)
         else:
-            self.heads = call.query_heads
+            self.heads, self.length, self.boundaries = call.query_heads, call.length, call.boundaries
             self.row_tensors, self.column_tensors = (call.q, call.do), (call.k, call.v)
 
     def at(self, name: str) -> int:
@@ -72,7 +81,8 @@ class TilePass:
         thread = T.thread_id([self.sizes.threads])
         self.enter(warp, thread)
         self.locate(number)
-        if self.row0 < self.end:
+        if self.own_row0 < self.own_end:
+            self.find_domain()
             self.prepare()
             self.load_own_rows()
             for i in T.unroll(max(self.sizes.stages - 1, 1)):
@@ -91,7 +101,7 @@ class TilePass:
             self.store_outputs()
 
     def slots(self) -> Any:
-        return tile_slots(self.call.length, self.call.documents, self.sizes.tile)
+        return tile_slots(self.length, self.call.documents, self.sizes.tile)
 
     def enter(self, warp: Any, thread: Any) -> None:
         """The block's shared memory and the variables of its place."""
@@ -105,9 +115,10 @@ class TilePass:
         self.infos = self.view("info", "int32", sizes.stages * INFO_WORDS)
         self.arrived = self.view("arrived", "uint64", 1)
         self.left = self.view("left", "uint64", 1)
+        self.tile = self.view("tile", "int32", TILE_WORDS)
         self.lane = scalar("int32", thread % 32)
         self.quad = scalar("int32", self.lane // 4)
-        for name in ("slot", "batch", "head", "document", "begin", "end", "row0"):
+        for name in ("slot", "batch", "head", "document", "own_begin", "own_end", "own_row0", "row0", "end"):
             setattr(self, name, scalar("int32", 0))
 
     def view(self, name: str, dtype: str, count: int) -> Any:
@@ -128,26 +139,60 @@ class TilePass:
         if not self.sizes.keys:
             self.slot = slots - 1 - self.slot
         locate_rows(
-            self.slot, rows, call.boundaries, call.documents, self.document, self.begin, self.end, self.row0
-        )
-        self.document = table_row(self.document, call.documents, call.tables)
+            self.slot, rows, self.boundaries, call.documents, self.document,
+            self.own_begin, self.own_end, self.own_row0,
+        )  # fmt: skip
+
+    @T.inline
+    def find_domain(self):
+        """The tile's rows that exist, as rows of the columns' side, and the columns that they may meet."""
+        call, rows = T.meta_var(self.call), T.meta_var(self.sizes.tile)
+        keys = T.meta_var(
+            document_keys(
+                self.document, self.batch, call.boundaries, call.key_boundaries, call.key_ranges,
+                call.num_ranges,
+            )
+        )  # fmt: skip
+        key_begin: T.int32 = keys[0]
+        key_end: T.int32 = keys[1]
+        to_row: T.int32 = keys[2] if self.sizes.keys else 0 - keys[2]
+        queries = T.meta_var([call.boundaries[self.document], call.boundaries[self.document + 1]])
+        self.end = queries[1] if self.sizes.keys else key_end
+        self.row0 = self.own_row0 - to_row
+        if self.thread == 0:
+            row_begin, row_end = T.meta_var((key_begin, key_end) if self.sizes.keys else (0, self.own_end))
+            self.tile[TO_ROW] = to_row
+            self.tile[OWN_END] = self.own_end
+            self.tile[COLUMN_BEGIN] = queries[0] if self.sizes.keys else key_begin
+            least: T.int32 = T.max(self.own_row0, row_begin) - to_row
+            most: T.int32 = T.min(self.own_row0 + rows, row_end) - to_row
+            self.tile[LEAST] = least
+            self.tile[MOST] = most
+            self.tile[HEAD] = self.head
+            self.tile[SEGMENTS] = T.Select(least < most, 2 * self.group() if self.sizes.keys else 2, 0)
+            first_head = T.meta_var(self.head * self.group() if self.sizes.keys else self.head)
+            table = T.meta_var(table_row(self.document, call.documents, call.tables))
+            self.tile[TABLE_AT] = table * call.query_heads + first_head
+        T.cuda.cta_sync()
+
+    def group(self) -> Any:
+        return T.truncdiv(self.call.query_heads, self.call.kv_heads)
 
     def prepare(self) -> None:
         """This warp's rows, the walk over the chunks, and what is kept in registers."""
         sizes, words = self.sizes, self.words
-        group = self.call.query_heads // self.call.kv_heads
-        self.last = T.min(self.row0 + sizes.tile, self.end) - 1
         self.across = scalar("int32", self.warp % sizes.split)
         self.strip_row = scalar("int32", self.warp // sizes.split * sizes.rows)  # of this warp in the tile
         self.first_row = scalar("int32", self.row0 + self.strip_row)
-        self.last_row = scalar("int32", T.min(self.first_row + sizes.rows, self.end) - 1)
+        end_row = self.first_row + sizes.rows
+        self.last_row = scalar("int32", T.min(end_row, self.tile[MOST]) - 1)
+        # The last row, or one beyond all columns, with which no strip is whole, where some don't exist.
+        exist = T.And(self.first_row >= self.tile[LEAST], end_row <= self.tile[MOST])
+        self.whole_row = scalar("int32", T.Select(exist, end_row - 1, NO_ROW) if sizes.keys else end_row - 1)
         self.my_row = scalar("int32", self.first_row + self.quad)
 
         # The two bands of each query head that reads, or is, this head.
-        self.group = scalar("int32", group)
-        self.first_head = scalar("int32", self.head * self.group if sizes.keys else self.head)
-        self.table_at = scalar("int32", self.document * self.call.query_heads + self.first_head)
-        self.segments = scalar("int32", 2 * self.group if sizes.keys else 2)
+        self.first_head = scalar("int32", self.head * self.group() if sizes.keys else self.head)
         self.segment = scalar("int32", -1)
         self.place = scalar("int32", 0)  # of the chunk to load
         self.place_end = scalar("int32", 0)
@@ -192,42 +237,51 @@ class TilePass:
 
     @T.inline
     def load_own_rows(self):
-        self.load(self.load_tile, self.at("first"), self.row_tensors[0], self.head, self.row0)
-        self.load(self.load_tile, self.at("second"), self.row_tensors[1], self.head, self.row0)
+        row0: T.int32 = self.row0 + self.tile[TO_ROW]
+        first: T.int32 = self.tile[LEAST] + self.tile[TO_ROW]
+        end: T.int32 = self.tile[MOST] + self.tile[TO_ROW]
+        self.load(self.load_tile, "first", 0, self.row_tensors[0], self.head, row0, first, end)
+        self.load(self.load_tile, "second", 0, self.row_tensors[1], self.head, row0, first, end)
         for i in T.unroll(self.sizes.accumulators):
             self.first_output[i] = T.float32(0)
             if self.sizes.keys:
                 self.second_output[i] = T.float32(0)
 
     @T.inline
-    def load(self, load_rows, at, tensor, head, first):
-        """Rows of a head to the arena; those behind the document become zeros, none lies before it."""
+    def load(self, load_rows, part, at, tensor, head, row0, first, end):
+        """Rows of a head to a part of the arena; those outside of ``[first, end)`` become zeros."""
         load_rows(
-            self.arena, at, tensor.flat, tensor.origin(self.batch, head), tensor.row_stride,
-            first, None, self.end, self.thread,
+            self.arena, self.at(part) + at, tensor.flat, tensor.origin(self.batch, head), tensor.row_stride,
+            row0, first, end, self.thread,
         )  # fmt: skip
 
     @T.inline
     def load_next_chunk(self):
         """Asks for the next chunk of columns, if there is one, and notes which it is."""
         sizes, call = T.meta_var(self.sizes), T.meta_var(self.call)
-        while T.And(self.place >= self.place_end, self.segment + 1 < self.segments):
+        while T.And(self.place >= self.place_end, self.segment + 1 < self.tile[SEGMENTS]):
             self.segment = self.segment + 1
-            row: T.int64 = T.cast(2 * self.table_at + self.segment, "int64") * T.int64(2)
+            row: T.int64 = T.cast(2 * self.tile[TABLE_AT] + self.segment, "int64") * T.int64(2)
             T.ptx["ld.global.nc.v2.s32"](self.band[0], self.band[1], call.bands.ptr_to([row]))
+            low, high = T.meta_var(self.band[0]), T.meta_var(self.band[1])
+            first_row, last_row = T.meta_var(self.tile[LEAST]), T.meta_var(self.tile[MOST] - 1)
             if sizes.keys:
-                columns = T.meta_var(query_range(self.row0, self.last, self.band[0], self.band[1], self.end))
+                queries = T.meta_var(query_range(first_row, last_row, low, high, self.end))
+                self.place = T.max(queries[0], self.tile[COLUMN_BEGIN])
+                self.place_end = queries[1]
             else:
-                columns = T.meta_var(key_range(self.row0, self.last, self.band[0], self.band[1], self.begin))
-            self.place = columns[0]
-            self.place_end = columns[1]
+                keys = T.meta_var(key_range(first_row, last_row, low, high, self.tile[COLUMN_BEGIN]))
+                self.place = keys[0]
+                self.place_end = T.min(keys[1], self.end)
         if self.place < self.place_end:
             head: T.int32 = self.first_head + self.segment // 2
             if not sizes.keys:
-                head = T.truncdiv(self.head, self.group)
+                head = T.truncdiv(self.first_head, self.group())
             stage = T.meta_var(self.put * (sizes.chunk * self.pitch))
-            self.load(self.load_chunk, self.at("third") + stage, self.column_tensors[0], head, self.place)
-            self.load(self.load_chunk, self.at("fourth") + stage, self.column_tensors[1], head, self.place)
+            first, second = T.meta_var(self.column_tensors)
+            # Behind the band may be queries without keys, whose dO is anything.
+            self.load(self.load_chunk, "third", stage, first, head, self.place, None, self.place_end)
+            self.load(self.load_chunk, "fourth", stage, second, head, self.place, None, self.place_end)
             if sizes.keys:
                 self.load_column_statistics(head)
             if self.thread == 0:
@@ -248,7 +302,9 @@ class TilePass:
             if column < sizes.chunk:
                 at = T.meta_var(self.put * sizes.chunk + column)
                 from_row = T.meta_var(row + part * sizes.threads)
-                there: T.uint32 = T.if_then_else(self.place + column < self.end, T.uint32(4), T.uint32(0))
+                there: T.uint32 = T.if_then_else(
+                    self.place + column < self.place_end, T.uint32(4), T.uint32(0)
+                )
                 T.ptx["cp.async.ca.shared.global"](
                     self.column_lse.ptr_to([at]), call.lse.ptr_to([from_row]), 4, there
                 )
@@ -264,12 +320,12 @@ class TilePass:
     @T.inline
     def read_own_statistics(self):
         if not self.sizes.keys:
-            row: T.int64 = self.query_row(self.head, self.my_row)
+            row: T.int64 = self.query_row(self.head, self.my_row + self.tile[TO_ROW])
             for i in T.unroll(2 * self.sizes.row_blocks):
                 # Rows behind the end add nothing to anything.
                 self.row_lse[i] = T.float32(INF)
                 self.row_delta[i] = T.float32(0)
-                if self.my_row + 8 * i < self.end:
+                if self.my_row + 8 * i < self.tile[MOST]:
                     self.row_lse[i] = self.call.lse[row + 8 * i] * T.float32(LOG2E)
                     self.row_delta[i] = self.call.delta[row + 8 * i]
 
@@ -377,20 +433,22 @@ class TilePass:
         first = self.info[PLACE] + column
         last = first + (self.sizes.strip - 1)
         if self.sizes.keys:
-            inside = T.And(first <= T.min(self.last_row + high, self.end - 1), last >= self.first_row + low)
+            begin, most = self.first_row + low, self.last_row + high
         else:
-            inside = T.And(first <= self.last_row - low, last >= self.first_row - high)
+            begin, most = self.first_row - high, self.last_row - low
+        inside = T.And(first <= T.min(most, self.end - 1), last >= begin)
         return T.And(inside, self.first_row <= self.last_row)
 
     def is_whole(self, column: Any) -> Any:
         """Whether all pairs of them do."""
         low, high = self.info[LOW], self.info[HIGH]
         first = self.info[PLACE] + column
-        last, last_row = first + (self.sizes.strip - 1), self.first_row + (self.sizes.rows - 1)
+        last, last_row = first + (self.sizes.strip - 1), self.whole_row
         if self.sizes.keys:
             inside = T.And(first - last_row >= low, last - self.first_row <= high)
-            return T.And(inside, last < self.end)
-        return T.And(self.first_row - last >= low, last_row - first <= high)
+        else:
+            inside = T.And(self.first_row - last >= low, last_row - first <= high)
+        return T.And(inside, last < self.end)
 
     @T.inline
     def compute_strip(self, column):
@@ -490,9 +548,14 @@ class TilePass:
             for half in T.unroll(2):
                 row: T.int32 = self.my_row + (16 * m + 8 * half)
                 first: T.int32 = self.info[PLACE] + column + self.lane % 4 * 2
+                # Distances to columns that there are.
+                least: T.int32 = low if sizes.keys else T.max(low, row - (self.end - 1))
                 most: T.int32 = T.min(high, self.end - 1 - row) if sizes.keys else high
-                seen: T.uint32 = T.cast(T.max(most - low + 1, 0), "uint32")
-                distance: T.int32 = (first - row if sizes.keys else row - first) - low
+                seen: T.uint32 = T.cast(T.max(most - least + 1, 0), "uint32")
+                if sizes.keys:
+                    if T.Or(row < self.tile[LEAST], row >= self.tile[MOST]):
+                        seen = T.uint32(0)
+                distance: T.int32 = (first - row if sizes.keys else row - first) - least
                 for n in T.unroll(sizes.strip // 8):
                     for e in T.unroll(2):
                         i: T.let = (m * (sizes.strip // 8) + n) * 4 + 2 * half + e
@@ -646,12 +709,14 @@ class TilePass:
         """The four floats that a lane has of a row and 16 columns are neighbours in dq_sum."""
         sizes, call = T.meta_var(self.sizes), T.meta_var(self.call)
         head_dim, vector = T.meta_var(sizes.head_dim), T.meta_var(sizes.vector)
+        # Queries behind the band may have no key: what they get, theirs times a key that is NaN, is nothing.
+        end: T.int32 = T.min(self.end, self.tile[MOST] + self.info[HIGH])
         query: T.int32 = self.info[PLACE] + first_query + self.quad
         row: T.int64 = self.query_row(self.first_head + self.info[SEGMENT] // 2, query)
         at: T.int64 = row * head_dim + T.cast(first_column + self.lane % 4 * 4, "int64")
         for m in T.unroll(sizes.dq_rows // BLOCK):
             for half in T.unroll(2):
-                if query + (16 * m + 8 * half) < self.end:
+                if query + (16 * m + 8 * half) < end:
                     for n in T.unroll(sizes.dq_columns // BLOCK):
                         if first_column + BLOCK * n < head_dim:
                             for j in T.unroll(4 // vector):
@@ -670,26 +735,36 @@ class TilePass:
     @T.inline
     def store_outputs(self):
         call = T.meta_var(self.call)
+        for m in T.unroll(self.sizes.row_blocks):
+            for half in T.unroll(2):
+                self.clear_row_of_nobody(m, half, self.my_row + (16 * m + 8 * half))
         if self.sizes.keys:
             self.store(self.second_output, call.dv, T.float32(1))
             self.store(self.first_output, call.dk, call.scale)
         else:
-            self.clear_rows_without_keys()
             self.store(self.first_output, call.dq, call.scale)
 
     @T.inline
-    def clear_rows_without_keys(self):
-        """Whatever arrived for their o and lse."""
+    def clear_row_of_nobody(self, m, half, row):
+        """A key that does not exist, or a query without keys, whatever arrived for its o and lse."""
         sizes, call = T.meta_var(self.sizes), T.meta_var(self.call)
-        row: T.int64 = T.cast(self.table_at, "int64") * T.int64(4)
-        keyed: T.int32 = first_query_with_keys(self.begin, call.bands[row], call.bands[row + 2])
-        if self.first_row < keyed:
-            for m in T.unroll(sizes.row_blocks):
-                for n in T.unroll(sizes.out_columns // 8):
-                    for e in T.unroll(4):
-                        i: T.let = (m * (sizes.out_columns // 8) + n) * 4 + e
-                        if self.my_row + (16 * m + e // 2 * 8) < keyed:
-                            self.first_output[i] = T.float32(0)
+        if sizes.keys:
+            if T.Or(row < self.tile[LEAST], row >= self.tile[MOST]):
+                self.clear_row(self.first_output, m, half)
+                self.clear_row(self.second_output, m, half)
+        else:
+            at: T.int64 = T.cast(self.tile[TABLE_AT], "int64") * T.int64(4)
+            begin, end = T.meta_var(self.tile[COLUMN_BEGIN]), T.meta_var(self.end)
+            near = T.meta_var(has_key(row, call.bands[at], call.bands[at + 1], begin, end))
+            far = T.meta_var(has_key(row, call.bands[at + 2], call.bands[at + 3], begin, end))
+            if T.Not(T.Or(near, far)):
+                self.clear_row(self.first_output, m, half)
+
+    @T.inline
+    def clear_row(self, output, m, half):
+        for n in T.unroll(self.sizes.out_columns // 8):
+            for e in T.unroll(2):
+                output[(m * (self.sizes.out_columns // 8) + n) * 4 + 2 * half + e] = T.float32(0)
 
     @T.inline
     def store(self, output, tensor, factor):
@@ -698,10 +773,10 @@ class TilePass:
         first_column: T.int32 = self.across * sizes.out_columns
         for m in T.unroll(sizes.row_blocks):
             for half in T.unroll(2):
-                row: T.int32 = self.my_row + (16 * m + 8 * half)
-                start: T.int64 = tensor.row(self.batch, self.head, row) + T.cast(first_column, "int64")
+                row: T.int32 = self.my_row + (16 * m + 8 * half) + self.tile[TO_ROW]
+                start: T.int64 = tensor.row(self.batch, self.tile[HEAD], row) + T.cast(first_column, "int64")
                 self.blocks.store_row(
                     output, m * blocks_across * 8, half, blocks_across, factor, self.lane,
                     lambda column: tensor.flat.ptr_to([start + T.cast(column, "int64")]),
-                    lambda column: T.And(row < self.end, first_column + column < sizes.head_dim),
+                    lambda column: T.And(row < self.tile[OWN_END], first_column + column < sizes.head_dim),
                 )  # fmt: skip

@@ -14,6 +14,8 @@ from .blocks import BEFORE_HOPPER, BLOCK, registers_most, shared_bytes_most
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
+TILE_WORDS = 8
+TILE_BYTES = 4 * TILE_WORDS  # what a tile's threads rarely look up: a multiple of 16
 SINGLE_ATOMICS = BEFORE_HOPPER  # chips whose atomic adds take one float at a time
 
 
@@ -139,7 +141,8 @@ class Pass:
         at["info"] = _align(end, 16)
         at["arrived"] = at["info"] + self.stages * INFO_BYTES
         at["left"] = at["arrived"] + 8
-        at["end"] = at["left"] + 8
+        at["tile"] = at["left"] + 8
+        at["end"] = at["tile"] + TILE_BYTES
         return at
 
     @property

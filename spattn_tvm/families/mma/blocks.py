@@ -54,9 +54,11 @@ REGISTERS_OF_THREAD = 255
 BEFORE_HOPPER = ("sm_80", "sm_86", "sm_89")
 
 # What `locate_macro` tells about a tile, as int32 words.
-LOCATION_WORDS = 9
-LOCATION_BYTES = 4 * LOCATION_WORDS + 12  # in shared memory: a multiple of 16
-BATCH, HEAD, ROW0, DOC_BEGIN, DOC_END, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(LOCATION_WORDS)
+LOCATION_WORDS = 11
+LOCATION_BYTES = 4 * LOCATION_WORDS + 4  # in shared memory: a multiple of 16
+(BATCH, HEAD, ROW0, DOC_END, KEY_BEGIN, KEY_END, SHIFT, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI) = range(
+    LOCATION_WORDS
+)
 
 
 def element_bytes(dtype: str) -> int:
@@ -80,21 +82,24 @@ def registers_most(threads: int, blocks: int = 1) -> int:
 
 
 def locate_macro(rows: int, group: int) -> Callable[..., None]:
-    """The macro ``locate(words, number, bands, boundaries, batches, heads, length, documents, tables)``.
+    """The macro ``locate(words, number, call)`` for the arguments of a call, as `ForwardTile` has them.
 
-    It finds tile `number` of all (`domains/tiles.py`) and writes `LOCATION_WORDS` words. There is nothing to
-    do in a tile whose ROW0 is not below its DOC_END.
+    It finds tile `number` of queries of all (`domains/tiles.py`) and writes `LOCATION_WORDS` words: ROW0 and
+    DOC_END are rows of queries, to which SHIFT is added to compare them with keys. There is nothing to do in
+    a tile whose ROW0 is not below its DOC_END.
 
     The last rows come first: they have the most keys, so the longest tiles lead and the multiprocessors end
     together.
     """
     from tvm.script import tirx as T
 
+    from spattn_tvm.domains.key_range import document_keys
     from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
 
     @T.inline
-    def locate(words, number, bands, boundaries, batches, heads, length, documents, tables):
-        slots: T.int32 = tile_slots(length, documents, rows)
+    def locate(words, number, call):
+        documents, heads = T.meta_var(call.documents), T.meta_var(call.query_heads)
+        slots: T.int32 = tile_slots(call.length, documents, rows)
         slot: T.int32 = 0
         batch: T.int32 = 0
         head: T.int32 = 0
@@ -102,20 +107,27 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
         begin: T.int32 = 0
         end: T.int32 = 0
         row0: T.int32 = 0
-        locate_head(number, slots, batches, heads, group, slot, batch, head)
+        locate_head(number, slots, call.batches, heads, group, slot, batch, head)
         # Head 0 last: its two bands coincide in the paper's layout, so it is the lightest.
         head = T.Select(head == heads - 1, 0, head + 1)
-        locate_rows(slots - 1 - slot, rows, boundaries, documents, document, begin, end, row0)
-        table: T.int32 = table_row(document, documents, tables)
+        locate_rows(slots - 1 - slot, rows, call.boundaries, documents, document, begin, end, row0)
+        table: T.int32 = table_row(document, documents, call.tables)
+        keys = T.meta_var(
+            document_keys(
+                document, batch, call.boundaries, call.key_boundaries, call.key_ranges, call.num_ranges
+            )
+        )
         words[BATCH] = batch
         words[HEAD] = head
         words[ROW0] = row0
-        words[DOC_BEGIN] = begin
         words[DOC_END] = end
-        words[NEAR_LO] = bands[table, head, 0]
-        words[NEAR_HI] = bands[table, head, 1]
-        words[FAR_LO] = bands[table, head, 2]
-        words[FAR_HI] = bands[table, head, 3]
+        words[KEY_BEGIN] = keys[0]
+        words[KEY_END] = keys[1]
+        words[SHIFT] = keys[2]
+        words[NEAR_LO] = call.bands[table, head, 0]
+        words[NEAR_HI] = call.bands[table, head, 1]
+        words[FAR_LO] = call.bands[table, head, 2]
+        words[FAR_HI] = call.bands[table, head, 3]
 
     return locate
 

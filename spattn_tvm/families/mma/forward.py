@@ -97,13 +97,14 @@ def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str)
 def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> tvm.IRModule:
     """Build the forward kernel for a chip of ``arch``.
 
-    The module exports ``forward(q, k, v, bands, cu_seqlens, o, lse, scale, workers)``: q and o (B, Hq, N,
-    D), k and v (B, Hkv, N, D) of ``dtype``, any strides with a contiguous last dimension, base addresses
-    and strides multiples of 16 bytes; bands int32 (M, Hq, 4); cu_seqlens int32 (documents + 1,); lse
-    float32 (B, Hq, N), contiguous, natural logarithm; scale float32, of any sign; workers int32, not used.
-    B, N and the head counts must be positive. A query without keys gets o = 0 and lse = -inf. Masked keys
-    of a visited chunk get the weight 0, so a NaN among the values there spreads, as it does in dense
-    attention with a mask.
+    The module exports ``forward(q, k, v, bands, cu_seqlens, cu_seqlens_k, key_ranges, o, lse, scale,
+    workers)``: q and o (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of ``dtype``, any strides with a contiguous
+    last dimension, base addresses and strides multiples of 16 bytes; bands int32 (M, Hq, 4); cu_seqlens and
+    cu_seqlens_k int32 (documents + 1,) of queries and of keys; key_ranges int32 (0, 1 or B, 3) as
+    `document_keys` takes them; lse float32 (B, Hq, Nq), contiguous, natural logarithm; scale float32, of any
+    sign; workers int32, not used. B, Nq, Nk and the head counts must be positive. A query without keys gets
+    o = 0 and lse = -inf. Keys that don't exist are never read. Masked keys of a visited chunk get the weight
+    0, so a NaN among the values there spreads, as it does in dense attention with a mask.
 
     Parameters
     ----------
@@ -156,26 +157,33 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
         v_handle: T.handle,
         bands_handle: T.handle,
         boundaries_handle: T.handle,
+        key_boundaries_handle: T.handle,
+        key_ranges_handle: T.handle,
         o_handle: T.handle,
         lse_handle: T.handle,
         scale: T.float32,
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "forward"})
-        B, HQ, HKV, N, M, BOUNDS = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
         q = T.meta_var(StridedTensor(q_handle, (B, HQ, N, head_dim), dtype))
-        k = T.meta_var(StridedTensor(k_handle, (B, HKV, N, head_dim), dtype))
-        v = T.meta_var(StridedTensor(v_handle, (B, HKV, N, head_dim), dtype))
+        k = T.meta_var(StridedTensor(k_handle, (B, HKV, NK, head_dim), dtype))
+        v = T.meta_var(StridedTensor(v_handle, (B, HKV, NK, head_dim), dtype))
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
         boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32")
+        key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32")
+        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32")
         o = T.meta_var(StridedTensor(o_handle, (B, HQ, N, head_dim), dtype))
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
         flatten(q, k, v, o)
         call = T.meta_var(
             SimpleNamespace(
-                q=q, k=k, v=v, o=o, lse=lse, bands=bands, boundaries=boundaries, scale=scale,
+                q=q, k=k, v=v, o=o, lse=lse, bands=bands, boundaries=boundaries,
+                key_boundaries=key_boundaries, key_ranges=key_ranges, scale=scale,
                 batches=T.cast(B, "int32"), query_heads=T.cast(HQ, "int32"), kv_heads=T.cast(HKV, "int32"),
                 length=T.cast(N, "int32"), documents=T.cast(BOUNDS, "int32") - 1, tables=T.cast(M, "int32"),
+                num_ranges=T.cast(RANGES, "int32"),
             )
         )  # fmt: skip
         T.device_entry()

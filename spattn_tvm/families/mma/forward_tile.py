@@ -19,16 +19,18 @@ from spattn_tvm.domains.tiles import chunk_count, tile_slots
 from .blocks import (
     BATCH,
     BLOCK,
-    DOC_BEGIN,
     DOC_END,
     FAR_HI,
     FAR_LO,
     HEAD,
+    KEY_BEGIN,
+    KEY_END,
     LOCATION_BYTES,
     LOCATION_WORDS,
     NEAR_HI,
     NEAR_LO,
     ROW0,
+    SHIFT,
     Blocks,
     element_bytes,
     locate_macro,
@@ -59,7 +61,8 @@ class ForwardTile:
     dtype, arch : str
     call : namespace
         The arguments of the function that is being parsed: the strided ``q, k, v, o``; ``lse``, ``bands``,
-        ``boundaries``; ``scale``; int32 ``batches, query_heads, kv_heads, length, documents, tables``.
+        ``boundaries``, ``key_boundaries``, ``key_ranges``; ``scale``; int32 ``batches, query_heads, kv_heads,
+        length`` (of queries), ``documents, tables, num_ranges``.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class ForwardTile:
             self.prepare()
             self.load(
                 self.load_tile, 0, self.call.q, self.call.q.origin(self.tile[BATCH], self.tile[HEAD]),
-                self.tile[ROW0],
+                self.tile[ROW0], self.tile[ROW0], self.tile[DOC_END],
             )  # fmt: skip
             for s in T.unroll(self.ahead):
                 if s < self.chunks:
@@ -146,6 +149,7 @@ class ForwardTile:
             )
 
         self.query_words = view("uint32", self.keys_at * size // 4, 0)
+        self.maxima = view("float32", self.keys_at * size // 4, 0)
         # In shared memory, because registers are what this kernel is short of.
         self.tile = view("int32", LOCATION_WORDS, self.tile_at)
         self.full = view("uint64", self.stages, self.tile_at + LOCATION_BYTES // size)
@@ -158,33 +162,34 @@ class ForwardTile:
             for s in T.unroll(self.stages):
                 T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([s]), T.uint32(self.threads))
                 T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), T.uint32(self.threads))
-            self.locate(
-                self.tile, number, call.bands, call.boundaries, call.batches, call.query_heads, call.length,
-                call.documents, call.tables,
-            )  # fmt: skip
+            self.locate(self.tile, number, call)
         T.cuda.cta_sync()
 
     def prepare(self) -> None:
-        """The tile's chunks: keys ``[top - chunks * key_rows, top)`` of a band, read from the top down."""
+        """The tile's chunks: keys ``[top - chunks * key_rows, top)`` of a band, read from the top down.
+
+        From here to the end, rows are where the queries stand among the keys.
+        """
         tile, call = self.tile, self.call
         kv_head = scalar("int32", T.truncdiv(tile[HEAD], T.truncdiv(call.query_heads, call.kv_heads)))
         self.key_origin = scalar("int64", call.k.origin(tile[BATCH], kv_head))
         self.value_origin = scalar("int64", call.v.origin(tile[BATCH], kv_head))
-        self.rows_end = scalar("int32", T.min(tile[ROW0] + self.rows, tile[DOC_END]))
+        self.rows_end = scalar("int32", T.min(tile[ROW0] + self.rows, tile[DOC_END]) + tile[SHIFT])
 
         def chunks(low: int, high: int) -> Any:
-            begin, end = key_range(tile[ROW0], self.rows_end - 1, tile[low], tile[high], tile[DOC_BEGIN])
-            return chunk_count(begin, end, self.keys)
+            first = tile[ROW0] + tile[SHIFT]
+            begin, end = key_range(first, self.rows_end - 1, tile[low], tile[high], tile[KEY_BEGIN])
+            return chunk_count(begin, T.min(end, tile[KEY_END]), self.keys)
 
         self.near_chunks = scalar("int32", chunks(NEAR_LO, NEAR_HI))
         self.chunks = scalar("int32", self.near_chunks + chunks(FAR_LO, FAR_HI))
 
     @T.inline
-    def load(self, load_rows, at, tensor, origin, first):
-        """Rows of a head to the arena; those outside of the document become zeros."""
+    def load(self, load_rows, at, tensor, origin, first, least, most):
+        """Rows of a head to the arena; those outside of ``[least, most)`` become zeros."""
         row: T.int32 = first
-        begin: T.int32 = self.tile[DOC_BEGIN]
-        end: T.int32 = self.tile[DOC_END]
+        begin: T.int32 = least
+        end: T.int32 = most
         load_rows(self.arena, at, tensor.flat, origin, tensor.row_stride, row, begin, end, self.thread)
 
     @T.inline
@@ -192,33 +197,39 @@ class ForwardTile:
         """Chunk ``which`` of the near band's chunks and behind them the far band's."""
         is_near: T.let = which < self.near_chunks
         low: T.let = self.tile[T.Select(is_near, NEAR_LO, FAR_LO)]
-        first: T.int32 = (
-            self.rows_end - low - (which + 1 - T.Select(is_near, 0, self.near_chunks)) * self.keys
-        )
+        top: T.let = T.min(self.rows_end - low, self.tile[KEY_END])
+        first: T.int32 = top - (which + 1 - T.Select(is_near, 0, self.near_chunks)) * self.keys
         place = T.meta_var(stage * self.chunk_size)
-        self.load(self.load_chunk, self.keys_at + place, self.call.k, self.key_origin, first)
-        self.load(self.load_chunk, self.values_at + place, self.call.v, self.value_origin, first)
+        begin, end = T.meta_var(self.tile[KEY_BEGIN]), T.meta_var(self.tile[KEY_END])
+        self.load(self.load_chunk, self.keys_at + place, self.call.k, self.key_origin, first, begin, end)
+        self.load(self.load_chunk, self.values_at + place, self.call.v, self.value_origin, first, begin, end)
         T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([stage]))
 
     def clear(self) -> None:
         """A lane's places in the operands, and its rows' sums."""
         blocks, lane, warp_size = self.blocks, self.lane, self.warp_rows * self.pitch
-        self.my_row0 = scalar("int32", self.tile[ROW0] + self.warp * self.warp_rows)  # of this warp
+        row0 = self.tile[ROW0] + self.tile[SHIFT]
+        self.my_row0 = scalar("int32", row0 + self.warp * self.warp_rows)  # of this warp
         self.query = scalar("int32", self.my_row0 + lane // 4)  # and 8 below, in each of the blocks
         # The queries carry a negative factor's sign, so that the greatest score has the greatest weight; and
         # the factor is not 0, which would make 0 * -inf of a masked score.
         factor = T.abs(self.call.scale) * T.float32(LOG2E)
         self.scale2 = scalar("float32", T.max(factor, T.float32(LEAST_SCALE)))
         self.query_lane = scalar("int32", blocks.lane_a(lane) + self.warp * warp_size)
+        self.pitch_words = self.pitch * element_bytes(self.dtype) // 4
+        row = self.warp * self.warp_rows + lane // 4
+        self.maximum_lane = row * self.pitch_words + self.pitch_words - 4 + lane % 4
         self.key_lane = scalar("int32", blocks.lane_b_transposed(lane))
         self.value_lane = scalar("int32", blocks.lane_b(lane))
         held = self.steps if self.holds_queries else 1
         self.queries = T.alloc_local((self.row_blocks * self.words * held,), "uint32")
         self.output = T.alloc_local((self.row_blocks * self.steps * 8,), "float32")
-        self.row_max = T.alloc_local((2 * self.row_blocks,), "float32")  # of scores before they are scaled
+        # What is subtracted from a row's scaled scores: the greatest when it was last looked for.
+        self.reference = T.alloc_local((2 * self.row_blocks,), "float32")
         self.row_sum = T.alloc_local((2 * self.row_blocks,), "float32")
         self.shrink = T.alloc_local((2 * self.row_blocks,), "float32")
-        self.is_huge = scalar("int32", 0)  # whether some row's maximum in this warp is
+        self.limit = scalar("float32", T.float32(-INF))  # what a score may exceed its reference by
+        self.is_huge = scalar("int32", 0)  # whether some score of this warp's rows was
         self.chunk = scalar("int32", 0)
         self.stage = scalar("int32", 0)  # of the chunk
         self.phase = scalar("int32", 0)  # of the stage
@@ -228,7 +239,7 @@ class ForwardTile:
     @T.inline
     def clear_sums(self):
         for i in T.unroll(2 * self.row_blocks):
-            self.row_max[i] = T.float32(LOWEST)
+            self.reference[i] = T.float32(LOWEST)
             self.row_sum[i] = T.float32(0)
         for i in T.unroll(self.row_blocks * self.steps * 8):
             self.output[i] = T.float32(0)
@@ -248,24 +259,28 @@ class ForwardTile:
     # The walk over the chunks
 
     def find_own_rows(self) -> None:
-        """From which chunk of a band on some, or all, of this warp's rows are not before its keys."""
-        self.my_end = scalar("int32", T.min(self.my_row0 + self.warp_rows, self.tile[DOC_END]))
-        is_any = self.my_row0 < self.my_end
-        some, full = self.rows_end - self.my_end, self.rows_end - 1 - self.my_row0 + (self.keys - 1)
-        self.some_first = scalar("int32", T.Select(is_any, some // self.keys, self.chunks))
-        self.full_first = scalar("int32", T.Select(is_any, full // self.keys, self.chunks))
-        for name in ("low", "high", "count", "top", "some_last", "full_last", "index"):
+        my_end = T.min(self.my_row0 + self.warp_rows, self.tile[DOC_END] + self.tile[SHIFT])
+        self.my_end = scalar("int32", my_end)
+        names = ("low", "high", "count", "top", "some_first", "full_first", "some_last", "full_last", "index")
+        for name in names:
             setattr(self, name, scalar("int32", 0))
 
     @T.inline
     def enter_band(self):
-        """Its distances and chunks; behind which of them all, or some, of this warp's rows are too far."""
-        tile, begin = T.meta_var(self.tile), T.meta_var(self.tile[DOC_BEGIN])
+        """Its distances and chunks: from which of them on some, or all, of this warp's rows are not before
+        the keys, and behind which all, or some, are too far from them.
+        """
+        tile, begin = T.meta_var(self.tile), T.meta_var(self.tile[KEY_BEGIN])
         is_near = T.meta_var(self.band == 0)
         self.low = tile[T.Select(is_near, NEAR_LO, FAR_LO)]
         self.high = tile[T.Select(is_near, NEAR_HI, FAR_HI)]
         self.count = T.Select(is_near, self.near_chunks, self.chunks - self.near_chunks)
-        self.top = self.rows_end - self.low
+        self.top = T.min(self.rows_end - self.low, tile[KEY_END])
+        is_any = T.meta_var(self.my_row0 < self.my_end)
+        some = T.meta_var(T.max(self.top - (self.my_end - self.low), 0) // self.keys)
+        full = T.meta_var(chunk_count(self.my_row0 + 1 - self.low, self.top, self.keys))
+        self.some_first = T.Select(is_any, some, self.count)
+        self.full_first = T.Select(is_any, full, self.count)
         self.some_last = chunk_count(T.max(begin, self.my_row0 - self.high), self.top, self.keys)
         self.full_last = (self.top - T.max(begin, self.my_end - 1 - self.high)) // self.keys
         self.index = 0
@@ -295,7 +310,7 @@ class ForwardTile:
             self.load_ahead()
             if T.And(self.index >= self.some_first, self.index < self.some_last):
                 key0: T.int32 = self.top - (self.index + 1) * self.keys
-                least: T.int32 = T.max(self.tile[DOC_BEGIN], self.my_row0 - self.high)
+                least: T.int32 = T.max(self.tile[KEY_BEGIN], self.my_row0 - self.high)
                 offset: T.int32 = T.max(least - key0, 0) // self.edge * self.edge
                 last: T.int32 = T.min(self.my_end - self.low - key0, self.keys)
                 while offset < last:
@@ -366,7 +381,7 @@ class ForwardTile:
         for m in T.unroll(self.row_blocks):
             for r in T.unroll(2):
                 row: T.int32 = self.query + (m * BLOCK + 8 * r)
-                least: T.int32 = T.max(self.tile[DOC_BEGIN], row - self.high)
+                least: T.int32 = T.max(self.tile[KEY_BEGIN], row - self.high)
                 seen: T.uint32 = T.cast(T.max(row - self.low + 1 - least, 0), "uint32")
                 for n in T.unroll(keys // BLOCK):
                     for t in T.unroll(2):
@@ -396,16 +411,16 @@ class ForwardTile:
             # Any reference near the maximum gives the same quotient; weights stay below 2**threshold, sums
             # are float32. So lanes need not know each other's maxima.
             grown = T.alloc_local((1,), "float32")
-            grown[0] = top[0] - self.row_max[0]
+            grown[0] = top[0] * self.scale2 - self.reference[0]
             for i in T.unroll(2 * self.row_blocks - 1):
-                grown[0] = T.max(grown[0], top[i + 1] - self.row_max[i + 1])
-            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] * self.scale2 > T.float32(self.threshold)) != 0:
-                self.raise_maximum(top)
+                grown[0] = T.max(grown[0], top[i + 1] * self.scale2 - self.reference[i + 1])
+            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] > self.limit) != 0:
+                self.raise_reference(scores, top, keys)
         else:
-            self.raise_maximum(top)
+            self.raise_reference(scores, top, keys)
 
     @T.inline
-    def raise_maximum(self, top):
+    def raise_reference(self, scores, top, keys):
         """Makes the greatest score of each row so far the reference of its weights."""
         count = T.meta_var(2 * self.row_blocks)
         furthest = T.alloc_local((1,), "float32")
@@ -414,15 +429,23 @@ class ForwardTile:
             top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 1, 32, 32))
         for i in T.unroll(count):
             top[i] = T.max(top[i], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[i], 2, 32, 32))
-        for i in T.unroll(count):
-            top[i] = T.max(top[i], self.row_max[i])
-            self.shrink[i] = T.exp2((self.row_max[i] - top[i]) * self.scale2)
-            self.row_max[i] = top[i]
-            self.row_sum[i] = self.row_sum[i] * self.shrink[i]
             furthest[0] = T.max(
                 furthest[0], T.Select(top[i] > T.float32(LOWEST), T.abs(top[i]), T.float32(0))
             )
-        self.is_huge = T.cuda.any_sync(T.uint32(ALL_LANES), furthest[0] * self.scale2 > T.float32(HUGE))
+        was_huge: T.bool = self.is_huge != 0
+        self.is_huge = self.is_huge | T.cuda.any_sync(
+            T.uint32(ALL_LANES), furthest[0] * self.scale2 > T.float32(HUGE)
+        )
+        if self.is_huge != 0:
+            self.subtract_maximum(scores, top, keys, was_huge)
+        else:
+            for i in T.unroll(count):
+                top[i] = T.max(top[i] * self.scale2, self.reference[i])
+                self.shrink[i] = T.exp2(self.reference[i] - top[i])
+                self.reference[i] = top[i]
+            self.find_limit()
+        for i in T.unroll(count):
+            self.row_sum[i] = self.row_sum[i] * self.shrink[i]
         for m in T.unroll(self.row_blocks):
             for j in T.unroll(self.steps * 2):
                 for r in T.unroll(2):
@@ -431,20 +454,48 @@ class ForwardTile:
                         self.output[i] = self.output[i] * self.shrink[2 * m + r]
 
     @T.inline
+    def find_limit(self):
+        """A score below a row's first reference must raise it too: they are, where scaling makes them so."""
+        lowest = T.alloc_local((1,), "float32")
+        lowest[0] = self.reference[0]
+        for i in T.unroll(2 * self.row_blocks - 1):
+            lowest[0] = T.min(lowest[0], self.reference[i + 1])
+        is_any = T.meta_var(T.And(lowest[0] == T.float32(LOWEST), self.scale2 > T.float32(1)))
+        self.limit = T.Select(
+            T.cuda.any_sync(T.uint32(ALL_LANES), is_any) != 0, T.float32(-INF), T.float32(self.threshold)
+        )
+
+    @T.inline
+    def subtract_maximum(self, scores, top, keys, was_huge):
+        """From scores before they are scaled, with this chunk and all that follow.
+
+        The maxima, which these chunks alone need, are kept behind the rows of queries, where each lane has a
+        word of what keeps rows in different banks.
+        """
+        for m in T.unroll(self.row_blocks):
+            for r in T.unroll(2):
+                i: T.let = 2 * m + r
+                before = T.alloc_local((1,), "float32")
+                at: T.int32 = self.maximum_lane + (m * BLOCK + 8 * r) * self.pitch_words
+                if was_huge:
+                    before[0] = self.maxima[at]
+                    top[i] = T.max(top[i], before[0])
+                    self.shrink[i] = (before[0] - top[i]) * self.scale2
+                else:
+                    top[i] = T.max(top[i], T.max(self.reference[i] / self.scale2, T.float32(LOWEST)))
+                    self.shrink[i] = self.reference[i] - top[i] * self.scale2
+                self.shrink[i] = T.exp2(T.min(self.shrink[i], T.float32(0)))
+                self.maxima[at] = top[i]
+                self.reference[i] = T.float32(0)
+                for j in T.unroll(keys // 8):
+                    for e in T.unroll(2):
+                        one: T.let = m * (keys // 2) + 4 * j + 2 * r + e
+                        scores[one] = scores[one] - top[i]
+        self.limit = T.float32(-INF)
+
+    @T.inline
     def weigh(self, scores, weights, keys):
         """The weights of scores, as left operands."""
-        reference = T.alloc_local((2 * self.row_blocks,), "float32")
-        for i in T.unroll(2 * self.row_blocks):
-            # Of a row without keys so far it must be finite too.
-            reference[i] = T.max(self.row_max[i] * self.scale2, T.float32(LOWEST))
-        if self.is_huge != 0:
-            for m in T.unroll(self.row_blocks):
-                for r in T.unroll(2):
-                    for j in T.unroll(keys // 8):
-                        for e in T.unroll(2):
-                            i: T.let = m * (keys // 2) + 4 * j + 2 * r + e
-                            scores[i] = scores[i] - self.row_max[2 * m + r]
-                    reference[2 * m + r] = T.float32(0)
         for m in T.unroll(self.row_blocks):
             for n in T.unroll(keys // BLOCK):
                 for t in T.unroll(2):
@@ -452,7 +503,7 @@ class ForwardTile:
                         for e in T.unroll(2):
                             i: T.let = (m * (keys // BLOCK) + n) * 8 + 4 * t + 2 * r + e
                             row: T.let = 2 * m + r
-                            scores[i] = T.exp2(scores[i] * self.scale2 - reference[row])
+                            scores[i] = T.exp2(scores[i] * self.scale2 - self.reference[row])
                             self.row_sum[row] = self.row_sum[row] + scores[i]
                 at: T.let = m * (keys // BLOCK) + n
                 self.blocks.a_from_sums(weights, at * self.words, scores, at * 8)
@@ -480,7 +531,7 @@ class ForwardTile:
     def store(self):
         for m in T.unroll(self.row_blocks):
             for r in T.unroll(2):
-                self.store_row(m, r, self.query + (m * BLOCK + 8 * r))
+                self.store_row(m, r, self.query + (m * BLOCK + 8 * r) - self.tile[SHIFT])
 
     @T.inline
     def store_row(self, m, r, row):
@@ -492,11 +543,14 @@ class ForwardTile:
         total[0] = total[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), total[0], 2, 32, 32)
         # A query without keys; one that is NaN, or sees NaN, has a sum of NaN.
         is_keyless: T.bool = total[0] == T.float32(0)
+        if self.is_huge != 0:
+            maximum = T.meta_var(self.maxima[self.maximum_lane + (m * BLOCK + 8 * r) * self.pitch_words])
+            self.reference[i] = maximum * (self.scale2 * T.float32(LN2))
+        else:
+            self.reference[i] = self.reference[i] * T.float32(LN2)
         if T.And(self.lane % 4 == 0, is_inside):
             self.call.lse[tile[BATCH], tile[HEAD], row] = T.Select(
-                is_keyless,
-                T.float32(-INF),
-                self.row_max[i] * (self.scale2 * T.float32(LN2)) + T.log2(total[0]) * T.float32(LN2),
+                is_keyless, T.float32(-INF), self.reference[i] + T.log2(total[0]) * T.float32(LN2)
             )
         if is_keyless:
             # Also where a value that it doesn't see is NaN.
