@@ -176,8 +176,9 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
                 "uint32", w * (WARPGROUP_ROWS * SWIZZLE_ROW_BYTES)
             )
             issue_left_shared(
-                SCORE, out, QUERIES // 2, D, own, PLAN.rows, at(streamed, stage, PLAN.chunk_bytes), QUERIES
-            )
+                SCORE, out, QUERIES // 2, D, own, PLAN.rows,
+                at(streamed, stage, PLAN.chunk_bytes), QUERIES, False,
+            )  # fmt: skip
 
         # Of a chunk's queries: lse at 0, delta at 8.
         @T.inline

@@ -84,6 +84,7 @@ from .parts import (
     dot2,
     element,
     hold,
+    issue_left_shared,
     issue_sum,
     k_step,
     load_shared,
@@ -297,15 +298,10 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         # scores^T += K Q^T or dP^T += V dO^T of this warpgroup's keys.
         @T.inline
         def issue_product(out, kept, streamed):
-            left_at: T.uint64 = matrix(K_MAJOR, at(kept) + own_rows)
-            right_at: T.uint64 = matrix(K_MAJOR, at(streamed, stage, PLAN.chunk_bytes))
-            T.ptx.wgmma.fence.sync.aligned()
-            for step in T.unroll(D // 16):
-                T.ptx[SCORE](
-                    *[out[i] for i in range(CHUNK // 2)],
-                    left_at + k_step(ROWS, step), right_at + k_step(CHUNK, step), T.bool(True), 1, 1, 0, 0,
-                )  # fmt: skip
-            T.ptx.wgmma.commit_group.sync.aligned()
+            issue_left_shared(
+                SCORE, out, CHUNK // 2, D, at(kept) + own_rows, ROWS,
+                at(streamed, stage, PLAN.chunk_bytes), CHUNK, True,
+            )  # fmt: skip
 
         # dQ = dS K: all keys of the tile, this warpgroup's columns.
         @T.inline

@@ -258,8 +258,10 @@ def advance(place, phase, places):
 
 
 @T.inline
-def issue_left_shared(instruction, out, count, head_dim, left, left_rows, right, right_rows):
-    # out = left right^T, both with `head_dim` columns in shared memory, 64 rows of the left one
+def issue_left_shared(instruction, out, count, head_dim, left, left_rows, right, right_rows, adds):
+    # out = left right^T, or out += left right^T if it `adds`; both with `head_dim` columns in shared memory,
+    # 64 rows of the left one.
+    overwriting = T.meta_var(-1 if adds else 0)  # the step that does not add
     left_at: T.uint64 = matrix(K_MAJOR, left)
     right_at: T.uint64 = matrix(K_MAJOR, right)
     T.ptx.wgmma.fence.sync.aligned()
@@ -267,7 +269,7 @@ def issue_left_shared(instruction, out, count, head_dim, left, left_rows, right,
         T.ptx[instruction](
             *[out[i] for i in range(count)],
             left_at + k_step(left_rows, step), right_at + k_step(right_rows, step),
-            T.bool(step > 0), 1, 1, 0, 0,
+            T.bool(step > overwriting), 1, 1, 0, 0,
         )  # fmt: skip
     T.ptx.wgmma.commit_group.sync.aligned()
 
