@@ -56,9 +56,11 @@ class CacheDomain(NamedTuple):
 
     Query row r of batch row b has the position ``cache_lengths[b] - Nq + r``. Position p of key/value head g
     is a row of k and v: ``k[b, g, p]``; of a paged cache ``k[block_table[b, p // page_size], g, p %
-    page_size]``; of a ring ``k[b, 0, base + p % capacity]`` with ``(base, capacity) = ring[g]``. Lengths and
-    starts are not negative and not above the number of keys that a contiguous or paged cache holds, but for
-    a ring at most ``bands.LIMIT``.
+    page_size]``; of a ring ``k[b, 0, base + p % capacity]`` with ``(base, capacity) = ring[g]``.
+
+    Kernels clamp: a start to at least 0, a length to what a contiguous or paged cache holds, for a ring to
+    ``bands.LIMIT``, a page number to the pages that exist, a ring's capacity to at least 1, and the row that
+    follows from it to those that exist.
 
     Parameters
     ----------
@@ -67,10 +69,9 @@ class CacheDomain(NamedTuple):
     cache_lengths, cache_starts : Tensor
         ``(B,)``: where the keys of a batch row end and begin.
     block_table : Tensor
-        ``(B, M)``; M = 0 where k and v are not pages. Kernels clamp each page number to those that exist.
+        ``(B, M)``; M = 0 where k and v are not pages.
     ring : Tensor
-        ``(Hkv, 2)``; ``(0, 2)`` where k and v are no rings. Kernels clamp what follows from it to the rows
-        that exist, and a capacity to at least 1.
+        ``(Hkv, 2)``; ``(0, 2)`` where k and v are no rings.
     """
 
     bands: Tensor
@@ -350,6 +351,8 @@ def launch_forward(
 
 
 _DECODE_INPUTS = (*_FORWARD_TENSORS, *CacheDomain._fields)
+# (q, k, v, cache_lengths, cache_starts, block_table, ring, scale) -> (o, lse)
+Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def launch_decode(
@@ -381,6 +384,74 @@ def launch_decode(
     else:
         o, lse = launch(kernel, {"q": q, "k": k, "v": v, **domain._asdict()}, scale)
     return o, lse
+
+
+def ready_decode(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: CacheDomain) -> Decode | None:
+    """`launch_decode` for many calls on tensors like these: what they have in common is settled once.
+
+    Not while a CUDA graph is captured, whose memory is its own; what it returns may be called then.
+
+    Parameters
+    ----------
+    kernel, q, k, v, domain
+        As in :func:`launch_decode`.
+
+    Returns
+    -------
+    callable
+        Takes q, k, v and what says where the keys lie, of these shapes, strides, dtypes and device, on the
+        stream that is current now, and the factor of the scores; returns o and lse. None where no call can
+        be launched with less ado.
+    """
+    function, abi, index = kernel.function, kernel.abi, q.get_device()
+    alignment, bands, o_like = abi.alignment, domain.bands, torch.empty_like(q)
+    if (
+        abi.inputs != _DECODE_INPUTS
+        or abi.results != ("o", "lse")
+        or [output.like for output in abi.outputs] != ["q", ""]
+        or abi.positive_scale
+        or not all(_has_aligned_strides(tensor, alignment) for tensor in (q, k, v, o_like))
+        or not all(tensor.is_contiguous() for tensor in domain)
+    ):
+        return None
+    workers = _workers(index)
+    kv_heads = len(domain.ring) or k.shape[1]
+    layouts, scratch_layouts = _layouts(abi, q.shape, k.shape, kv_heads, workers)
+    assert layouts[1] is not None
+    o_layout, lse_layout = (tuple(q.shape), o_like.stride(), q.dtype), layouts[1]
+    pairs = tuple(zip(abi.scratch, scratch_layouts, strict=True))
+    empty = empty_on_cpu if index < 0 else empty_on_cuda
+    may_capture = any(item.kept for item in abi.scratch) and index >= 0 and current_stream(index) != 0
+    kept = [_kept(abi, item, layout, index) if item.kept else None for item, layout in pairs]
+
+    def launch_again(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache_lengths: Tensor,
+        cache_starts: Tensor,
+        block_table: Tensor,
+        ring: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        if (
+            (index >= 0 and (index != current_device() or (may_capture and is_capturing())))
+            or (index < 0 and workers != torch.get_num_threads())
+            or (alignment > 1 and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % alignment)
+        ):
+            places = CacheDomain(bands, cache_lengths, cache_starts, block_table, ring)
+            return launch_decode(kernel, q, k, v, places, scale)
+        o, lse = empty(*o_layout), empty(*lse_layout)
+        scratch = [
+            empty(*layout) if zeros is None else zeros
+            for zeros, layout in zip(kept, scratch_layouts, strict=True)
+        ]
+        function(
+            q, k, v, bands, cache_lengths, cache_starts, block_table, ring, o, lse, *scratch, scale, workers
+        )
+        return o, lse
+
+    return launch_again
 
 
 def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domain) -> Forward:

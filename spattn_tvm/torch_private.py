@@ -105,14 +105,14 @@ else:
 _TensorGuards = _find("_C._dynamo.guards.TensorGuards")
 
 
-def guard_inputs(q: Tensor, k: Tensor, v: Tensor) -> Callable[[Any, Any, Any], bool] | None:
-    """A function that says whether three tensors are like these: types, dtypes, device, shapes, strides,
+def guard_inputs(*tensors: Tensor) -> Callable[..., bool] | None:
+    """A function that says whether as many tensors are like these: types, dtypes, device, shapes, strides,
     requires_grad, and the thread's dispatch keys. None where nothing can say so quickly: the guard of
-    torch.compile on its inputs takes 0.3 us, comparing the same in Python took 1.3.
+    torch.compile on its inputs takes 0.3 us for three, comparing the same in Python took 1.3.
     """
     if _TensorGuards is _MISSING:
         return None
-    return _TensorGuards(q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 # --- autograd.Function ---------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import find_kernel
-from spattn_tvm.launch import launch_forward
+from spattn_tvm.launch import launch_forward, ready_decode
 from spattn_tvm.ops.attention import banded_attention
-from spattn_tvm.ops.band_tables import find_domain
+from spattn_tvm.ops.band_tables import find_cache_domain, find_domain
+from spattn_tvm.ops.decode import banded_attention_decode
 
 pytestmark = pytest.mark.alone
 
@@ -112,4 +113,30 @@ def test_host_time_of_a_call(device: str, mode: str, record_property: Callable[[
         f"{device} {mode}: {added:.1f} us added to {bare_us:.1f} us of the compiled function, "
         f"beside {node_us:.1f} us of autograd's node"
     )
+    assert added <= LIMITS_US[device]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_host_time_of_a_step_of_decoding(device: str, record_property: Callable[[str, object], None]) -> None:
+    head_dim, dtype = (32, torch.float32) if device == "cpu" else (64, torch.bfloat16)
+    layout = BandLayout.spattention(1, 64)
+    q, k, v = (torch.randn(1, 1, rows, head_dim, dtype=dtype, device=device) for rows in (1, 64, 64))
+    lengths = torch.ones(1, dtype=torch.int32, device=device)
+    kernel = find_kernel("decode", q, layout.spec, kv_heads=1, kv_length=64)
+    domain = find_cache_domain(layout.spec, lengths, None, None, None, 64)
+    for _ in range(3):
+        banded_attention_decode(q, k, v, layout, cache_lengths=lengths)
+    launch = ready_decode(kernel, q, k, v, domain)
+    assert launch is not None
+    places, scale = domain[1:], head_dim**-0.5
+    added = float("inf")
+    for _ in range(ATTEMPTS):
+        whole, alone = fastest_us(
+            lambda: banded_attention_decode(q, k, v, layout, cache_lengths=lengths),
+            lambda: launch(q, k, v, *places, scale),
+        )
+        added = min(added, whole - alone)
+        if added <= LIMITS_US[device]:
+            break
+    record_property("added_us", added)
     assert added <= LIMITS_US[device]

@@ -349,6 +349,13 @@ def _no_table(batch: int, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.int32, device=device).as_strided((batch, 0), (0, 1))
 
 
+def narrowed(values: Tensor, largest: int) -> Tensor:
+    """Integers as int32, where kernels clamp them themselves; int64 is clamped before it is cast."""
+    if values.dtype is torch.int32:
+        return values
+    return values.clamp(0, min(largest, LIMIT)).to(torch.int32)
+
+
 def find_cache_domain(
     spec: str,
     cache_lengths: Tensor,
@@ -357,14 +364,14 @@ def find_cache_domain(
     ring: Tensor | None,
     capacity: int,
 ) -> CacheDomain:
-    """Where the keys of a decoding call lie, as kernels take it. No value is read.
+    """Where the keys of a decoding call lie, as kernels take it. No value is read, and none trusted.
 
     Parameters
     ----------
     spec : str
         ``BandLayout.spec``.
     cache_lengths, cache_starts, block_table, ring : Tensor
-        As in ``banded_attention_decode``, valid. Lengths and starts are clamped before they are cast.
+        As in ``banded_attention_decode``; of valid dtypes and shapes.
     capacity : int
         The largest length.
     """
@@ -372,11 +379,8 @@ def find_cache_domain(
     bands = _find_bands(BandLayout.from_spec(spec), LIMIT, device).single
     batch = len(cache_lengths)
 
-    def clamped(values: Tensor) -> Tensor:
-        return values.clamp(0, capacity).to(torch.int32)
-
     if cache_starts is not None:
-        starts = clamped(cache_starts)
+        starts = narrowed(cache_starts, capacity)
     else:
         key = ("starts", batch, device)
         kept: Tensor | None = _find(key, device, lambda: torch.zeros(batch, dtype=torch.int32, device=device))
@@ -387,4 +391,4 @@ def find_cache_domain(
     if ring is None:
         kept = _find(("ring", device), device, lambda: torch.empty((0, 2), dtype=torch.int32, device=device))
         ring = torch.empty((0, 2), dtype=torch.int32, device=device) if kept is None else kept
-    return CacheDomain(bands, clamped(cache_lengths), starts, block_table, ring)
+    return CacheDomain(bands, narrowed(cache_lengths, capacity), starts, block_table, ring)

@@ -15,6 +15,7 @@ from spattn_tvm.torch_private import is_any_autocast_enabled, is_forward_mode
 from .attention import check_dense, check_head_dim, check_kinds, check_scale, with_autocast_dtype
 from .decode_operator import DECODE, NO_GRADIENT, decode
 from .operators import are_plain, is_watched
+from .repeated_steps import decode_again, remember_step
 
 
 def _check_inputs(q: Any, k_cache: Any, v_cache: Any, layout: Any, impl: str) -> None:
@@ -154,11 +155,24 @@ def banded_attention_decode(
         device_type = "cuda" if isinstance(q, Tensor) and q.is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
             q, k_cache, v_cache = (with_autocast_dtype(t, device_type) for t in (q, k_cache, v_cache))
+    places = (cache_lengths, cache_starts, block_table, ring)
+    if scale is not None:
+        scale = check_scale(scale)
+    if isinstance(layout, BandLayout):
+        outputs = decode_again(q, k_cache, v_cache, places, layout.spec, impl, scale)
+        if outputs is not None:
+            return outputs if return_lse else outputs[0]
+
     _check_inputs(q, k_cache, v_cache, layout, impl)
     check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
-    scale = check_scale(q.shape[3] ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = check_scale(q.shape[3] ** -0.5)
     _check_no_gradient((q, k_cache, v_cache))
-    tensors = (q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
-    attend = DECODE if is_watched() or not are_plain(tensors) else decode
-    o, lse = attend(*tensors, layout.spec, scale, impl)
+    tensors = (q, k_cache, v_cache, *places)
+    if is_watched() or not are_plain(tensors):
+        o, lse = DECODE(*tensors, layout.spec, scale, impl)
+    else:
+        o, lse = decode(*tensors, layout.spec, scale, impl)
+        if not any(tensor.requires_grad for tensor in tensors if tensor is not None):
+            remember_step(q, k_cache, v_cache, places, layout.spec, impl)
     return (o, lse) if return_lse else o

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.cache_forms import capacity_of, check_cache_values
-from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.dispatch import Kernel, find_kernel
 from spattn_tvm.launch import launch_decode, like
 from spattn_tvm.reference import reference_decode
 
@@ -27,6 +27,17 @@ NO_GRADIENT = (
     "banded_attention_decode has no gradient: call it under torch.no_grad() or on tensors that don't require "
     "one; banded_attention(q, k, v, layout, kv_lengths=...) attends to a cache with gradients"
 )
+
+
+def find_decode_kernel(
+    q: Tensor, k_cache: Tensor, block_table: Tensor | None, ring: Tensor | None, layout: str, impl: str
+) -> Kernel:
+    """The kernel of a step; arguments as the operator's."""
+    kv_heads = k_cache.shape[1] if ring is None else ring.shape[0]
+    rows = capacity_of(k_cache, block_table, ring) if ring is None else k_cache.shape[1] // kv_heads
+    # A cache that grows by a row a step would be another problem each time; kernels differ by far less.
+    kv_length = max(q.shape[2], 1 << max(0, rows - 1).bit_length())
+    return find_kernel("decode", q, layout, impl, kv_heads=kv_heads, kv_length=kv_length)
 
 
 def decode(
@@ -47,12 +58,7 @@ def decode(
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     capacity = capacity_of(k_cache, block_table, ring)
-    kv_heads = k_cache.shape[1] if ring is None else ring.shape[0]
-    # A cache that grows by a row a step would be another problem each time; kernels differ by far less.
-    rows = capacity if ring is None else k_cache.shape[1] // kv_heads
-    kernel = find_kernel(
-        "decode", q, layout, impl, kv_heads=kv_heads, kv_length=max(q.shape[2], 1 << (rows - 1).bit_length())
-    )
+    kernel = find_decode_kernel(q, k_cache, block_table, ring, layout, impl)
     if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             o, lse = reference_decode(

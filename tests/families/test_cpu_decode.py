@@ -117,9 +117,13 @@ def test_no_value_leads_out_of_the_cache() -> None:
     q, pages, rings = torch.randn(2, 4, 2, 32), torch.randn(9, 2, 16, 32), torch.randn(2, 1, 50, 32)
     lengths = torch.tensor([2**40, -7])
     wrong = torch.tensor([-5, 2**31 - 1, 9, -(2**31), 3] * 8, dtype=torch.int32).view(2, 20)
-    domain = find_cache_domain(layout.spec, lengths, None, wrong, None, 320)
-    o, lse = launch_decode(kernel, q, pages, pages, domain, 0.2)
-    assert o[0].isfinite().all() and (o[1] == 0).all() and (lse[1] == -torch.inf).all()
+    for dtype in (torch.int64, torch.int32):
+        starts = torch.tensor([-9, 2**31 - 1])
+        given = lengths.clamp(-(2**31), 2**31 - 1).to(dtype), starts.to(dtype)
+        for cache, table in ((pages, wrong), (torch.randn(2, 2, 50, 32), None)):
+            domain = find_cache_domain(layout.spec, *given, table, None, 320 if table is not None else 50)
+            o, lse = launch_decode(kernel, q, cache, cache, domain, 0.2)
+            assert o[0].isfinite().all() and (o[1] == 0).all() and (lse[1] == -torch.inf).all()
     for base, capacity in ((-9, 3), (2**31 - 70, 60), (45, 1000), (3, -4), (0, 0)):
         ring = torch.tensor([[base, capacity]] * 2, dtype=torch.int32)
         domain = find_cache_domain(layout.spec, torch.tensor([290, 4]), None, None, ring, 1000)

@@ -15,6 +15,7 @@ import math
 from tvm import IRModule
 from tvm.script import tirx as T
 
+from spattn_tvm.bands import LIMIT
 from spattn_tvm.domains.key_range import in_band, key_range
 
 from .exponential import LN2, exp
@@ -209,8 +210,11 @@ def build_cpu_decode(decisions, head_dim: int, dtype: str) -> IRModule:
                 place[HEAD] = part // parts % kv_heads
                 b: T.let[T.int32] = place[BATCH]
                 g: T.let[T.int32] = place[HEAD]
-                place[BEGIN] = cache_starts[b]
-                place[END] = cache_lengths[b]
+                held: T.let[T.int64] = T.Select(
+                    RINGS > 0, T.int64(LIMIT), T.Select(PAGES > 0, PAGES * KN, KN)
+                )
+                place[BEGIN] = T.max(0, cache_starts[b])
+                place[END] = T.max(0, T.min(cache_lengths[b], T.cast(T.min(held, T.int64(LIMIT)), "int32")))
                 place[FIRST] = place[END] - queries
                 for row in T.serial(group * queries):
                     partial_sums[part, row, 0] = T.float32(LOWEST)
