@@ -201,21 +201,23 @@ def find_schedule(
             record = min(same, key=lambda item: item.latency_us)
             reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
             return Choice(kernel_of(record), "tuned", reason, record), same
-        if elsewhere is None:
-            elsewhere = [record for folder in kin_folders(target, root) for record in usable(folder)]
-        known += [record for record in elsewhere if record.kernel.family in names]
-        known.sort(key=nearness)
-        near = [record for record in known if not is_beyond(record, names)]
+        near = sorted((r for r in known if not is_beyond(r, names)), key=nearness)
+        if not near or nearness(near[0])[0] > _KINSHIP:  # else no other chip's is nearer
+            if elsewhere is None:
+                elsewhere = [record for folder in kin_folders(target, root) for record in usable(folder)]
+            known += [record for record in elsewhere if record.kernel.family in names]
+            near = sorted((r for r in known if not is_beyond(r, names)), key=nearness)
         if near:
             record = near[0]
             reason = f"nearest record, measured {_difference(problem, record, target)}"
             beside = [r for r in near if (r.problem, r.target) == (record.problem, record.target)]
             return Choice(kernel_of(record), "nearest", reason, record), beside
         if known:
+            beyond = min(known, key=nearness)
             reason = (
                 f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
-                f"{_difference(problem, known[0], target)}, has {known[0].problem.mean_keys:.0f}, for which "
-                "the default is another"
+                f"{_difference(problem, beyond, target)}, has {beyond.problem.mean_keys:.0f}, for which the "
+                "default is another"
             )
         else:
             wanted = f"{problem.direction} d{problem.head_dim}"

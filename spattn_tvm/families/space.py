@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,22 @@ Structures = Mapping[str, Choices]
 def one_structure(choices: Callable[[int, str], Choices]) -> Callable[[int, str], Structures]:
     """For :attr:`Space.structures`: all kernels make the same decisions."""
     return lambda head_dim, dtype: {"": choices(head_dim, dtype)}
+
+
+@lru_cache(maxsize=256)
+def _told_apart(
+    structures: Callable[[int, str], Structures], head_dim: int, dtype: str
+) -> tuple[Structures, tuple[str, ...]]:
+    """A space's structures, and the decisions that all make, each with values of its own: none if it is one.
+
+    Kept, because a lookup asks for each record, and there is one for each new length.
+    """
+    found = structures(head_dim, dtype)
+    if len(found) == 1:
+        return found, ()
+    shared = set.intersection(*(set(choices) for choices in found.values()))
+    values = {name: [value for choices in found.values() for value in choices[name]] for name in shared}
+    return found, tuple(name for name in sorted(shared) if len(set(values[name])) == len(values[name]))
 
 
 @dataclass(frozen=True)
@@ -72,16 +89,7 @@ class Space:
 
     def structure(self, decisions: Decisions, head_dim: int, dtype: str) -> str | None:
         """The structure of a kernel, by the decisions that tell structures apart; None if it is of none."""
-        structures = self.structures(head_dim, dtype)
-        if len(structures) == 1:
-            return next(iter(structures))
-        shared = set.intersection(*(set(choices) for choices in structures.values()))
-        telling = [
-            name
-            for name in shared
-            if len({value for choices in structures.values() for value in choices[name]})
-            == sum(len(choices[name]) for choices in structures.values())
-        ]
+        structures, telling = _told_apart(self.structures, head_dim, dtype)
         for name, choices in structures.items():
             if all(decisions.get(key) in choices[key] for key in telling):
                 return name
@@ -131,7 +139,7 @@ class Space:
         reason = self.unsupported(head_dim, dtype, target)
         if reason is not None:
             return reason
-        structures = self.structures(head_dim, dtype)
+        structures, _ = _told_apart(self.structures, head_dim, dtype)
         structure = self.structure(decisions, head_dim, dtype)
         if structure is None:
             return f"{dict(decisions)} have none of the structures: {', '.join(structures)}"

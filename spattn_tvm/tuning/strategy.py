@@ -352,8 +352,7 @@ class DecisionSearch:
         self._context = _tune_context(self._module, self._target, generator, search, 1 + seed % (2**31 - 2))
         self._batches = self._batch_size = 0
         self._random = np.random.default_rng(seed)
-        self._seen: set[frozenset[tuple[str, int]]] = set()
-        self._learnt: Counter[str | None] = Counter()  # by structure
+        self._told: set[frozenset[tuple[str, int]]] = set()
         self._best_us = math.inf
 
     @property
@@ -404,7 +403,6 @@ class DecisionSearch:
             if record.workload.same_as(self._workload)
         }
         candidates = [self.candidate(decisions) for decisions, _ in known]
-        self._seen.update(frozenset(decisions.items()) for decisions, _ in known)
         for candidate, (decisions, latency) in zip(candidates, known, strict=True):
             if frozenset(decisions.items()) not in kept:
                 self.keep(candidate, latency)
@@ -435,16 +433,18 @@ class DecisionSearch:
         """
         drawn: list[tuple[dict[str, int], Any]] = []
         share = _WARMUP_SAMPLES // len(self.structures)
-        unknown = [name for name in self.structures if self._learnt[name] < share]
+        known = Counter(self._space.structure(dict(decisions), *self._key) for decisions in self._told)
+        unknown = [name for name in self.structures if known[name] < share]
         if len(self.structures) == 1 or not unknown:
             return drawn
+        taken = set(self._told)
         for position in range(self._batch_size):
             choices = self.structures[unknown[position % len(unknown)]]
             for _ in range(_DRAWS):
                 decisions = {name: int(self._random.choice(values)) for name, values in choices.items()}
                 key = frozenset(decisions.items())
-                if key not in self._seen and self._illegal(decisions) is None:
-                    self._seen.add(key)
+                if key not in taken and self._illegal(decisions) is None:
+                    taken.add(key)
                     drawn.append((decisions, self.candidate(decisions)))
                     break
         return drawn
@@ -453,8 +453,7 @@ class DecisionSearch:
         """Results of candidates from `ask` or `candidate`; None is a failure. Trains the cost model."""
         self._best_us = min([self._best_us, *(latency for latency in latencies_us if latency is not None)])
         for candidate in candidates:
-            decisions = trace_decisions(candidate.sch.trace, self.structures)
-            self._learnt[self._space.structure(decisions, *self._key)] += 1
+            self._told.add(frozenset(trace_decisions(candidate.sch.trace, self.structures).items()))
         results = []
         for latency in latencies_us:
             if latency is None and self._best_us < math.inf:
