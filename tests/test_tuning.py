@@ -58,6 +58,7 @@ from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, forget_
 from spattn_tvm.tuning.trial import TrialData
 from spattn_tvm.tuning.warm_start import warm_starts
 from spattn_tvm.tuning.workers import Workers
+from spattn_tvm.tuning.workload import build_workload
 
 # The package's attribute of this name is the function.
 distill_module = sys.modules["spattn_tvm.tuning.distill"]
@@ -627,13 +628,31 @@ def test_resumed_search_keeps_learning_and_repeats_nothing(tmp_path: Path) -> No
 def test_kernel_hash_follows_the_kernel_and_not_its_spelling() -> None:
     space, target = find_space("cpu", "forward"), detect_cpu()
     known = kernel_hash(space, PROBLEM, target)
-    assert all(kernel_hash(space, PROBLEM, target) == known for _ in range(3)), "names of variables count"
+    again = [strategy_module._code_hash.__wrapped__(space, 32, "float32", target) for _ in range(2)]
+    assert again == [known] * 2, "names of variables count"
     other = space.untuned(PROBLEM.head_dim, PROBLEM.dtype, target) | {"key_rows": 48}
     changed = replace(space, build=lambda decisions, *rest: space.build(other, *rest))
     assert kernel_hash(changed, PROBLEM, target) != known
     choices = space.structures(PROBLEM.head_dim, PROBLEM.dtype)[""]
     fewer = {"": {name: values[:2] for name, values in choices.items()}}
     assert kernel_hash(replace(space, structures=lambda *_: fewer), PROBLEM, target) != known
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_kernel_hash_has_the_defaults_of_every_width_and_the_deterministic_one(changed: int) -> None:
+    """Of four kernels the last is no default."""
+
+    def untuned(*_: Any, deterministic: bool = False, width: int = 0) -> dict[str, int]:
+        return {"rows": 2 if deterministic else width // 100}
+
+    def build(edited: int) -> Callable[..., Any]:
+        lengths = {rows: 64 + rows + 10 * (rows == edited) for rows in range(4)}
+        return lambda decisions, *_: build_workload(replace(PROBLEM, length=lengths[decisions["rows"]]))
+
+    space = replace(_FAKE_SPACE, untuned=untuned, width_steps=(100,), build=build(-1))
+    other = replace(space, build=build(changed))
+    hashes = [kernel_hash(item, PROBLEM, detect_cpu()) for item in (space, other)]
+    assert (hashes[0] == hashes[1]) == (changed == 3)
 
 
 def test_other_kernel_code_starts_afresh(tmp_path: Path) -> None:

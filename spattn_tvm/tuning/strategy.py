@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,24 @@ def workload_hash(problem: AttentionProblem) -> str:
 
 
 def kernel_hash(space: Space, problem: AttentionProblem, target: MachineTarget) -> str:
-    """Identifies a kernel's code and its space, by the untuned kernel and the choices; 12 hexadecimal digits.
+    """Identifies a kernel's code and its space, by its untuned kernels and the choices; 12 hexadecimal
+    digits.
 
     Unlike a hash of the source text it does not change with a comment. Code that only other decisions reach
     does not enter it; results that such code has made stale are found when a log is distilled.
     """
-    key = (problem.head_dim, problem.dtype)
-    module = space.build(space.untuned(*key, target), *key, target)
-    structures = [sorted(choices.items()) for choices in space.structures(*key).values()]
-    text = " ".join(map(str, [structural_digest(module), *structures]))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _code_hash(space, problem.head_dim, problem.dtype, target)
+
+
+@lru_cache(maxsize=64)
+def _code_hash(space: Space, head_dim: int, dtype: str, target: MachineTarget) -> str:
+    """Kept for the searches of one process, because a kernel takes seconds to write."""
+    key = (head_dim, dtype, target)
+    untuned = [decisions for asked in (False, True) for decisions in space.all_untuned(*key, asked)]
+    distinct = {frozenset(decisions.items()): decisions for decisions in untuned}
+    modules = [structural_digest(space.build(decisions, *key)) for decisions in distinct.values()]
+    structures = [sorted(choices.items()) for choices in space.structures(head_dim, dtype).values()]
+    return hashlib.sha256(" ".join(map(str, [*modules, *structures])).encode()).hexdigest()[:12]
 
 
 def _sampled(trace: Any, structures: Structures) -> tuple[Choices, list[Any]]:
