@@ -357,6 +357,48 @@ def test_queries_and_keys_that_are_not_the_same_rows(
     assert_near(gradients, truth(problem, dtype=DTYPES[dtype]))
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@shapes
+@structures
+def test_what_a_document_with_keys_of_its_own_holds_stays_there(
+    structure: int, dtype: str, head_dim: int, value: float, h200: MachineTarget
+) -> None:
+    """More keys than queries, fewer, and none; boundaries at odd rows."""
+    kernel = kernel_of(structure, dtype, head_dim, h200)
+    ends, key_ends = [0, 1, 63, 130, 131, 195, 260, 389, 600], [0, 140, 141, 141, 300, 433, 500, 701, 800]
+    layout = BandLayout.custom([[(3, 9), (33, 90)], [(0, 80)], [(65, 400)], []])
+    q, do = (torch.randn(2, 4, 600, head_dim, device="cuda").to(DTYPES[dtype]) for _ in range(2))
+    k, v = (torch.randn(2, 2, 800, head_dim, device="cuda").to(DTYPES[dtype]) for _ in range(2))
+    places = {
+        "cu_seqlens": torch.tensor(ends, device="cuda"),
+        "cu_seqlens_k": torch.tensor(key_ends, device="cuda"),
+    }
+    o, lse = reference_attention(q, k, v, layout, **places)
+    domain = find_domain(layout.spec, q, k, **places)
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor) -> list[Tensor]:
+        dlse = lse.masked_fill(lse == -torch.inf, 0)
+        return list(launch_backward(kernel, q, k, v, o, lse, do, dlse, domain, head_dim**-0.5))
+
+    tensors = [q, k, v, o.to(q.dtype), do, lse.contiguous()]
+    clean = launch(*tensors)
+    for rows, keys in zip(pairwise(ends), pairwise(key_ends), strict=True):
+        poisoned = [tensor.clone() for tensor in tensors]
+        for tensor in poisoned[:5]:
+            begin, end = keys if tensor.shape[1] == 2 else rows
+            tensor[:, :, begin:end] = value
+        of_document = poisoned[5][:, :, rows[0] : rows[1]]
+        of_document.masked_fill_(of_document.isfinite(), value)
+        for gradient, same in zip(launch(*poisoned), clean, strict=True):
+            begin, end = keys if gradient.shape[1] == 2 else rows
+            gradient[:, :, begin:end] = same[:, :, begin:end]
+            worst = (gradient.float() - same.float()).abs().max()
+            # Two passes add up in one order.
+            assert worst <= (0 if structure == 2 else 0.01 * same.float().abs().max()), (rows, keys)
+
+
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_chunks_hold_what_a_band_gives_to_a_tile(of_keys: bool) -> None:
     """Of the rows that exist; none of them twice, none in vain."""

@@ -3,7 +3,9 @@ gives."""
 
 from __future__ import annotations
 
+import math
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -177,3 +179,34 @@ def test_chunks_of_a_prompt_equal_one_call(dtype: str, head_dim: int, h200: Mach
             # Other tiles mean other maxima, so that other weights are rounded.
             difference = (o - whole[:, :, begin:end]).float().norm()
             assert difference <= 5e-3 * whole[:, :, begin:end].float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 64), ("float16", 128)])
+def test_what_a_document_with_keys_of_its_own_holds_stays_there(
+    dtype: str, head_dim: int, value: float, h200: MachineTarget
+) -> None:
+    kernel = kernel_of({}, dtype, head_dim, h200)
+    ends, key_ends = [0, 1, 63, 130, 131, 195, 260, 389, 600], [0, 140, 141, 141, 300, 433, 500, 701, 800]
+    layout = BandLayout.custom([[(3, 9), (33, 90)], [(0, 80)], [(65, 400)], []])
+    q, k, v = (
+        torch.randn(2, heads, length, head_dim, device="cuda").to(getattr(torch, dtype))
+        for heads, length in ((4, 600), (2, 800), (2, 800))
+    )
+    places = {
+        "cu_seqlens": torch.tensor(ends, device="cuda"),
+        "cu_seqlens_k": torch.tensor(key_ends, device="cuda"),
+    }
+    domain = find_domain(layout.spec, q, k, **places)
+    clean = launch_forward(kernel, q, k, v, domain, head_dim**-0.5)
+    for (begin, end), keys in zip(pairwise(ends), pairwise(key_ends), strict=True):
+        poisoned = [tensor.clone() for tensor in (q, k, v)]
+        for tensor, rows in zip(poisoned, ((begin, end), keys, keys), strict=True):
+            tensor[:, :, slice(*rows)] = value
+        for result, same in zip(
+            launch_forward(kernel, *poisoned, domain, head_dim**-0.5), clean, strict=True
+        ):
+            result[:, :, begin:end] = same[:, :, begin:end]
+            assert torch.equal(result, same), (begin, end, keys)

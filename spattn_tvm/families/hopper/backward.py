@@ -17,8 +17,8 @@ it) travels beside the data, so consumers keep no scheduling state: registers li
 hands back at once the chunks that only the other needs: with bands of 256 distances it works on 5 chunks of
 64 a band, where the tile of 128 rows has 6.
 
-**Ranges.** TMA boxes may start at any row, so chunks start exactly at a band's edge (queries at an even one),
-and only the first and last ones of a band are masked.
+**Ranges.** TMA boxes may start at any row, so chunks of keys end and chunks of queries start exactly at a
+band's edge (queries at an even one), and only the first and last ones of a band are masked.
 
 Measured on an H200 (bfloat16, spattention, medians, L2 cleared; ms): (4, 16, 4096, 128) 0.40, (1, 16, 16384,
 128) 1.07, (4, 32, 4096, 128) 0.57, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61%
