@@ -6,8 +6,8 @@ its bands; they are stored in its configuration and come back with ``from_pretra
 
 What a model asks for that bands can't do is refused, never ignored. A mask function sees what the attention
 function can't (padding, packing, how far a cache has come) and hands it on once for all layers, as an int32
-tensor ``(B, 1, K, 1)`` in place of a mask: the number of keys of each row (``K = 1``), or the first key, the
-end of the keys and that number (``K = 3``).
+tensor ``(B, 1, K, 1)`` in place of a mask: the number of keys of each row (``K = 1``), or the first of them
+and that number (``K = 2``). Padding on the right is behind all queries whose results mean something.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def _check_mask_function(function: Any) -> None:
                 _check_mask_function(part)
 
 
-def _spans(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first True of each row of a mask ``(B, L)``, the end of the last, and are all between True."""
+def _first_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first True of each row of a mask ``(B, L)``, and are all True from there to the last one?"""
     place = torch.arange(mask.shape[1], device=mask.device)
     end = torch.where(mask, place + 1, 0).amax(1)
     begin = torch.minimum(torch.where(mask, place, mask.shape[1]).amin(1), end)
-    return begin, end, (end - begin == mask.sum(1)).all()
+    return begin, (end - begin == mask.sum(1)).all()
 
 
 _HOLES = (
@@ -202,7 +202,7 @@ def banded_mask(
     # Are the keys of the call all there are, as the host knows? Then there is nothing to say but how many.
     is_all = isinstance(length, int) and length == kv_length
     if attention_mask is not None:
-        begin, end, is_whole = _spans(attention_mask[:, :kv_length])
+        begin, is_whole = _first_tokens(attention_mask[:, :kv_length])
         # A step of decoding waits for nothing. Longer calls do, once for all layers, as transformers' own.
         if is_tracing or (q_length == 1 and attention_mask.is_cuda):
             torch._assert_async(is_whole, _HOLES)
@@ -214,9 +214,8 @@ def banded_mask(
         return torch.full((batch_size, 1, 1, 1), length, dtype=torch.int32, device=device)
     last = torch.as_tensor(length, device=device).expand(batch_size)
     if attention_mask is None:
-        begin, end = torch.zeros_like(last), last
-    places = torch.stack((begin, torch.minimum(end, last), last), 1)
-    return places.int()[:, None, :, None]
+        begin = torch.zeros_like(last)
+    return torch.stack((begin, last), 1).int()[:, None, :, None]
 
 
 def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
@@ -245,15 +244,36 @@ def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
     return torch.nn.functional.pad(first, (0, 1), value=tokens).int(), flattens
 
 
-def _documents_once(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
-    """`_documents`, found by the first of the layers that are given the same positions."""
+def _check_padded_positions(position_ids: Tensor, begin: Tensor) -> None:
+    """Raise where positions of a padded row start again: its documents would see one another."""
+    place = torch.arange(position_ids.shape[1], device=position_ids.device)
+    starts_again = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 1) & (place[:-1] > begin[:, None])
     if _is_compiling():
-        return _documents(position_ids, batch)
-    known = getattr(position_ids, "_spattn_documents", None)
-    if known is None or known[0] != (position_ids._version, batch):
-        known = ((position_ids._version, batch), _documents(position_ids, batch))
-        position_ids._spattn_documents = known  # type: ignore[attr-defined]
-    return known[1]
+        torch._assert_async(~starts_again.any(), _PACKED_AND_PADDED)
+    elif bool(starts_again.any()):
+        raise ValueError(_PACKED_AND_PADDED)
+
+
+_PACKED_AND_PADDED = (
+    "position_ids start again within a row that attention_mask pads: pack without padding, and without a mask"
+)
+
+
+def _packing(position_ids: Tensor, places: Tensor) -> tuple[Tensor | None, bool]:
+    """`_documents`, found by the first of the layers that are given the same positions."""
+    batch, is_padded = places.shape[0], places.shape[2] == 2
+    known = None if _is_compiling() else getattr(position_ids, "_spattn_packing", None)
+    # A mask of one forward pass is one tensor, which lives as long as this entry.
+    if known is not None and known[0] == position_ids._version and known[1] is places:
+        return known[2]
+    found: tuple[Tensor | None, bool] = (None, False)
+    if is_padded:
+        _check_padded_positions(position_ids, places[:, 0, 0, 0])
+    else:
+        found = _documents(position_ids, batch)
+    if not _is_compiling():
+        position_ids._spattn_packing = (position_ids._version, places, found)  # type: ignore[attr-defined]
+    return found
 
 
 # --- the attention function ---------------------------------------------------------------------------------
@@ -351,7 +371,7 @@ def banded_attention_forward(
     batch, _, queries, _ = query.shape
     _check_places(attention_mask, queries)
     assert attention_mask is not None
-    is_padded = attention_mask.shape[2] == 3
+    is_padded = attention_mask.shape[2] == 2
     is_first = queries == key.shape[2]
 
     if cu_seq_lens_q is not None:
@@ -368,8 +388,8 @@ def banded_attention_forward(
         return o.transpose(1, 2), None
 
     documents, flattens = None, False
-    if position_ids is not None and position_ids.dim() == 2 and is_first and queries > 1 and not is_padded:
-        documents, flattens = _documents_once(position_ids, batch)
+    if position_ids is not None and position_ids.dim() == 2 and is_first and queries > 1:
+        documents, flattens = _packing(position_ids, attention_mask)
 
     if band_cache is not None:
         if documents is not None and not _is_compiling() and band_cache.known_length == 0:
@@ -399,7 +419,7 @@ def banded_attention_forward(
             scale=scaling,
         )
     elif is_padded:
-        begin, end, length = attention_mask[:, 0, :, 0].unbind(1)
+        begin, length = attention_mask[:, 0, :, 0].unbind(1)
         o = banded_attention(
             query,
             key,
@@ -408,7 +428,7 @@ def banded_attention_forward(
             scale=scaling,
             query_offset=length - queries,
             kv_starts=begin,
-            kv_lengths=end,
+            kv_lengths=length,
         )
     else:
         o = banded_attention(query, key, value, layout, scale=scaling)

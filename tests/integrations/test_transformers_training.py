@@ -286,6 +286,14 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"attention_mask": torch.ones(2, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([5]), 0)},
         "padding between a row's tokens",
     ),
+    "packed and padded": (
+        {},
+        {
+            "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([0]), 0),
+            "position_ids": torch.cat((torch.zeros(1), torch.arange(20), torch.arange(19)))[None].long(),
+        },
+        "position_ids start again within a row that attention_mask pads",
+    ),
     "bidirectional": ({}, {"is_causal": False}, "bidirectional or cross attention"),
     "softcap": ({}, {"softcap": 30.0}, r"softcap of the scores \(softcap=30.0\)"),
     "sinks": ({}, {"s_aux": torch.zeros(HEADS)}, "attention sinks"),
