@@ -173,6 +173,20 @@ def test_a_call_attends_as_the_whole_sequence_on_the_gpu(seed: int, kind: type[K
         _run_case(seed, kind, "cuda")
 
 
+@pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")
+def test_padding_on_the_right_takes_no_place() -> None:
+    """It would take the places of keys that are still needed."""
+    layout = BandLayout.sliding_window(1, 8)
+    rows = _Rows(layout, 2)
+    cache = BandedCache(layout, batch_size=2, num_kv_heads=1, head_dim=HEAD_DIM, slack=0)
+    chance = random.Random(0)
+    with torch.no_grad():
+        for counts in ([12, 9], [2, 0], [1, 12], [3, 3]):
+            q, k, v = (_draw(chance, 2, 1, 12, HEAD_DIM) for _ in range(3))
+            given = torch.tensor(counts)
+            _compare(cache.attend(q, k, v, counts=given), rows.attend(q, k, v, counts))
+
+
 @pytest.mark.parametrize(("kv_heads", "most"), [(16, 0.56), (8, 0.59), (4, 0.65)])
 @pytest.mark.parametrize("context", [16384, 131072])
 def test_memory_is_a_part_of_a_dense_cache(kv_heads: int, most: float, context: int) -> None:
