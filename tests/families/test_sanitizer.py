@@ -21,7 +21,8 @@ from spattn_tvm import BandLayout
 from spattn_tvm.dispatch import find_kernel
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-PROGRAM = Path(__file__).with_name("sanitized_problem.py")
+TRAINING = Path(__file__).with_name("sanitized_problem.py")
+DECODING = Path(__file__).with_name("sanitized_decode.py")
 CASES = [
     of_family(family, dtype, head_dim, deterministic)
     for family, dtype, head_dim in (
@@ -42,20 +43,23 @@ pytestmark = [
 ]
 
 
-def watch(tool: str, *arguments: str) -> str:
-    """What the tool says of a run of `PROGRAM`."""
+def watch(tool: str, program: Path, *arguments: str) -> None:
+    """Fail unless the tool has nothing to say of a run of the program."""
     assert SANITIZER is not None
     # Allocations apart, so that an address beyond one is not inside another.
-    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    paths = os.pathsep.join([str(program.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1", PYTHONPATH=paths)
     done = subprocess.run(
-        [SANITIZER, "--tool", tool, "--error-exitcode", "7", sys.executable, str(PROGRAM), *arguments],
+        [SANITIZER, "--tool", tool, "--error-exitcode", "7", sys.executable, str(program), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    return f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}"
+    said = f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}"
+    assert re.search(r"SUMMARY: 0 (errors|hazards displayed)", said), said[-4000:]
+    assert said.endswith("exit status 0"), said[-4000:]
 
 
 @pytest.mark.timeout(300)
@@ -68,6 +72,15 @@ def test_a_sanitizer_finds_nothing(
     q = torch.empty(1, 4, 8, head_dim, dtype=getattr(torch, dtype), device="cuda")
     for direction in ("forward", "backward"):
         find_kernel(direction, q, BandLayout.spattention(4).spec, family, deterministic, kv_heads=2)
-    said = watch(tool, family, dtype, str(head_dim), str(deterministic))
-    assert re.search(r"SUMMARY: 0 (errors|hazards displayed)", said), said[-4000:]
-    assert said.endswith("exit status 0"), said[-4000:]
+    watch(tool, TRAINING, family, dtype, str(head_dim), str(deterministic))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 128), ("float16", 64), ("float32", 64)])
+def test_a_sanitizer_finds_nothing_in_a_step_of_decoding(dtype: str, head_dim: int, tool: str) -> None:
+    # Compiled here, unwatched.
+    q = torch.empty(1, 4, 3, head_dim, dtype=getattr(torch, dtype), device="cuda")
+    spec = BandLayout.spattention(4, 700).spec
+    find_kernel("decode", q, spec, "mma", kv_heads=2, kv_length=1024)
+    watch(tool, DECODING, dtype, str(head_dim))
