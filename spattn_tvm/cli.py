@@ -113,7 +113,7 @@ ContextOption = Annotated[
     int | None,
     typer.Option(min=1, help="Context length that the layout is made for; the sequence's own by default."),
 ]
-DirectionOption = Annotated[Direction, typer.Option(help="Pass.")]
+DirectionOption = Annotated[Direction, typer.Option(help="What is computed.")]
 TargetOption = Annotated[
     str, typer.Option(help="cpu, cuda, an architecture (x86-64-v3, sm_90a) or a chip (nvidia/h200).")
 ]
@@ -618,9 +618,19 @@ def bench(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, flex, fsa, fsa_triton (CUDA)."
+            help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, fa4_dense, cudnn_flex, fa4, "
+            "flex, flex_arithmetic, flex_flash, fsa, fsa_triton (CUDA). All by default."
         ),
     ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key/value heads of shapes that don't say theirs.")
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents packed into each row, of lengths as 1 to 2 to 3 …")
+    ] = 1,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only what gives the same bits twice.")
+    ] = False,
     steps: Annotated[
         str, typer.Option(help="Comma-separated: forward, backward, forward_backward.")
     ] = "forward,forward_backward",
@@ -647,15 +657,19 @@ def bench(
     """Check and time ours and its peers in one run; the report goes to autotune_logs/TARGET/benchmarks/."""
     from rich.console import Console
 
+    from .bench.case import Case
     from .bench.report import tables, write_report
     from .bench.run import benchmark
 
-    problems = parse_problems(shape, dtype.value, layout, context, "forward")
+    problems = parse_problems(
+        [_with_kv_heads(text, kv_heads) for text in shape], dtype.value, layout, context, "forward"
+    )
+    cases = [Case.packed(problem, documents, deterministic) for problem in problems]
     # Not a terminal: a file or a log, where a table may be as wide as it is.
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Console(stderr=True).status("starting") as status:
         report = benchmark(
-            problems,
+            cases,
             steps=_names("--steps", steps),
             peers=None if peers is None else _names("--peers", peers),
             device=device,
@@ -677,6 +691,15 @@ def bench(
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
     if any(entry["status"] != "ok" for entry in ours):
         raise typer.Exit(1)
+
+
+def _with_kv_heads(shape: str, kv_heads: int | None) -> str:
+    """A shape as B,H/K,N,D, where it is B,H,N,D and K is given."""
+    batch, comma, rest = shape.partition(",")
+    heads, second_comma, rows = rest.partition(",")
+    if kv_heads is None or "/" in heads:
+        return shape
+    return f"{batch}{comma}{heads}/{kv_heads}{second_comma}{rows}"
 
 
 def _names(option: str, text: str) -> list[str]:
@@ -755,6 +778,20 @@ def plot_tuning(
     if not series:
         raise ValueError(f"no measurements under {', '.join(map(str, logs))}")
     typer.echo(f"written: {plotting.plot_tuning_curve(series, out)}")
+
+
+@plot_app.command(
+    "lengths",
+    epilog="Example: spattn plot lengths autotune_logs/TARGET/benchmarks/DATE.json --out lengths.png",
+)
+def plot_lengths(
+    report: Annotated[Path, typer.Argument(help="JSON report of spattn bench.")],
+    out: Annotated[Path, typer.Option(help="PNG, SVG or PDF to write.")] = Path("lengths.png"),
+) -> None:
+    """Draw a benchmark report's useful TFLOP/s against the length."""
+    from . import plotting
+
+    typer.echo(f"written: {plotting.plot_lengths(report, out)}")
 
 
 @plot_app.command(

@@ -314,7 +314,7 @@ def _benchmark_rows(report: Any) -> list[Mapping[str, Any]]:
         else:
             rows = [dict(row) for row in report]
         for row in rows:
-            for name in ("shape", "pass"):
+            for name in ("shape", "direction"):
                 if not isinstance(row[name], str):
                     raise TypeError(f"{name} is {row[name]!r}")
             for name in ("median_ms", "p25_ms", "p75_ms", "ratio_to_dense"):
@@ -365,14 +365,14 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 def plot_benchmark(
     report: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | PathLike[str], path: str | PathLike[str]
 ) -> Path:
-    """Draw the medians of a benchmark as bars, one panel per problem and pass.
+    """Draw the medians of a benchmark as bars, one panel per problem and direction.
 
     Parameters
     ----------
     report : mapping, sequence of mappings, or path
         A report of `spattn_tvm.bench.benchmark`, its JSON file, or rows: entries of a report, each with its
-        ``shape``, ``pass``, ``peer``, ``title`` and ``median_ms`` (None where there is none; then ``status``
-        is shown), and optionally ``p25_ms``, ``p75_ms`` and ``ratio_to_dense``.
+        ``shape``, ``direction``, ``peer``, ``title`` and ``median_ms`` (None where there is none; then
+        ``status`` is shown), and optionally ``p25_ms``, ``p75_ms`` and ``ratio_to_dense``.
     path : path
         Where to write; parent folders are made.
 
@@ -386,7 +386,7 @@ def plot_benchmark(
     read = _read_report(Path(report)) if isinstance(report, (str, PathLike)) else report
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in _benchmark_rows(read):
-        panels.setdefault((row["shape"], row["pass"]), []).append(row)
+        panels.setdefault((row["shape"], row["direction"]), []).append(row)
     if not panels:
         raise ValueError("nothing to plot: the benchmark report has no entries")
     shapes = {shape for shape, _ in panels}
@@ -394,13 +394,83 @@ def plot_benchmark(
     lines = -(-len(panels) // columns)
     most = max(len(rows) for rows in panels.values())
     figure = _new_figure(6.2 * columns, lines * (1.2 + 0.36 * most) + 0.3)
-    for index, ((shape, pass_name), rows) in enumerate(panels.items()):
+    for index, ((shape, direction), rows) in enumerate(panels.items()):
         axes = _add_axes(figure, lines, columns, index + 1)
         _draw_bars(axes, rows)
-        pass_title = pass_name.replace("_", " + ")
-        axes.set_title(pass_title if len(shapes) == 1 else f"{shape}\n{pass_title}", loc="left")
+        title = direction.replace("_", " + ")
+        axes.set_title(title if len(shapes) == 1 else f"{shape}\n{title}", loc="left")
         if index >= len(panels) - columns:
             axes.set_xlabel("median time, ms")
     if len(shapes) == 1:
         figure.suptitle(*shapes, fontsize=12, fontweight="bold", x=0.01, ha="left", color=_TEXT)
+    return _save(figure, path)
+
+
+def plot_lengths(report: Mapping[str, Any] | str | PathLike[str], path: str | PathLike[str]) -> Path:
+    """Draw the useful TFLOP/s of a benchmark against the length, one panel per direction and head dim.
+
+    Parameters
+    ----------
+    report : mapping or path
+        A report of `spattn_tvm.bench.benchmark`, or its JSON file. Of several results of one length that with
+        the most rows and heads counts.
+    path : path
+        Where to write; parent folders are made.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is missing; names the extra that installs it.
+    ValueError
+        The report has nothing measured, or is none.
+    """
+    read = _read_report(Path(report)) if isinstance(report, (str, PathLike)) else report
+    _benchmark_rows(read)
+    panels: dict[tuple[str, int], dict[tuple[str, str], dict[int, float]]] = {}
+    try:
+        for result in sorted(
+            read["results"], key=lambda r: r["problem"]["batch"] * r["problem"]["query_heads"]
+        ):
+            problem = result["problem"]
+            for entry in result["entries"]:
+                if entry["useful_tflops"] is not None:
+                    panel = panels.setdefault((entry["direction"], problem["head_dim"]), {})
+                    line = panel.setdefault((entry["peer"], entry["title"]), {})
+                    line[problem["length"]] = entry["useful_tflops"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no report of a benchmark: {error}") from error
+    if not panels:
+        raise ValueError("nothing to plot: nothing in the report was measured")
+    titles = list(dict.fromkeys(key for panel in panels.values() for key in panel))
+    others = [key for key in titles if not is_ours(key[0])]
+    figure = _new_figure(6.2 * len(panels), 4.2)
+    for index, ((direction, head_dim), panel) in enumerate(panels.items()):
+        axes = _add_axes(figure, 1, len(panels), index + 1)
+        for key, line in panel.items():
+            ours = is_ours(key[0])
+            colour = _OURS if ours else _LINES[1:][others.index(key) % len(_LINES[1:])]
+            style = "-" if ours else ("--", ":")[others.index(key) // len(_LINES[1:]) % 2]
+            lengths = sorted(line)
+            axes.plot(
+                lengths,
+                [line[length] for length in lengths],
+                style,
+                marker="o",
+                markersize=3.5,
+                linewidth=2.2 if ours else 1.3,
+                color=colour,
+                label=key[1],
+            )
+        axes.set_xscale("log", base=2)
+        ticks = sorted({length for line in panel.values() for length in line})
+        axes.set_xticks(
+            ticks, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in ticks]
+        )
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color=_GRID)
+        axes.set_axisbelow(True)
+        axes.set_title(f"{direction.replace('_', ' + ')}, head dim {head_dim}", loc="left")
+        axes.set(xlabel="length, tokens", ylabel="useful TFLOP/s")
+    axes.legend(fontsize=7.5, frameon=False)
     return _save(figure, path)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bench import clocks, peers
+from spattn_tvm.bench import clocks, masked_peers, peers
 from spattn_tvm.bench import report as reports
 from spattn_tvm.bench import run as bench
+from spattn_tvm.bench.case import Case
+from spattn_tvm.bench.inputs import Inputs
+from spattn_tvm.bench.samples import Samples
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 
@@ -20,25 +23,29 @@ def small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks._CpuClock, "matmul_size", 128)
 
 
-def problem(length: int = 70, heads: int = 4, kv_heads: int = 2) -> AttentionProblem:
-    layout = BandLayout.spattention(heads)
-    return AttentionProblem("forward", "float32", 2, heads, kv_heads, length, 32, layout)
+def problem(
+    length: int = 70, heads: int = 4, kv_heads: int = 2, layout: BandLayout | None = None, dtype="float32"
+) -> AttentionProblem:
+    layout = BandLayout.spattention(heads) if layout is None else layout
+    return AttentionProblem("forward", dtype, 2, heads, kv_heads, length, 32, layout)
 
 
 def add_peer(monkeypatch: pytest.MonkeyPatch, name: str, prepare, same_mask: bool = True) -> None:
     monkeypatch.setitem(peers.PEERS, name, peers.Peer(name, name, ("cpu",), same_mask, prepare))
 
 
-def right(problem: AttentionProblem, device: torch.device):
-    return lambda q, k, v: reference_attention(q, k, v, problem.layout)[0]
+def right(case: Case, device: torch.device):
+    cu_seqlens = case.cu_seqlens(device)
+    return lambda q, k, v: reference_attention(q, k, v, case.problem.layout, cu_seqlens=cu_seqlens)[0]
 
 
 def entries(report: dict) -> dict[tuple[str, str], dict]:
-    return {(e["peer"], e["pass"]): e for e in report["results"][0]["entries"]}
+    return {(e["peer"], e["direction"]): e for e in report["results"][0]["entries"]}
 
 
 def quick(problems, **options) -> dict:
-    return bench.benchmark(problems, rounds=3, idle_ms=0.0, **options)
+    cases = [given if isinstance(given, Case) else Case(given) for given in problems]
+    return bench.benchmark(cases, rounds=3, idle_ms=0.0, **options)
 
 
 def test_right_peers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +80,8 @@ def test_useful_flops_are_of_the_own_mask(monkeypatch: pytest.MonkeyPatch, step_
         assert entry["matmul_share"] > 0
 
 
-def wrong_band(problem: AttentionProblem, device: torch.device):
+def wrong_band(case: Case, device: torch.device):
+    problem = case.problem
     bands = [
         [(lo, hi + 1) for lo, hi in head[:1]] + list(head[1:])
         for head in problem.layout.bands(problem.length)
@@ -92,13 +100,13 @@ class WrongGradient(torch.autograd.Function):
         return gradient * 1.001
 
 
-def wrong_gradient(problem: AttentionProblem, device: torch.device):
-    return lambda q, k, v: reference_attention(WrongGradient.apply(q), k, v, problem.layout)[0]
+def wrong_gradient(case: Case, device: torch.device):
+    return lambda q, k, v: reference_attention(WrongGradient.apply(q), k, v, case.problem.layout)[0]
 
 
-def not_a_number(problem: AttentionProblem, device: torch.device):
+def not_a_number(case: Case, device: torch.device):
     def attend(q, k, v):
-        o = reference_attention(q, k, v, problem.layout)[0]
+        o = reference_attention(q, k, v, case.problem.layout)[0]
         return torch.where(torch.arange(o.shape[2])[:, None] == 69, torch.nan, o)
 
     return attend
@@ -127,10 +135,10 @@ def test_a_wrong_peer_is_never_timed(
 
 
 def test_an_absent_peer_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(problem: AttentionProblem, device: torch.device):
+    def absent(case: Case, device: torch.device):
         raise peers.PeerUnavailable("the package is not installed")
 
-    def broken(problem: AttentionProblem, device: torch.device):
+    def broken(case: Case, device: torch.device):
         def attend(q, k, v):
             raise NotImplementedError("no such kernel\nlong explanation")
 
@@ -155,10 +163,10 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def named(name: str):
-        def prepare(problem: AttentionProblem, device: torch.device):
+        def prepare(case: Case, device: torch.device):
             def attend(q, k, v):
                 calls.append(name)
-                return reference_attention(q, k, v, problem.layout)[0]
+                return reference_attention(q, k, v, case.problem.layout)[0]
 
             return attend
 
@@ -204,10 +212,10 @@ def test_report_survives_json_and_prints(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_bad_arguments() -> None:
     for arguments, message in (
-        ({"problems": []}, "at least one problem"),
-        ({"problems": [problem()], "steps": ("sideways",)}, "unknown step 'sideways'"),
-        ({"problems": [problem()], "peers": ("nobody",)}, "unknown peer 'nobody'"),
-        ({"problems": [problem()], "rounds": 0}, "rounds must be at least 1"),
+        ({"cases": []}, "at least one case"),
+        ({"cases": [Case(problem())], "steps": ("sideways",)}, "unknown step 'sideways'"),
+        ({"cases": [Case(problem())], "peers": ("nobody",)}, "unknown peer 'nobody'"),
+        ({"cases": [Case(problem())], "rounds": 0}, "rounds must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.benchmark(**arguments)
@@ -220,21 +228,181 @@ def test_threads_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_check_sees_every_output(seed: int) -> None:
-    """Each of the four outputs is compared: one altered element of the chosen head is found."""
-    p = problem(40, 4, 2)
-    inputs = bench._Inputs.random(p, torch.device("cpu"), seed)
-    outputs = bench._outputs("forward_backward", right(p, torch.device("cpu")), inputs)
-    assert bench._check(outputs, inputs, p.layout, p, seed)[1] == ""
-    for name in outputs:
-        found = 0
-        for b, head in itertools.product(range(2), range(outputs[name].shape[1])):
-            altered = {key: value.clone() for key, value in outputs.items()}
-            altered[name][b, head, 7, 3] += 1e-2
-            found += name in bench._check(altered, inputs, p.layout, p, seed)[1]
-        group = outputs[name].shape[1] // 2
-        assert found == group, f"{name}: one key/value head of one batch entry is checked"
+CASES = [
+    Case(problem()),
+    Case(problem(1)),
+    Case(problem(90, 4, 1, BandLayout.exclusive(4), "bfloat16")),
+    Case(problem(70, 4, 4, BandLayout.causal(4), "float16")),
+    Case.packed(problem(150), 4),
+    Case(problem(60, 3, 3, BandLayout.custom([[(2, 3), (6, 90)], [], [(0, 0)]], 90)), (0, 1, 30, 60)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=Case.describe)
+def test_samples_are_the_reference_at_their_places(case: Case) -> None:
+    inputs = Inputs.random(case.problem, torch.device("cpu"), 3)
+    samples = Samples.draw(case, case.problem.layout, inputs, 4, gradients=True)
+    exact = Inputs(*(t.double() for t in (inputs.q, inputs.k, inputs.v, inputs.grad)))
+    expected = bench._outputs("backward", right(case, torch.device("cpu")), exact)
+    for name, places in (
+        ("o", samples.rows),
+        ("dq", samples.rows),
+        ("dk", samples.keys),
+        ("dv", samples.keys),
+    ):
+        assert len(places) == len(samples.exact[name]) > 0
+        for place, value, plain in zip(places, samples.exact[name], samples.plain[name], strict=True):
+            torch.testing.assert_close(value, expected[name][place], rtol=1e-9, atol=1e-9)
+            unit = torch.finfo(inputs.q.dtype).eps
+            assert (plain.double() - value).abs().max() < 40 * unit * max(1.0, value.abs().max())
+    assert (
+        samples.check({name: t.to(inputs.q.dtype) for name, t in expected.items()}, case.problem.dtype)[1]
+        == ""
+    )
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=Case.describe)
+def test_samples_lie_at_edges(case: Case) -> None:
+    """Both ends of a document, and rows at which a band reaches its first key or has come in full."""
+    layout = case.problem.layout
+    begin, end = next(iter(case.documents))
+    seen = set()
+    for seed in range(6):
+        inputs = Inputs.random(case.problem, torch.device("cpu"), seed)
+        seen |= set(Samples.draw(case, layout, inputs, seed, gradients=False).rows)
+    for head in range(case.problem.query_heads):
+        bands = layout.bands(end - begin)[head]
+        edges = {begin, end - 1} | {begin + d for band in bands for d in band if begin + d < end}
+        rows = {row for _, h, row in seen if h == head}
+        assert edges <= rows
+
+
+@pytest.mark.parametrize("name", ["o", "dq", "dk", "dv"])
+def test_a_planted_value_at_an_edge_is_found(name: str) -> None:
+    """One wrong element where a band has just come in full, at the end of a document, is not passed over."""
+    case = Case.packed(problem(400), 3)
+    inputs = Inputs.random(case.problem, torch.device("cpu"), 1)
+    samples = Samples.draw(case, case.problem.layout, inputs, 2, gradients=True)
+    outputs = bench._outputs("backward", right(case, torch.device("cpu")), inputs)
+    assert samples.check(outputs, "float32")[1] == ""
+    places = samples.rows if name in ("o", "dq") else samples.keys
+    begin, end = next(iter(case.documents))
+    bands = case.problem.layout.bands(end - begin)
+    batch, head, edge = next(
+        (b, h, row)
+        for b, h, row in places
+        if name[1:] in "kv" or any(row == begin + high for _, high in bands[h])
+        if begin <= row < end
+    )
+    altered = {key: value.clone() for key, value in outputs.items()}
+    altered[name][batch, head, edge, 3] += 1e-2
+    reason = samples.check(altered, "float32")[1]
+    assert reason.startswith(f"{name} is off") and f"batch {batch}, head {head}, row {edge}" in reason
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+@pytest.mark.parametrize("band", [0, 1])
+def test_an_edge_that_is_off_by_one_is_found(band: int, shift: int) -> None:
+    """One band edge of one head moved by one distance: every sampled row and key of it sees that."""
+    case = Case(problem(200, 4, 1))
+    moved = [list(head) for head in case.problem.layout.bands(200)]
+    low, high = moved[2][band]
+    moved[2][band] = (low, high + shift)
+    other = BandLayout.custom(moved, 200)
+    inputs = Inputs.random(case.problem, torch.device("cpu"), 5)
+    samples = Samples.draw(case, case.problem.layout, inputs, 6, gradients=True)
+    outputs = bench._outputs("backward", lambda q, k, v: reference_attention(q, k, v, other)[0], inputs)
+    reason = samples.check(outputs, "float32")[1]
+    assert all(f"{name} is off" in reason for name in ("o", "dq", "dk", "dv"))
+
+
+def test_results_that_differ_between_runs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsteady(case: Case, device: torch.device):
+        calls = itertools.count()
+        attend = right(case, device)
+        return lambda q, k, v: attend(q, k, v) * (1 + 1e-7 * (next(calls) % 2))
+
+    add_peer(monkeypatch, "unsteady", unsteady)
+    add_peer(monkeypatch, "right", right)
+    case = Case(problem(), deterministic=True)
+    found = entries(quick([case], peers=("unsteady", "right"), steps=("forward",)))
+    assert found["unsteady", "forward"]["reason"] == "o differ between two runs"
+    assert found["right", "forward"]["status"] == "ok"
+
+
+def test_plans_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        peers.PEERS, "planner", peers.Peer("planner", "p", ("cpu",), True, right, "mask plan")
+    )
+    result = quick([problem()], peers=("planner", "cudnn"), steps=("forward",))["results"][0]
+    (name, plan), *others = result["plans"].items()
+    assert (name, others, plan["what"]) == ("planner", [], "mask plan")
+    assert plan["seconds"] >= 0 and plan["first_call_s"] > 0 and plan["memory_mib"] is None
+    assert reports.plan_text(plan).startswith("mask plan, ")
+    assert reports.plan_text({**plan, "what": ""}) == reports.plan_text(None) == ""
+
+
+def test_packed_documents_count_their_own_pairs() -> None:
+    case = Case.packed(problem(100), 3)
+    assert list(case.documents) == [(0, 16), (16, 50), (50, 100)]
+    pairs = sum(case.problem.layout.pairs(end - begin) for begin, end in case.documents)
+    assert case.flops(case.problem.layout, "forward") == 2 * 4 * 32 * pairs
+    with pytest.raises(ValueError, match="too few for 90 documents"):
+        Case.packed(problem(100), 90)
+    with pytest.raises(ValueError, match="rise from 0 to the length 70"):
+        Case(problem(), (0, 50, 50, 70))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("length", [300, 512])
+def test_block_lists_cover_the_mask(length: int, transposed: bool) -> None:
+    layout = BandLayout.spattention(3)
+    case = Case(AttentionProblem("forward", "bfloat16", 1, 3, 3, length, 64, layout))
+    lists = masked_peers.block_lists(case, torch.device("cpu"), transposed)
+    mask = attention_mask(layout, length)
+    mask = mask.mT if transposed else mask
+    blocks = -(-length // 128)
+    for h, row, column in itertools.product(range(3), range(blocks), range(blocks)):
+        inside = mask[h, row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+        kinds = [
+            column in lists[f"{kind}_block_idx"][0, h, row, : lists[f"{kind}_block_cnt"][0, h, row]].tolist()
+            for kind in ("mask", "full")
+        ]
+        assert not all(kinds) and any(kinds) >= bool(inside.any())
+        assert not kinds[1] or bool(inside.all())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4], CASES[5]], ids=Case.describe)
+def test_interval_ends_name_the_same_mask(case: Case) -> None:
+    length = case.problem.length
+    ends = masked_peers.interval_ends(case, torch.device("cpu"))
+    assert ends.shape == (case.problem.query_heads, 5, 2 * length)
+    key = torch.arange(length)
+    zero, a, b, c, d = ends[:, :, length:, None].unbind(1)
+    mask = (key < zero) | ((key >= a) & (key < b)) | ((key >= c) & (key < d))
+    expected = attention_mask(case.problem.layout, length, case.cu_seqlens(torch.device("cpu")))
+    assert torch.equal(mask, expected.expand_as(mask))
+
+
+@pytest.mark.parametrize("length", [64, 70])
+def test_arithmetic_masks_are_the_layout(length: int) -> None:
+    case = Case(problem(length, 4, 4))
+    base, extra = masked_peers.shared_distances(case)
+    head, i, j = torch.arange(4)[:, None, None], torch.arange(length)[:, None], torch.arange(length)
+    width, start = base + (head < extra), head * base + head.clamp(max=extra)
+    d = i - j
+    assert torch.equal(
+        (d >= 0) & ((d <= width) | ((d >= start) & (d < start + width))),
+        attention_mask(case.problem.layout, length),
+    )
+    with pytest.raises(peers.PeerUnavailable, match="not for exclusive"):
+        masked_peers.shared_distances(Case(problem(70, layout=BandLayout.exclusive(4))))
+
+
+@pytest.mark.parametrize("name", ["fa4_dense", "cudnn_flex", "fa4", "flex_flash", "fsa"])
+def test_a_missing_package_is_the_reason(name: str) -> None:
+    with pytest.raises(peers.PeerUnavailable, match="is not installed"):
+        peers.PEERS[name].prepare(Case(problem()), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,13 @@ def test_every_bad_value_of_every_option_ends_in_one_line(
         ("null", "no report of a benchmark"),
         ("{}", "'results' is missing"),
         ('{"results": 7}', "no report of a benchmark"),
-        ('{"results": [{"shape": "x", "entries": [{"pass": "forward"}]}]}', "'median_ms' is missing"),
-        ('{"results": [{"shape": "x", "entries": [{"pass": 1, "median_ms": 1}]}]}', "pass is 1"),
-        ('{"results": [{"shape": "x", "entries": [{"pass": "f", "median_ms": "1"}]}]}', "median_ms is '1'"),
-        ('[{"shape": "x", "pass": "f", "median_ms": 1, "p25_ms": 1}]', "p75_ms is missing"),
+        ('{"results": [{"shape": "x", "entries": [{"direction": "forward"}]}]}', "'median_ms' is missing"),
+        ('{"results": [{"shape": "x", "entries": [{"direction": 1, "median_ms": 1}]}]}', "direction is 1"),
+        (
+            '{"results": [{"shape": "x", "entries": [{"direction": "f", "median_ms": "1"}]}]}',
+            "median_ms is '1'",
+        ),
+        ('[{"shape": "x", "direction": "f", "median_ms": 1, "p25_ms": 1}]', "p75_ms is missing"),
         ('{"results": []}', "has no entries"),
         (b"\xff\xfe\x00", "it is no JSON"),
         (None, "No such file"),
@@ -440,7 +443,7 @@ def test_bench_writes_a_report_that_plots(tmp_path: Path) -> None:
     (path,) = tmp_path.glob(f"{detect_cpu().folder}/benchmarks/*.json")
     report = json.loads(path.read_text())
     entries = report["results"][0]["entries"]
-    assert [(e["peer"], e["pass"], e["status"]) for e in entries] == [
+    assert [(e["peer"], e["direction"], e["status"]) for e in entries] == [
         ("ours", "forward", "ok"),
         ("sdpa", "forward", "ok"),
         ("ours", "forward_backward", "ok"),

@@ -10,7 +10,7 @@ import pytest
 
 from spattn_tvm import plotting
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_loss_curves, plot_tuning_curve
+from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_loss_curves, plot_tuning_curve
 
 pytest.importorskip("matplotlib")
 
@@ -134,11 +134,11 @@ def test_loss_curves(figure_of):
     assert axes.get_ylabel() == "bits per byte" and axes.get_xlabel() == "training step"
 
 
-def entry(peer, pass_name, median_ms, **more):
+def entry(peer, direction, median_ms, **more):
     return {
         "peer": peer,
         "title": peer.upper(),
-        "pass": pass_name,
+        "direction": direction,
         "median_ms": median_ms,
         "status": "ok",
         **more,
@@ -181,12 +181,38 @@ def test_benchmark_bars_are_the_medians(figure_of, tmp_path, form):
     assert [bar.get_width() for bar in both.patches] == [30]
 
 
+def test_rates_against_the_length(figure_of):
+    def result(batch, length, head_dim, **rates):
+        entries = [
+            {**entry(peer, "forward", 1.0), "useful_tflops": rate, "peer": peer}
+            for peer, rate in rates.items()
+        ]
+        problem = {"batch": batch, "query_heads": 16, "length": length, "head_dim": head_dim}
+        return {"shape": f"{batch} {length} {head_dim}", "problem": problem, "entries": entries}
+
+    results = [
+        result(4, 4096, 128, ours=300.0, fa4=200.0, fsa=None),
+        result(1, 4096, 128, ours=1.0, fa4=2.0),
+        result(1, 65536, 128, ours=600.0),
+        result(4, 1000, 64, ours=250.0),
+    ]
+    wide, narrow = figure_of(plot_lengths, {"results": results}, ...).axes
+    assert wide.get_title(loc="left") == "forward, head dim 128"
+    assert [line.get_label() for line in wide.lines] == ["OURS", "FA4"]
+    assert wide.lines[0].get_xydata().tolist() == [[4096, 300], [65536, 600]]
+    assert wide.lines[1].get_xydata().tolist() == [[4096, 200]]
+    assert [text.get_text() for text in wide.get_xticklabels()] == ["4k", "64k"]
+    assert narrow.lines[0].get_xydata().tolist() == [[1000, 250]]
+
+
 def test_nothing_to_plot(tmp_path):
     for plot in (plot_tuning_curve, plot_loss_curves):
         with pytest.raises(ValueError, match="nothing to plot"):
             plot([("empty", [])], tmp_path / "a.png")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_benchmark({"results": []}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing in the report was measured"):
+        plot_lengths({"results": []}, tmp_path / "a.png")
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):

@@ -36,6 +36,18 @@ class _CpuClock:
             step()
         return (time.perf_counter() - begin) * 1e3 / calls
 
+    def wait(self) -> None:
+        """Until all that was started is done."""
+
+    def forget(self) -> None:
+        """What compilers and allocators keep of a case that is over."""
+        import torch
+
+        torch.compiler.reset()
+
+    def allocated_mib(self) -> float | None:
+        return None
+
     def peak_memory_mib(self, step: Step) -> float | None:
         return None
 
@@ -75,6 +87,25 @@ class _CudaClock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+    def wait(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        import gc
+
+        import torch
+
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def allocated_mib(self) -> float | None:
+        import torch
+
+        return torch.cuda.memory_allocated(self.device) / 2**20
 
     def peak_memory_mib(self, step: Step) -> float | None:
         import torch

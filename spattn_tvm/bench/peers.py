@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.families import families_for, family_names, find_family
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget
 
+from .case import Case
+from .masked_peers import (
+    PeerUnavailable,
+    prepare_cudnn_flex,
+    prepare_flash_4,
+    prepare_flash_4_dense,
+    prepare_flex,
+    require_package,
+)
+
 if TYPE_CHECKING:
     import torch
 
     Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    Step = Callable[[], Any]
-
-
-class PeerUnavailable(RuntimeError):
-    """A peer that can't run on this problem or machine; its message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +45,22 @@ class Peer:
         Devices it exists for.
     same_mask : bool
         True when it computes the problem's own layout, False for dense causal attention.
-    prepare : (problem, device) -> (q, k, v) -> o
-        Builds masks, compiles and so on; raises `PeerUnavailable` (or anything else) when it can't.
+    prepare : (case, device) -> (q, k, v) -> o
+        Builds masks and plans; raises `PeerUnavailable` (or anything else) when it can't.
+    plan : str
+        What `prepare` makes for one length and mask, and another length needs anew; "" when nothing.
     """
 
     name: str
     title: str
     kinds: tuple[str, ...]
     same_mask: bool
-    prepare: Callable[[AttentionProblem, torch.device], Attention]
+    prepare: Callable[[Case, torch.device], Attention]
+    plan: str = ""
 
     def layout(self, problem: AttentionProblem) -> BandLayout:
         """The layout that this peer computes on ``problem``."""
         return problem.layout if self.same_mask else BandLayout.causal(problem.query_heads)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _dtype(problem: AttentionProblem) -> torch.dtype:
-    import torch
-
-    return getattr(torch, problem.dtype)
 
 
 # The name of what `banded_attention` does of itself. A family that it does not prefer goes by its own name.
@@ -78,21 +77,26 @@ def implementation_of(name: str) -> str:
     return "auto" if name == OURS else name
 
 
-def _prepare_ours(impl: str) -> Callable[[AttentionProblem, torch.device], Attention]:
-    def prepare(problem: AttentionProblem, device: torch.device) -> Attention:
+def _prepare_ours(impl: str) -> Callable[[Case, torch.device], Attention]:
+    def prepare(case: Case, device: torch.device) -> Attention:
         from spattn_tvm.ops.attention import banded_attention
 
-        return lambda q, k, v: banded_attention(q, k, v, problem.layout, impl=impl)
+        layout, cu_seqlens = case.problem.layout, case.cu_seqlens(device)
+        return lambda q, k, v: banded_attention(
+            q, k, v, layout, cu_seqlens=cu_seqlens, deterministic=case.deterministic, impl=impl
+        )
 
     return prepare
 
 
-def _prepare_sdpa(backend_name: str | None) -> Callable[[AttentionProblem, torch.device], Attention]:
-    def prepare(problem: AttentionProblem, device: torch.device) -> Attention:
+def _prepare_sdpa(backend_name: str | None) -> Callable[[Case, torch.device], Attention]:
+    def prepare(case: Case, device: torch.device) -> Attention:
         import torch.nn.functional as F
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        gqa = problem.query_heads != problem.kv_heads
+        if case.boundaries:
+            raise PeerUnavailable("it knows no packed documents")
+        gqa = case.problem.query_heads != case.problem.kv_heads
         if backend_name is None:
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         backend = getattr(SDPBackend, backend_name)
@@ -104,28 +108,6 @@ def _prepare_sdpa(backend_name: str | None) -> Callable[[AttentionProblem, torch
         return attend
 
     return prepare
-
-
-def _prepare_flex(problem: AttentionProblem, device: torch.device) -> Attention:
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    from spattn_tvm.reference import flex_mask_mod
-    from spattn_tvm.torch_private import forbid_donated_buffers
-
-    # Timing the backward pass alone keeps the graph, which donated buffers forbid.
-    forbid_donated_buffers()
-    length = problem.length
-    mask_mod = flex_mask_mod(problem.layout, length, device=device)
-    try:
-        block_mask = create_block_mask(
-            mask_mod, None, problem.query_heads, length, length, device=device.type
-        )
-    except RuntimeError as error:
-        raise PeerUnavailable(f"create_block_mask: {_first_line(error)}") from error
-    compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = problem.query_heads != problem.kv_heads
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
 
 
 def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
@@ -153,17 +135,32 @@ def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.device], Attention]:
-    def prepare(problem: AttentionProblem, device: torch.device) -> Attention:
+def _stand_in_for_triton_kernels() -> None:
+    """flash-sparse-attn imports triton_kernels for a projection that attention does not use."""
+    for name in ("triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"):
+        if name in sys.modules or importlib.util.find_spec("triton_kernels") is not None:
+            return
+        module = types.ModuleType(name)
+        for part in ("matmul_ogs", "PrecisionConfig", "FlexCtx", "InFlexData", "OutFlexData"):
+            setattr(module, part, object)
+        sys.modules[name] = module
+
+
+def _prepare_flash_sparse(backend: str) -> Callable[[Case, torch.device], Attention]:
+    def prepare(case: Case, device: torch.device) -> Attention:
         import torch
 
-        if importlib.util.find_spec("flash_sparse_attn") is None:
-            raise PeerUnavailable("the package flash-sparse-attn is not installed")
+        require_package("flash_sparse_attn", "flash-sparse-attn")
+        if case.boundaries:
+            raise PeerUnavailable("it knows no packed documents here")
+        if case.deterministic:
+            raise PeerUnavailable("it has no deterministic mode")
+        sizes = torch.tensor(window_sizes(case.problem), dtype=torch.int32, device=device)
+        _stand_in_for_triton_kernels()
         if backend == "cute":
             from flash_sparse_attn.ops.cute import flash_attn_func as function
         else:
             from flash_sparse_attn import flash_dense_attn_func as function
-        sizes = torch.tensor(window_sizes(problem), dtype=torch.int32, device=device)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # It takes (B, N, H, D); a transposed view, as its own users pass, costs nothing here.
@@ -175,21 +172,38 @@ def _prepare_flash_sparse(backend: str) -> Callable[[AttentionProblem, torch.dev
     return prepare
 
 
+_CPU, _CUDA, _BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "spattn-tvm", ("cpu", "cuda"), True, _prepare_ours("auto")),
-        Peer("sdpa", "PyTorch SDPA, dense causal", ("cpu",), False, _prepare_sdpa(None)),
-        Peer("cudnn", "cuDNN SDPA, dense causal", ("cuda",), False, _prepare_sdpa("CUDNN_ATTENTION")),
-        Peer("flash", "Flash SDPA, dense causal", ("cuda",), False, _prepare_sdpa("FLASH_ATTENTION")),
-        Peer("flex", "FlexAttention, same mask", ("cpu", "cuda"), True, _prepare_flex),
-        Peer("fsa", "flash-sparse-attn CuTe, same mask", ("cuda",), True, _prepare_flash_sparse("cute")),
+        Peer(OURS, "spattn-tvm", _BOTH, True, _prepare_ours("auto")),
+        Peer("sdpa", "PyTorch SDPA, dense causal", _CPU, False, _prepare_sdpa(None)),
+        Peer("cudnn", "cuDNN SDPA, dense causal", _CUDA, False, _prepare_sdpa("CUDNN_ATTENTION")),
+        Peer("flash", "Flash SDPA, dense causal", _CUDA, False, _prepare_sdpa("FLASH_ATTENTION")),
+        Peer("fa4_dense", "FlashAttention-4, dense causal", _CUDA, False, prepare_flash_4_dense),
+        Peer("cudnn_flex", "cuDNN flex, interval mask", _CUDA, True, prepare_cudnn_flex, "mask plan"),
+        Peer("fa4", "FlashAttention-4, same mask", _CUDA, True, prepare_flash_4, "block lists"),
+        Peer("flex", "FlexAttention, same mask", _BOTH, True, prepare_flex("table"), "block mask"),
         Peer(
-            "fsa_triton",
-            "flash-sparse-attn Triton, same mask",
-            ("cuda",),
+            "flex_arithmetic",
+            "FlexAttention, arithmetic mask",
+            _CUDA,
             True,
-            _prepare_flash_sparse("triton"),
+            prepare_flex("arithmetic"),
+            "block mask",
+        ),
+        Peer(
+            "flex_flash",
+            "FlexAttention, FLASH backend",
+            _CUDA,
+            True,
+            prepare_flex("arithmetic", backend="FLASH"),
+            "block mask",
+        ),
+        Peer("fsa", "flash-sparse-attn CuTe, same mask", _CUDA, True, _prepare_flash_sparse("cute")),
+        Peer(
+            "fsa_triton", "flash-sparse-attn Triton, same mask", _CUDA, True, _prepare_flash_sparse("triton")
         ),
     )
 }

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.problem import AttentionProblem
-
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     Step = Callable[[], Any]
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Timing:
         return {
             "peer": self.peer,
             "title": self.title,
-            "pass": self.step_name,
+            "direction": self.step_name,
             "status": self.status,
             "reason": self.reason,
             "median_ms": self.median_ms,
@@ -72,7 +70,7 @@ class Timing:
         }
 
 
-def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
+def fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
     dense: dict[str, float] = {}
     for timing in timings:
         if not timing.same_mask and timing.median_ms is not None:
@@ -83,16 +81,6 @@ def _fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
             timing.ratio_to_dense = timing.median_ms / dense[timing.step_name]
 
 
-def describe(problem: AttentionProblem) -> str:
-    """Such as ``(1,16,4096,64) float32 spattention``; ``16/4`` heads with grouped queries."""
-    heads = str(problem.query_heads)
-    if problem.kv_heads != problem.query_heads:
-        heads += f"/{problem.kv_heads}"
-    return (
-        f"({problem.batch},{heads},{problem.length},{problem.head_dim}) {problem.dtype} {problem.layout.name}"
-    )
-
-
 def write_report(report: dict[str, Any], folder: Path) -> Path:
     """Write a report to ``folder/<target>/benchmarks/<date>.json``; `folder` is ``autotune_logs``, say."""
     stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
@@ -100,6 +88,14 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def plan_text(plan: dict[str, Any] | None) -> str:
+    """What a peer made for one length, such as ``mask plan, 8.2 s, 210 MiB``; "" for nothing."""
+    if plan is None or not plan["what"]:
+        return ""
+    memory = "" if plan["memory_mib"] is None else f", {plan['memory_mib']:.0f} MiB"
+    return f"{plan['what']}, {plan['seconds']:.2g} s{memory}"
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -113,19 +109,20 @@ def tables(report: dict[str, Any]) -> list[Table]:
         table = Table(
             title=f"{result['shape']}, {report['threads']} threads" if not cuda else result["shape"]
         )
-        table.add_column("step")
+        table.add_column("direction")
         table.add_column("peer")
         for title in ("median ms", "p25-p75", f"useful {unit}", "of matmul", "vs dense", "max error"):
             table.add_column(title, justify="right")
         if cuda:
             table.add_column("peak MiB", justify="right")
+        table.add_column("made for one length")
         previous = ""
         notes: dict[str, None] = {}
         for entry in result["entries"]:
-            shown = entry["pass"].replace("_", " + ") if entry["pass"] != previous else ""
+            shown = entry["direction"].replace("_", " + ") if entry["direction"] != previous else ""
             if shown and previous:
                 table.add_section()
-            previous = entry["pass"]
+            previous = entry["direction"]
             if entry["median_ms"] is None:
                 table.add_row(shown, entry["title"], entry["status"])
                 notes.setdefault(f"{entry['title']}: {entry['reason']}")
@@ -143,7 +140,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
             ]
             if cuda:
                 cells.append(f"{entry['peak_memory_mib']:.0f}")
-            table.add_row(*cells)
+            table.add_row(*cells, plan_text(result["plans"].get(entry["peer"])))
         table.caption = "\n".join(notes)
         table.caption_justify = "left"
         result_tables.append(table)

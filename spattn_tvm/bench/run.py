@@ -12,20 +12,22 @@ How a time is taken, and why:
   ahead, so that the two events around the call see device time only.
 
 Useful operations count the pairs of the peer's own mask (``4*D`` a pair forward, ``10*D`` backward), so a
-dense peer's TFLOP/s are those of dense causal attention.
+dense peer's TFLOP/s are those of dense causal attention. Correctness is told by sampled rows and keys
+(:mod:`.samples`); a case that asks for deterministic results has every peer run twice and compares all bits.
 
-The file that `write_report` makes holds ``format`` (1), ``date``, ``target``, ``device``, ``versions``,
-``threads``, ``method`` and ``results``: per problem its ``problem`` (``AttentionProblem.to_json``),
-``shape``, ``schedule`` (what dispatch chose per direction, and why), ``matmul_tflops`` and ``entries``, one
-per step and peer: ``peer``, ``title``, ``pass`` (the step), ``status`` (ok, not available, wrong),
-``reason``, ``median_ms``, ``min_ms``, ``p25_ms``, ``p75_ms``, ``rounds``, ``useful_tflops``,
-``matmul_share``, ``peak_memory_mib`` (CUDA), ``same_mask``, ``errors``, ``ratio_to_dense``. Unmeasured
-figures are null.
+The file that `write_report` makes holds ``format`` (2), ``date``, ``target``, ``device``, ``versions``,
+``threads``, ``method`` and ``results``: per case its ``problem`` (``AttentionProblem.to_json``),
+``boundaries`` of documents (empty: none packed), ``deterministic``, ``shape``, ``schedule`` (what dispatch
+chose per direction, and why), ``matmul_tflops``, ``plans`` and ``entries``. A plan is, for each peer that
+ran: ``what`` it makes for one length and mask ("" for nothing; another length needs another), ``seconds`` and
+``memory_mib`` (CUDA) that takes, and ``first_call_s``, which compiles. An entry, one per step and peer:
+``peer``, ``title``, ``direction`` (the step), ``status`` (ok, not available, wrong), ``reason``,
+``median_ms``, ``min_ms``, ``p25_ms``, ``p75_ms``, ``rounds``, ``useful_tflops``, ``matmul_share``,
+``peak_memory_mib`` (CUDA), ``same_mask``, ``errors``, ``ratio_to_dense``. Unmeasured figures are null.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import itertools
 import re
@@ -36,23 +38,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 
+from .case import Case
 from .clocks import _CpuClock, _CudaClock
+from .inputs import Inputs
+from .masked_peers import PeerUnavailable, first_line
 from .peers import (
     OURS,
     Peer,
-    PeerUnavailable,
-    _dtype,
-    _first_line,
     find_peer,
     implementation_of,
     is_ours,
     peers_for,
 )
-from .report import FORMAT, Timing, _fill_ratios, describe
+from .report import FORMAT, Timing, fill_ratios
+from .samples import Samples
 
 if TYPE_CHECKING:
     import torch
@@ -67,110 +69,14 @@ _VERSIONED_PACKAGES = (
     "apache-tvm-ffi",
     "triton",
     "flash-sparse-attn",
+    "flash-attn-4",
+    "nvidia-cudnn-frontend",
 )
 STEPS = ("forward", "backward", "forward_backward")
 
 
-# Peers
-
-
-# Inputs and the check
-
-
-@dataclass
-class _Inputs:
-    """Normal random q, k, v and the gradient of the output, the same for every peer of a problem."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    grad: torch.Tensor
-
-    @classmethod
-    def random(cls, problem: AttentionProblem, device: torch.device, seed: int) -> _Inputs:
-        import torch
-
-        generator = torch.Generator(device=device).manual_seed(seed)
-
-        def normal(heads: int) -> torch.Tensor:
-            shape = (problem.batch, heads, problem.length, problem.head_dim)
-            return torch.randn(shape, generator=generator, device=device).to(_dtype(problem))
-
-        return cls(
-            normal(problem.query_heads),
-            normal(problem.kv_heads),
-            normal(problem.kv_heads),
-            normal(problem.query_heads),
-        )
-
-    def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (t.detach().clone().requires_grad_(True) for t in (self.q, self.k, self.v))
-        return q, k, v
-
-
-def _check(
-    outputs: dict[str, torch.Tensor],
-    inputs: _Inputs,
-    layout: BandLayout,
-    problem: AttentionProblem,
-    seed: int,
-) -> tuple[dict[str, float], str]:
-    """Relative errors of o and, when present, dq, dk, dv against float64, and why they are wrong ("" if not).
-
-    One randomly chosen key/value head of one batch entry is compared, with all query heads that read it: a
-    bfloat16 score matrix of 16,384 rows then takes half a GiB instead of tens. An error is the largest
-    absolute difference over the largest absolute value.
-    """
-    import random
-
-    import torch
-
-    from spattn_tvm.accuracy import judge, plain_attention
-    from spattn_tvm.reference import attention_mask, reference_attention
-
-    chooser = random.Random(seed)
-    group = problem.query_heads // problem.kv_heads
-    kv_head = chooser.randrange(problem.kv_heads)
-    b = chooser.randrange(problem.batch)
-    query_rows, key_rows = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
-    of = {"o": query_rows, "dq": query_rows, "dk": key_rows, "dv": key_rows}
-    part = BandLayout.custom(layout.bands(problem.length)[query_rows], problem.length)
-    mask = attention_mask(part, problem.length, device=inputs.q.device)
-
-    def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return reference_attention(q, k, v, part)[0]
-
-    def plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return plain_attention(q, k, v, mask, problem.head_dim**-0.5)[0]
-
-    def compute(attend: Attention, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        rows = {"q": query_rows, "k": key_rows, "v": key_rows}
-        q, k, v = (
-            getattr(inputs, name)[b : b + 1, rows[name]].to(dtype, copy=True).requires_grad_("dq" in outputs)
-            for name in "qkv"
-        )
-        o = attend(q, k, v)
-        result = {"o": o.detach()}
-        if "dq" in outputs:
-            gradients = torch.autograd.grad(o, (q, k, v), inputs.grad[b : b + 1, query_rows].to(dtype))
-            result |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-        return result
-
-    exact, plain = compute(exactly, torch.float64), compute(plainly, _dtype(problem))
-    errors, wrong = judge(
-        {name: value[b : b + 1, of[name]] for name, value in outputs.items()}, exact, plain, problem.dtype
-    )
-    return errors, f"{wrong} (batch {b}, key/value head {kv_head})" if wrong else ""
-
-
-# Clocks
-
-
-# One problem
-
-
 @contextmanager
-def _step_of(step_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Step]:
+def _step_of(step_name: str, attend: Attention, inputs: Inputs) -> Iterator[Step]:
     """The step itself."""
     import torch
 
@@ -182,7 +88,7 @@ def _step_of(step_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Ste
 
         yield forward
         return
-    q, k, v = inputs.leaves()
+    q, k, v = inputs.leaves
     if step_name == "forward_backward":
         yield lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), inputs.grad)
         return
@@ -190,48 +96,78 @@ def _step_of(step_name: str, attend: Attention, inputs: _Inputs) -> Iterator[Ste
     yield lambda: torch.autograd.grad(o, (q, k, v), inputs.grad, retain_graph=True)
 
 
-def _outputs(step_name: str, attend: Attention, inputs: _Inputs) -> dict[str, torch.Tensor]:
+def _outputs(step_name: str, attend: Attention, inputs: Inputs) -> dict[str, torch.Tensor]:
     import torch
 
     if step_name == "forward":
         with torch.no_grad():
             return {"o": attend(inputs.q, inputs.k, inputs.v)}
-    q, k, v = inputs.leaves()
+    q, k, v = inputs.leaves
     o = attend(q, k, v)
     dq, dk, dv = torch.autograd.grad(o, (q, k, v), inputs.grad)
     return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def _flops(problem: AttentionProblem, layout: BandLayout, step_name: str) -> int:
+def _flops(case: Case, layout: BandLayout, step_name: str) -> int:
     directions = ("forward", "backward") if step_name == "forward_backward" else (step_name,)
-    return sum(
-        int(dataclasses.replace(problem, layout=layout, direction=direction).useful_flops)
-        for direction in directions
-    )
+    return sum(case.flops(layout, direction) for direction in directions)
+
+
+@dataclass
+class _Bench:
+    """What is the same for every case of a run."""
+
+    peers: Mapping[str, Peer]
+    steps: tuple[str, ...]
+    device: torch.device
+    target: MachineTarget
+    clock: _CpuClock | _CudaClock
+    rounds: int
+    budget_s: float
+    seed: int
+
+
+def _obstacle(outputs: dict[str, torch.Tensor], samples: Samples, case: Case, again: Step) -> tuple[Any, str]:
+    """Errors of a peer's outputs, and why it is not timed ("" if it is)."""
+    import torch
+
+    errors, wrong = samples.check(outputs, case.problem.dtype)
+    if not wrong and case.deterministic:
+        repeated = again()
+        differing = [name for name in outputs if not torch.equal(outputs[name], repeated[name])]
+        if differing:
+            wrong = f"{' and '.join(differing)} differ between two runs"
+    return errors, wrong
 
 
 def _time_step(
-    problem: AttentionProblem,
+    bench: _Bench,
+    case: Case,
     step_name: str,
-    peers: Mapping[str, Peer],
     attends: dict[str, Attention],
-    inputs: _Inputs,
-    clock: _CpuClock | _CudaClock,
-    *,
-    rounds: int,
-    budget_s: float,
-    seed: int,
+    inputs: Inputs,
+    samples: Mapping[bool, Samples],
+    plans: dict[str, dict[str, Any]],
     report: Callable[[str], None],
 ) -> list[Timing]:
+    peers, clock = bench.peers, bench.clock
     timings = {name: Timing(name, peers[name].title, peers[name].same_mask, step_name) for name in attends}
     steps: dict[str, tuple[Any, Step, int]] = {}
     for name, attend in attends.items():
-        timing = timings[name]
-        layout = peers[name].layout(problem)
-        timing.useful_flops = _flops(problem, layout, step_name)
-        report(f"{step_name}: checking {peers[name].title}")
+        timing, peer = timings[name], peers[name]
+        timing.useful_flops = _flops(case, peer.layout(case.problem), step_name)
+        report(f"{step_name}: checking {peer.title}")
+
+        def outputs(attend: Attention = attend) -> dict[str, torch.Tensor]:
+            return _outputs(step_name, attend, inputs)
+
         try:
-            timing.errors, wrong = _check(_outputs(step_name, attend, inputs), inputs, layout, problem, seed)
+            begin = time.perf_counter()
+            found = outputs()
+            clock.wait()
+            plans[name].setdefault("first_call_s", time.perf_counter() - begin)
+            timing.errors, wrong = _obstacle(found, samples[peer.same_mask], case, outputs)
+            del found
             if wrong:
                 timing.status, timing.reason = "wrong", wrong
                 continue
@@ -240,13 +176,13 @@ def _time_step(
             steps[name] = (context, step, clock.calls(step))
             timing.peak_memory_mib = clock.peak_memory_mib(step)
         except Exception as error:  # a peer that can't run must not end the others
-            timing.status, timing.reason = "not available", _first_line(error)
+            timing.status, timing.reason = "not available", first_line(error)
 
     begin = time.monotonic()
-    for round_index in range(rounds if steps else 0):
-        if round_index >= 5 and time.monotonic() - begin > budget_s:
+    for round_index in range(bench.rounds if steps else 0):
+        if round_index >= 5 and time.monotonic() - begin > bench.budget_s:
             break
-        report(f"{step_name}: round {round_index + 1} of {rounds}")
+        report(f"{step_name}: round {round_index + 1} of {bench.rounds}")
         for name, (_, step, calls) in steps.items():
             timings[name].samples_ms.append(clock.measure_ms(step, calls))
     for context, _, _ in steps.values():
@@ -254,21 +190,26 @@ def _time_step(
     return list(timings.values())
 
 
-def _schedules(
-    problem: AttentionProblem, q: torch.Tensor, steps: Sequence[str], names: Sequence[str]
-) -> dict[str, Any]:
+def _schedules(case: Case, q: torch.Tensor, steps: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """What dispatch chose for our own calls, and why; nothing more than a lookup once they have run."""
     from spattn_tvm.dispatch import find_kernel
 
     chosen: dict[str, dict[str, Any]] = {}
+    problem = case.problem
     directions = ["forward"] if tuple(steps) == ("forward",) else ["forward", "backward"]
     for name, direction in itertools.product(names, directions):
         key = direction if name == OURS else f"{name} {direction}"
         try:
-            impl = implementation_of(name)
-            kernel = find_kernel(direction, q, problem.layout.spec, impl, kv_heads=problem.kv_heads)
+            kernel = find_kernel(
+                direction,
+                q,
+                problem.layout.spec,
+                implementation_of(name),
+                case.deterministic,
+                kv_heads=problem.kv_heads,
+            )
         except (ValueError, RuntimeError) as error:
-            chosen[key] = {"status": "none", "reason": _first_line(error)}
+            chosen[key] = {"status": "none", "reason": first_line(error)}
             continue
         chosen[key] = {
             "family": kernel.family,
@@ -279,59 +220,65 @@ def _schedules(
     return chosen
 
 
-def _benchmark_problem(
-    problem: AttentionProblem,
-    steps: Sequence[str],
-    peers: Mapping[str, Peer],
-    device: torch.device,
-    target: MachineTarget,
-    clock: _CpuClock | _CudaClock,
-    *,
-    rounds: int,
-    budget_s: float,
-    seed: int,
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    inputs = _Inputs.random(problem, device, seed)
+def _prepare(
+    bench: _Bench, case: Case, report: Callable[[str], None]
+) -> tuple[dict[str, Attention], dict[str, dict[str, Any]], dict[str, str]]:
+    """Who can run, what each made for it, and why others can't."""
     attends: dict[str, Attention] = {}
-    timings: list[Timing] = []
-    for name, peer in peers.items():
+    plans: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
+    for name, peer in bench.peers.items():
         report(f"preparing {peer.title}")
-        reason = "" if target.kind in peer.kinds else f"not made for {target.kind}"
-        if not reason:
-            try:
-                attends[name] = peer.prepare(problem, device)
-                continue
-            except PeerUnavailable as error:
-                reason = str(error)
-            except Exception as error:  # as above: the other peers go on
-                reason = _first_line(error)
-        timings += [
-            Timing(name, peer.title, peer.same_mask, step_name, "not available", reason)
-            for step_name in steps
-        ]
-    for step_name in steps:
-        timings += _time_step(
-            problem,
-            step_name,
-            peers,
-            attends,
-            inputs,
-            clock,
-            rounds=rounds,
-            budget_s=budget_s,
-            seed=seed,
-            report=report,
-        )
-    matmul_tflops = clock.matmul_tflops(_dtype(problem), device)
-    _fill_ratios(timings, matmul_tflops)
+        if bench.target.kind not in peer.kinds:
+            reasons[name] = f"not made for {bench.target.kind}"
+            continue
+        try:
+            before, begin = bench.clock.allocated_mib(), time.perf_counter()
+            attends[name] = peer.prepare(case, bench.device)
+            bench.clock.wait()
+        except PeerUnavailable as error:
+            reasons[name] = str(error)
+        except Exception as error:  # as above: the other peers go on
+            reasons[name] = first_line(error)
+        else:
+            after = bench.clock.allocated_mib()
+            plans[name] = {
+                "what": peer.plan,
+                "seconds": time.perf_counter() - begin,
+                "memory_mib": None if before is None or after is None else after - before,
+            }
+    return attends, plans, reasons
+
+
+def _benchmark_case(bench: _Bench, case: Case, report: Callable[[str], None]) -> dict[str, Any]:
+    problem, peers = case.problem, bench.peers
+    inputs = Inputs.random(problem, bench.device, bench.seed)
+    attends, plans, reasons = _prepare(bench, case, report)
+    timings = [
+        Timing(name, peers[name].title, peers[name].same_mask, step_name, "not available", reason)
+        for name, reason in reasons.items()
+        for step_name in bench.steps
+    ]
+    samples: dict[bool, Samples] = {}
+    gradients = bench.steps != ("forward",)
+    for same_mask in sorted({peers[name].same_mask for name in attends}):
+        report("computing samples in float64")
+        layout = problem.layout if same_mask else BandLayout.causal(problem.query_heads)
+        samples[same_mask] = Samples.draw(case, layout, inputs, bench.seed, gradients)
+    for step_name in bench.steps:
+        timings += _time_step(bench, case, step_name, attends, inputs, samples, plans, report)
+    matmul_tflops = bench.clock.matmul_tflops(inputs.q.dtype, bench.device)
+    fill_ratios(timings, matmul_tflops)
     order = {name: position for position, name in enumerate(peers)}
-    timings.sort(key=lambda timing: (steps.index(timing.step_name), order[timing.peer]))
+    timings.sort(key=lambda timing: (bench.steps.index(timing.step_name), order[timing.peer]))
     return {
         "problem": problem.to_json(),
-        "shape": describe(problem),
-        "schedule": _schedules(problem, inputs.q, steps, [name for name in attends if is_ours(name)]),
+        "boundaries": list(case.boundaries),
+        "deterministic": case.deterministic,
+        "shape": case.describe(),
+        "schedule": _schedules(case, inputs.q, bench.steps, [name for name in attends if is_ours(name)]),
         "matmul_tflops": matmul_tflops,
+        "plans": plans,
         "entries": [timing.to_json() for timing in timings],
     }
 
@@ -350,7 +297,7 @@ def _find_device(name: str) -> torch.device:
 
 
 def benchmark(
-    problems: Sequence[AttentionProblem],
+    cases: Sequence[Case],
     *,
     steps: Sequence[str] = ("forward", "forward_backward"),
     peers: Sequence[str] | None = None,
@@ -366,8 +313,8 @@ def benchmark(
 
     Parameters
     ----------
-    problems : sequence of AttentionProblem
-        Their ``direction`` is ignored: ``steps`` says what is timed.
+    cases : sequence of Case
+        One after the other; the ``direction`` of their problems is ignored: ``steps`` says what is timed.
     steps : sequence of {"forward", "backward", "forward_backward"}
         ``backward`` alone keeps the forward's graph; ``forward_backward`` is one autograd step.
     peers : sequence of str, optional
@@ -381,7 +328,7 @@ def benchmark(
     threads : int, optional
         CPU threads of PyTorch and of our kernels; PyTorch's setting when omitted.
     seed : int, optional
-        For the inputs and the head that is checked; a fresh one when omitted. It is in the report.
+        For the inputs and the places that are checked; a fresh one when omitted. It is in the report.
     report : callable
         Called with a line of progress.
 
@@ -393,15 +340,15 @@ def benchmark(
     Raises
     ------
     ValueError
-        For an unknown step, peer or device, a CUDA device that isn't there, or no problem.
+        For an unknown step, peer or device, a CUDA device that isn't there, or no case.
     """
     import random
 
     import torch
 
     steps = tuple(steps)
-    if not problems:
-        raise ValueError("benchmark needs at least one problem")
+    if not cases:
+        raise ValueError("benchmark needs at least one case")
     for step_name in steps:
         if step_name not in STEPS:
             raise ValueError(f"unknown step {step_name!r}; known: {', '.join(STEPS)}")
@@ -417,21 +364,15 @@ def benchmark(
     current_device = torch.cuda.device(place) if place.type == "cuda" else nullcontext()
     try:
         with current_device:
-            results = [
-                _benchmark_problem(
-                    problem,
-                    steps,
-                    chosen,
-                    place,
-                    target,
-                    clock,
-                    rounds=rounds,
-                    budget_s=budget_s,
-                    seed=seed,
-                    report=lambda text, problem=problem: report(f"{describe(problem)} {text}"),  # type: ignore[misc]
-                )
-                for problem in problems
-            ]
+            bench = _Bench(chosen, steps, place, target, clock, rounds, budget_s, seed)
+            results = []
+            for case in cases:
+
+                def report_case(text: str, case: Case = case) -> None:
+                    report(f"{case.describe()} {text}")
+
+                results.append(_benchmark_case(bench, case, report_case))
+                clock.forget()
         return {
             "format": FORMAT,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
