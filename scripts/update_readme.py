@@ -1,32 +1,35 @@
-"""Fill the measured parts of README.md from the reports that measurements left, and draw docs/*.png.
+"""Fill the measured parts of README.md from the reports that measurements left, write docs/performance.md
+with all that was measured, and draw docs/*.png.
 
 A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
 
 - ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
-  from reports of one device and one set of versions
+  from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 
 A block whose measurement is missing stays as it is.
 
     python scripts/update_readme.py            writes README.md and docs/
-    python scripts/update_readme.py --check    only says whether README.md would change
+    python scripts/update_readme.py --check    only says whether README.md or docs/performance.md would change
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bench.peers import is_ours
+from spattn_tvm.bench.peers import OURS, is_ours
+from spattn_tvm.bench.report import plan_text
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_tuning_curve
+from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_tuning_curve
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import parse_target
 from spattn_tvm.tuning.log import curve, read_measurements, read_run
@@ -35,6 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "autotune_logs"
 DOCS = ROOT / "docs"
 LANGUAGE_MODEL = ROOT / "results" / "quickstart" / "byte_lm.json"
+PAGE = "performance.md"
+# Of a table in the README; the page has the rest.
+MOST_ROWS = 10
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,59 +62,123 @@ def newest_results(kind: str) -> tuple[dict[str, Any], list[Path]] | None:
     return merged, sorted({path for path, _ in results.values()})
 
 
+def _where(report: dict[str, Any], paths: list[Path], folder: Path) -> str:
+    """What a report was measured on, and links to its files from a folder."""
+    cuda = report["target"].startswith("cuda")
+    where = report["device"]["name"] + ("" if cuda else f", {report['threads']} threads")
+    if cuda and report["device"].get("driver"):
+        where += f", driver {report['device']['driver']}"
+    versions = report["versions"]
+    compiler = f"TVM {versions['apache-tvm']}" if versions["apache-tvm"] else "kernels from a bundle"
+    links = (f"[{path.name}]({os.path.relpath(path, folder)})" for path in paths)
+    return (
+        f"Measured on {where}, {report['date'][:10]}, PyTorch {versions['torch']}, {compiler}; "
+        + ", ".join(links)
+        + "."
+    )
+
+
+def _unit(kind: str) -> tuple[str, float]:
+    return ("TFLOP/s", 1.0) if kind == "cuda" else ("GFLOP/s", 1e3)
+
+
+def _best(entries: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of those that were timed."""
+    timed = [entry for entry in entries if entry["median_ms"] is not None]
+    return min(timed, key=lambda entry: entry["median_ms"], default=None)
+
+
 def benchmark_block(kind: str) -> str | None:
+    """Ours against the fastest peer with the same mask and the fastest dense one: one row per shape and
+    direction, the first `MOST_ROWS`.
+    """
     newest = newest_results(kind)
     if newest is None:
         return None
     report, paths = newest
     picture = DOCS / f"benchmark-{kind}.png"
     plot_benchmark(report, picture)
-    cuda = kind == "cuda"
-    unit, factor = ("TFLOP/s", 1.0) if cuda else ("GFLOP/s", 1e3)
-    where = report["device"]["name"] + ("" if cuda else f", {report['threads']} threads")
-    if cuda and report["device"].get("driver"):
-        where += f", driver {report['device']['driver']}"
-    titles = [
-        "(B,H,N,D)",
-        "pass",
-        "implementation",
-        "median ms",
-        "of dense",
-        f"useful {unit}",
-        "of matmul rate",
-    ]
-    titles += ["peak MiB"] if cuda else []
-    rows, notes = [], {}
+    unit, factor = _unit(kind)
+    titles = ["(B,H,N,D)", "direction", "ours, ms", f"useful {unit}", "of matmul rate"]
+    titles += ["fastest peer, same mask", "its time / ours", "fastest dense causal", "its time / ours"]
+    rows = []
     for result in report["results"]:
-        for entry in result["entries"]:
-            name = f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"]
-            cells = [result["shape"], entry["pass"].replace("_", " + "), name]
-            if entry["median_ms"] is None:
-                cells += [entry["status"], "", "", ""] + ([""] if cuda else [])
-                notes[f"{entry['title']}, {entry['pass'].replace('_', ' + ')}: {entry['reason']}"] = None
-            else:
-                ratio = entry["ratio_to_dense"]
-                cells += [
-                    f"{entry['median_ms']:.4g}",
-                    "" if ratio is None else f"{ratio:.3f}",
-                    f"{entry['useful_tflops'] * factor:.4g}",
-                    f"{entry['matmul_share']:.0%}",
-                ]
-                cells += [f"{entry['peak_memory_mib']:.0f}"] if cuda else []
-            rows.append(cells)
-    versions = report["versions"]
-    compiler = f"TVM {versions['apache-tvm']}" if versions["apache-tvm"] else "kernels from a bundle"
+        for direction in dict.fromkeys(entry["direction"] for entry in result["entries"]):
+            entries = [entry for entry in result["entries"] if entry["direction"] == direction]
+            ours = _best(entry for entry in entries if entry["peer"] == OURS)
+            if ours is None:
+                continue
+            row = [
+                result["shape"],
+                direction.replace("_", " + "),
+                f"**{ours['median_ms']:.4g}**",
+                f"{ours['useful_tflops'] * factor:.4g}",
+                f"{ours['matmul_share']:.0%}",
+            ]
+            for same_mask in (True, False):
+                peer = _best(e for e in entries if e["same_mask"] == same_mask and not is_ours(e["peer"]))
+                if peer is None:
+                    row += ["", ""]
+                else:
+                    row += [
+                        f"{peer['title'].partition(',')[0]}, {peer['median_ms']:.4g} ms",
+                        f"{peer['median_ms'] / ours['median_ms']:.2f}",
+                    ]
+            rows.append(row)
     lines = [
-        *_table(titles, rows),
+        *_table(titles, rows[:MOST_ROWS]),
         "",
-        *(f"- {note}" for note in notes),
-        *([""] if notes else []),
-        f"Measured on {where}, {report['date'][:10]}, PyTorch {versions['torch']}, "
-        f"{compiler}; " + ", ".join(f"[{path.name}]({path.relative_to(ROOT)})" for path in paths) + ".",
+        f"{_where(report, paths, ROOT)} Every implementation: [{PAGE}]({(DOCS / PAGE).relative_to(ROOT)}).",
         "",
         f"![Benchmark]({picture.relative_to(ROOT)})",
     ]
     return "\n".join(lines)
+
+
+def performance_page() -> str:
+    """All that the newest benchmarks measured, as Markdown."""
+    parts = [
+        "# Measured performance",
+        "",
+        "Made by `scripts/update_readme.py` from the reports of `spattn bench`, which checks every",
+        "implementation against float64 at sampled rows and keys and then times them in turns; medians.",
+        "*Useful* operations are those of the implementation's own mask, *of dense* is the time over that of",
+        "the fastest dense causal attention, and the last column says what must be made anew for another",
+        "length: time, and memory on the device.",
+    ]
+    for kind in ("cuda", "cpu"):
+        newest = newest_results(kind)
+        if newest is None:
+            continue
+        report, paths = newest
+        unit, factor = _unit(kind)
+        titles = ["implementation", "median ms", "p25-p75", f"useful {unit}", "of matmul rate", "of dense"]
+        titles += ["largest error"] + (["peak MiB"] if kind == "cuda" else []) + ["made for one length"]
+        parts += ["", f"## {report['device']['name']}", "", _where(report, paths, DOCS)]
+        if len({result["problem"]["length"] for result in report["results"]}) > 1:
+            picture = plot_lengths(report, DOCS / f"lengths-{kind}.png")
+            parts += ["", f"![Useful {unit} against the length]({picture.name})"]
+        for result in report["results"]:
+            for direction in dict.fromkeys(entry["direction"] for entry in result["entries"]):
+                entries = [entry for entry in result["entries"] if entry["direction"] == direction]
+                parts += ["", f"### {result['shape']}, {direction.replace('_', ' + ')}", ""]
+                rows = []
+                for entry in entries:
+                    name = f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"]
+                    if entry["median_ms"] is None:
+                        rows.append([name, entry["status"], *[""] * (len(titles) - 2)])
+                        continue
+                    spread = "" if entry["p25_ms"] is None else f"{entry['p25_ms']:.4g}-{entry['p75_ms']:.4g}"
+                    ratio = entry["ratio_to_dense"]
+                    row = [name, f"{entry['median_ms']:.4g}", spread]
+                    row += [f"{entry['useful_tflops'] * factor:.4g}", f"{entry['matmul_share']:.0%}"]
+                    row += ["" if ratio is None else f"{ratio:.3f}", f"{max(entry['errors'].values()):.1e}"]
+                    row += [f"{entry['peak_memory_mib']:.0f}"] if kind == "cuda" else []
+                    rows.append([*row, plan_text(result["plans"].get(entry["peer"]))])
+                parts += _table(titles, rows)
+                reasons = [f"- {e['title']}: {e['reason']}" for e in entries if e["reason"]]
+                parts += ["", *reasons] if reasons else []
+    return "\n".join(parts) + "\n"
 
 
 def best_but_untuned_us(log: Path, family: str) -> float:
@@ -241,9 +311,11 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = BLOCK.sub(fill, before)
+    page, path_of_page = performance_page(), DOCS / PAGE
     if check:
-        sys.exit(int(before != after))
+        sys.exit(int(before != after or not path_of_page.exists() or path_of_page.read_text("utf-8") != page))
     path.write_text(after, encoding="utf-8")
+    path_of_page.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

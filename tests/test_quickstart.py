@@ -169,6 +169,7 @@ def test_readme_is_filled_from_reports(
     from spattn_tvm.bench import clocks
     from spattn_tvm.bench import report as reports
     from spattn_tvm.bench import run as bench
+    from spattn_tvm.bench.case import Case
     from spattn_tvm.problem import AttentionProblem
 
     monkeypatch.setattr(clocks._CpuClock, "matmul_size", 64)
@@ -184,7 +185,11 @@ def test_readme_is_filled_from_reports(
     emptied = update.BLOCK.sub(r"\1\3", (ROOT / "README.md").read_text())
     (tmp_path / "README.md").write_text(emptied)
     problem = AttentionProblem("forward", "float32", 1, 2, 2, 60, 32, BandLayout.spattention(2))
-    report = bench.benchmark([problem], rounds=2, idle_ms=0, peers=("ours", "sdpa", "cudnn"))
+    report = bench.benchmark([Case(problem)], rounds=2, idle_ms=0, peers=("ours", "sdpa", "cudnn"))
+    measured = report["results"][0]
+    for length in range(61, 67):  # more than the README has rows for
+        more = {**measured, "shape": f"length {length}", "problem": {**measured["problem"], "length": length}}
+        report["results"].append(more)
     path = reports.write_report(report, tmp_path / "logs")
     sizes = training.Sizes(context=64, batch=1, layers=1, heads=2, head_dim=32)
     runs = training.train(sizes, 1e-3, 0, steps=10)
@@ -194,16 +199,23 @@ def test_readme_is_filled_from_reports(
     training.plot(summary, tmp_path / "results" / "byte_lm.png")
 
     update.main()
-    text = (tmp_path / "README.md").read_text()
-    entries = report["results"][0]["entries"]
-    for entry in entries:
+    text, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/performance.md"))
+    for entry in measured["entries"]:
         if entry["median_ms"] is not None:
-            assert f"{entry['median_ms']:.4g}" in text
-    assert "cuDNN SDPA, dense causal, forward: not made for cpu" in text
+            assert f"{entry['median_ms']:.4g}" in text and f"| {entry['median_ms']:.4g} |" in page
+    table = re.search(r"<!-- measured: benchmark cpu -->(.*?)<!-- end -->", text, re.DOTALL)
+    assert table is not None
+    rows = [line for line in table[1].splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 10 and "| direction |" in rows[0] and "length 66" not in table[1]
+    assert "(docs/performance.md)" in table[1]
+    assert page.count("\n### ") == 2 * 7 and "### length 66, forward + backward" in page
+    assert page.count("- cuDNN SDPA, dense causal: not made for cpu") == 2 * 7
+    assert f"({Path('..') / path.relative_to(tmp_path)})" in page
     assert str(path.relative_to(tmp_path)) in text
     for model in summary["models"].values():
         assert f"{model['tokens_per_second']:,.0f} | " in text
-    for picture in re.findall(r"\((docs/[a-z_-]+\.png)\)", text):
+    pictures = re.findall(r"\((docs/[a-z_-]+\.png)\)", text)
+    for picture in [*pictures, *(f"docs/{name}" for name in re.findall(r"\(([a-z_-]+\.png)\)", page))]:
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
 
     update.main()
