@@ -50,6 +50,31 @@ def _capability(arch: str) -> tuple[int, int]:
 
 _ARCH_OF_CAPABILITY = {_capability(arch): arch for arch in _CUDA_ARCHS}
 
+# Shared memory in KiB that a thread block can have (CUDA programming guide, compute capabilities). The blocks
+# of a multiprocessor share 1 KiB more, and each takes as much beside its own.
+_SHARED_KIB_OF_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
+_REGISTERS_OF_MULTIPROCESSOR = 65536
+_REGISTERS_OF_THREAD = 255
+
+
+def is_before_hopper(arch: str) -> bool:
+    """Whether a CUDA instruction set lacks what came with sm_90, in its code for every chip of that
+    capability: threads that sleep at an mbarrier, atomic adds of several floats.
+    """
+    return _capability(arch) < (9, 0)
+
+
+def shared_bytes_most(arch: str, blocks: int = 1) -> int:
+    """Shared memory in bytes that a thread block can have when `blocks` of them run on a multiprocessor."""
+    of_block = _SHARED_KIB_OF_BLOCK[arch] * 1024
+    shared = (of_block + 1024) // blocks - 1024
+    return min(shared // 128 * 128, of_block)
+
+
+def registers_most(threads: int, blocks: int = 1) -> int:
+    """Registers that a thread can have when `blocks` blocks of `threads` run on a multiprocessor."""
+    return min(_REGISTERS_OF_MULTIPROCESSOR // (threads * blocks) // 8 * 8, _REGISTERS_OF_THREAD)
+
 
 @dataclass(frozen=True)
 class MachineTarget:

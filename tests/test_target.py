@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from spattn_tvm import target as targets
-from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda, parse_target
+from spattn_tvm.target import (
+    MachineTarget,
+    detect_cpu,
+    detect_cuda,
+    is_before_hopper,
+    parse_target,
+    registers_most,
+    shared_bytes_most,
+)
 
 V2 = "fpu sse2 cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"
 V3 = V2 + " avx avx2 bmi1 bmi2 f16c fma abm movbe"
@@ -186,3 +194,15 @@ def test_llvm_knows_every_cpu_architecture_and_uses_wide_vectors() -> None:
         assembly = tvm.compile(double, target=target).mod.inspect_source("asm")
         assert name in assembly, arch
     assert dict(parse_target("h200").tvm_target().export())["arch"] == "sm_90a"
+
+
+def test_what_the_blocks_of_a_multiprocessor_share() -> None:
+    assert shared_bytes_most("sm_86") == 101376 and shared_bytes_most("sm_86", 2) == 50176
+    assert registers_most(128, 2) == 255 and registers_most(128, 3) == 168 and registers_most(256, 2) == 128
+    for arch in targets._CUDA_ARCHS:
+        kibibytes = {"sm_80": 164, "sm_90a": 228, "sm_100a": 228}.get(arch, 100)
+        for blocks in (1, 2, 3, 5):
+            most = shared_bytes_most(arch, blocks)
+            assert most % 128 == 0 and blocks * (most + 1024) <= 1024 * kibibytes
+            assert blocks * (most + 128 + 1024) > 1024 * kibibytes
+    assert [arch for arch in targets._CUDA_ARCHS if is_before_hopper(arch)] == ["sm_80", "sm_86", "sm_89"]

@@ -9,14 +9,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .blocks import BEFORE_HOPPER, BLOCK, registers_most, shared_bytes_most
+from spattn_tvm.target import is_before_hopper, registers_most, shared_bytes_most
+
+from .blocks import BLOCK
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
 TILE_WORDS = 8
 TILE_BYTES = 4 * TILE_WORDS  # what a tile's threads rarely look up: a multiple of 16
-SINGLE_ATOMICS = BEFORE_HOPPER  # chips whose atomic adds take one float at a time
 
 
 def _align(value: int, to: int) -> int:
@@ -229,7 +230,7 @@ def _pass_conflict(part: Pass, arch: str) -> str | None:
 
 def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
     """Why a chip can't run the kernel with these decisions, or would spill registers; None if it can."""
-    if decisions["one_pass"] and decisions["atomic_floats"] > 1 and arch in SINGLE_ATOMICS:
+    if decisions["one_pass"] and decisions["atomic_floats"] > 1 and is_before_hopper(arch):
         return f"atomic_floats={decisions['atomic_floats']} needs sm_90, not {arch}"
     for part in passes(decisions, head_dim, dtype):
         reason = _pass_conflict(part, arch)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spattn_tvm.families.mma import backward_sizes as sizes
 from spattn_tvm.families.mma.backward import build_mma_backward
 from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.target import is_before_hopper
 
 from .support import MULTIPROCESSORS, unsupported
 
@@ -122,7 +123,7 @@ def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bo
     0.54 ms with those, 0.65 with adds of two floats, and about 0.4 more with single ones, which is more than
     a dQ pass.
     """
-    vectors = target.arch not in sizes.SINGLE_ATOMICS
+    vectors = not is_before_hopper(target.arch)
     one_pass = int(vectors and not deterministic)
     shared = {"one_pass": one_pass, "dkv_heads": 8, "dkv_hold": 0}
     shared |= {"atomic_floats": 4} if one_pass else {"dq_heads": 8}

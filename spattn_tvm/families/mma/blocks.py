@@ -2,9 +2,9 @@
 
 No instruction here is newer than sm_80. Nothing imports TVM until a kernel is built.
 
-- `shared_bytes_most`, `row_pitch`: what a chip's blocks may allocate, and how tiles lie in it: rows of
-  ``row_pitch`` elements, an odd number of 16-byte units, so that eight rows of one column, or of one pair of
-  columns, are in different banks, wherever a tile's first row is.
+- `row_pitch`: how tiles lie in shared memory: rows of ``row_pitch`` elements, an odd number of 16-byte units,
+  so that eight rows of one column, or of one pair of columns, are in different banks, wherever a tile's first
+  row is.
 - `locate_macro`: from a tile's number to its document, head, first row and bands.
 - `scalar`: a variable of a kernel that is written as a class with inline parts.
 - `wait_macro`: waits at an mbarrier.
@@ -28,30 +28,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-BLOCK = 16
+from spattn_tvm.target import is_before_hopper
 
-# Shared memory that one thread block can have, in bytes (CUDA programming guide, compute capabilities).
-_SHARED_BYTES_MOST = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90a": 227 * 1024,
-    "sm_100a": 227 * 1024,
-    "sm_120a": 99 * 1024,
-}
-# What all blocks of a multiprocessor share, and what each block takes of it beside its own.
-_SHARED_BYTES_OF_MULTIPROCESSOR = {
-    "sm_80": 164 * 1024,
-    "sm_86": 100 * 1024,
-    "sm_89": 100 * 1024,
-    "sm_90a": 228 * 1024,
-    "sm_100a": 228 * 1024,
-    "sm_120a": 100 * 1024,
-}
-_SHARED_BYTES_RESERVED = 1024
-REGISTERS_OF_MULTIPROCESSOR = 65536
-REGISTERS_OF_THREAD = 255
-BEFORE_HOPPER = ("sm_80", "sm_86", "sm_89")
+BLOCK = 16
 
 # What `locate_macro` tells about a tile, as int32 words.
 LOCATION_WORDS = 11
@@ -68,17 +47,6 @@ def element_bytes(dtype: str) -> int:
 def row_pitch(columns: int, dtype: str) -> int:
     """Elements from a row to the next in shared memory; `columns` is a multiple of 16."""
     return columns + 16 // element_bytes(dtype)
-
-
-def shared_bytes_most(arch: str, blocks: int = 1) -> int:
-    """Shared memory in bytes that a thread block can have when `blocks` of them run on a multiprocessor."""
-    shared = _SHARED_BYTES_OF_MULTIPROCESSOR[arch] // blocks - _SHARED_BYTES_RESERVED
-    return min(shared // 128 * 128, _SHARED_BYTES_MOST[arch])
-
-
-def registers_most(threads: int, blocks: int = 1) -> int:
-    """Registers that a thread can have when `blocks` blocks of `threads` run on a multiprocessor."""
-    return min(REGISTERS_OF_MULTIPROCESSOR // (threads * blocks) // 8 * 8, REGISTERS_OF_THREAD)
 
 
 def locate_macro(rows: int, group: int) -> Callable[..., None]:
@@ -158,7 +126,7 @@ def wait_macro(arch: str) -> Callable[..., None]:
         while done[0] == T.uint32(0):
             T.ptx["mbarrier.test_wait.parity.shared.b64"](done[0], barrier, T.cast(phase, "uint32"))
 
-    return spin if arch in BEFORE_HOPPER else sleep
+    return spin if is_before_hopper(arch) else sleep
 
 
 class StridedTensor:

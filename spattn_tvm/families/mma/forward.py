@@ -43,14 +43,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .blocks import (
-    BLOCK,
-    LOCATION_BYTES,
-    element_bytes,
-    registers_most,
-    row_pitch,
-    shared_bytes_most,
-)
+from spattn_tvm.target import registers_most, shared_bytes_most
+
+from .blocks import BLOCK, LOCATION_BYTES, element_bytes, row_pitch
 
 if TYPE_CHECKING:
     import tvm

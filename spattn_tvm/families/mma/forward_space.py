@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.mma import blocks as mma_tile
 from spattn_tvm.families.mma import forward as kernel
 from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.target import registers_most
 
 from .support import MULTIPROCESSORS, unsupported
 
@@ -60,7 +60,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
         math.log2(max(1, tiles) / (MULTIPROCESSORS * blocks)),
         math.log2(decisions["warps"] * blocks),
         kernel.shared_bytes(decisions, head_dim, problem.dtype) / 1024 / 100,
-        needed / mma_tile.registers_most(threads, blocks),
+        needed / registers_most(threads, blocks),
     ]
 
 
