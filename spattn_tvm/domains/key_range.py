@@ -42,14 +42,6 @@ def query_range(key_begin, key_last, low, high, document_end):
     return key_begin + low, minimum(document_end, key_last + high + 1)
 
 
-def first_query_with_keys(document_begin, near_low, far_low):
-    """The first query of a document that has a key, wherever the document ends: all behind it have one too.
-
-    The lower bound of an interval that is missing lies behind every document.
-    """
-    return document_begin + minimum(near_low, far_low)
-
-
 def has_key(position, low, high, key_begin, key_end):
     """Whether a band gives a query at a position one of the keys ``[key_begin, key_end)``.
 

@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from spattn_tvm.bands import BandLayout
+from spattn_tvm.bands import EMPTY, LIMIT, BandLayout
+
+tvm = pytest.importorskip("tvm")
 
 key_range = pytest.importorskip("spattn_tvm.domains.key_range")
 
@@ -76,12 +79,59 @@ def test_tiles_of_keys_meet_exactly_the_queries_that_attend_to_them(rows, query_
             np.testing.assert_array_equal(visits, expected, err_msg=f"{layout.spec} head {head}")
 
 
-def test_the_first_query_with_keys_and_all_behind_it_have_some():
-    for layout in layouts():
-        length = layout.context_length
-        table = layout.table(length)
-        for head, bands in enumerate(layout.bands(length)):
-            first = key_range.first_query_with_keys(0, int(table[head, 0]), int(table[head, 2]))
-            for query in range(length):
-                has_key = any(low <= query - key <= high for low, high in bands for key in range(length))
-                assert has_key == (query >= first), (layout.spec, head, query)
+def test_has_key_tells_which_bands_give_a_position_a_key():
+    intervals = [(0, 0), (0, 3), (2, 5), (4, 4), EMPTY]
+    for (low, high), begin, end in itertools.product(intervals, range(3), range(7)):
+        for position in (*range(-4, 14), -(2**30), LIMIT):
+            expected = any(low <= position - key <= high for key in range(begin, end))
+            assert key_range.has_key(position, low, high, begin, end) == expected, (position, low, high)
+
+
+def test_document_keys_say_which_keys_a_query_row_stands_among():
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def find(
+        boundaries_handle: T.handle,
+        key_boundaries_handle: T.handle,
+        ranges_handle: T.handle,
+        found_handle: T.handle,
+    ):
+        T.func_attr({"global_symbol": "find"})
+        BATCH, DOCUMENTS, RANGES = T.int32(), T.int32(), T.int32()
+        boundaries = T.match_buffer(boundaries_handle, (DOCUMENTS + 1,), "int32")
+        key_boundaries = T.match_buffer(key_boundaries_handle, (DOCUMENTS + 1,), "int32")
+        ranges = T.match_buffer(ranges_handle, (RANGES, 3), "int32")
+        found = T.match_buffer(found_handle, (BATCH, DOCUMENTS, 3), "int32")
+        for b, document in T.grid(BATCH, DOCUMENTS):
+            keys = T.meta_var(
+                key_range.document_keys(document, b, boundaries, key_boundaries, ranges, RANGES)
+            )
+            found[b, document, 0] = keys[0]
+            found[b, document, 1] = keys[1]
+            found[b, document, 2] = keys[2]
+
+    run = tvm.compile(tvm.IRModule({"find": find}), target="llvm")["find"]
+    draw = np.random.default_rng()
+    for batch, ranges in itertools.product((1, 3), (0, 1, 3)):
+        if ranges > batch:
+            continue
+        documents = 1 if ranges else 4
+        queries, keys = (
+            np.concatenate(([0], np.sort(draw.integers(0, 50, documents)))).astype(np.int32) for _ in range(2)
+        )
+        rows = draw.integers(-9, 60, (ranges, 3)).astype(np.int32)
+        found = torch.zeros((batch, documents, 3), dtype=torch.int32)
+        run(
+            *(torch.tensor(values) for values in (queries, keys)),
+            torch.tensor(rows.tolist()).int().view(-1, 3),
+            found,
+        )
+        for b, document in itertools.product(range(batch), range(documents)):
+            expected = [keys[document], keys[document + 1], keys[document + 1] - queries[document + 1]]
+            if ranges:
+                expected = rows[b if ranges > 1 else 0].tolist()
+            assert found[b, document].tolist() == list(expected), (batch, ranges, b, document)
+            # The last query of a document of its own stands on its last key.
+            if not ranges:
+                assert queries[document + 1] - 1 + found[b, document, 2] == keys[document + 1] - 1
