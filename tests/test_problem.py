@@ -36,7 +36,7 @@ layouts = st.one_of(
         st.permutations(range(7)),
     ),
 )
-problems = st.builds(
+same_rows = st.builds(
     AttentionProblem,
     st.sampled_from(["forward", "backward"]),
     st.sampled_from(["float32", "float16", "bfloat16"]),
@@ -47,6 +47,17 @@ problems = st.builds(
     st.integers(1, 256),
     layouts,
 )
+
+
+def with_other_keys(problem: AttentionProblem, keys: int) -> AttentionProblem:
+    """The same with another number of keys, where its layout takes them."""
+    try:
+        return dataclasses.replace(problem, kv_length=keys)
+    except ValueError:
+        return problem
+
+
+problems = same_rows | st.builds(with_other_keys, same_rows, st.integers(1, 64))
 
 
 @given(problems)
@@ -73,6 +84,26 @@ def test_useful_flops_count_pairs():
     assert dataclasses.replace(problem, direction="backward").useful_flops == 3 * pairs * 10 * 8
 
 
+def test_other_keys_are_part_of_a_problem():
+    layout = BandLayout.spattention(4, 64)
+    problem = AttentionProblem("forward", "float16", 3, 4, 2, 10, 8, layout, 37)
+    assert problem.keys == 37 and problem.key == "forward-float16-b3-h4-k2-n10-m37-d8-spattention-c64"
+    pairs = sum(
+        any(lo <= i + 27 - j <= hi for lo, hi in head)
+        for head in layout.bands(64)
+        for i in range(10)
+        for j in range(37)
+    )
+    assert problem.useful_flops == 3 * pairs * 4 * 8
+    query, key, row = 3 * 4 * 10 * 8 * 2, 3 * 2 * 37 * 8 * 2, 3 * 4 * 10 * 4
+    assert problem.min_bytes == (query + key + key) + (query + row)
+    same = dataclasses.replace(problem, kv_length=10)
+    assert same.kv_length is None and same.keys == 10 and same != problem
+    assert "kv_length" not in same.to_json()
+    few = dataclasses.replace(problem, length=40, kv_length=37)  # the first queries stand before all keys
+    assert few.useful_flops == dataclasses.replace(problem, length=37, kv_length=None).useful_flops
+
+
 def test_min_bytes_count_each_tensor_once():
     problem = AttentionProblem("forward", "float16", 3, 4, 2, 10, 8, BandLayout.spattention(4, 12))
     query, key, row = 3 * 4 * 10 * 8 * 2, 3 * 2 * 10 * 8 * 2, 3 * 4 * 10 * 4
@@ -95,6 +126,14 @@ def test_min_bytes_count_each_tensor_once():
         ({"batch": True}, TypeError, "batch must be an int, got True"),
         ({"kv_heads": 3}, ValueError, "multiple of kv_heads, got 16 and 3"),
         ({"length": 4097}, ValueError, "4097 is longer than the layout's context_length 4096"),
+        ({"kv_length": 0}, ValueError, "kv_length must be at least 1, got 0"),
+        ({"kv_length": 8.0}, TypeError, "kv_length must be an int, got 8.0"),
+        (
+            {"length": 9, "kv_length": 4097},
+            ValueError,
+            "4097 is longer than the layout's context_length 4096",
+        ),
+        ({"kv_length": 9, "layout": BandLayout.spattention(16)}, ValueError, "context length"),
         ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 query heads and q has 16"),
         ({"layout": "causal:heads=16"}, TypeError, "must be a BandLayout, got str"),
     ],

@@ -28,6 +28,8 @@ class Case(NamedTuple):
     head_dim: int
     layout: BandLayout
     cu_seqlens: tuple[int, ...] | None = None
+    keys: int | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None
 
 
 CASES = {
@@ -39,6 +41,11 @@ CASES = {
     "bfloat16": Case("bfloat16", 1, 2, 1, 33, 32, BandLayout.spattention(2, 64)),
     "packed, one table": Case("float32", 2, 4, 2, 40, 32, BandLayout.spattention(4, 64), (0, 11, 11, 24, 40)),
     "packed, own bands": Case("float32", 1, 4, 4, 40, 32, BandLayout.spattention(4), (0, 1, 18, 40)),
+    "more keys": Case("float32", 2, 4, 2, 19, 32, BandLayout.spattention(4, 64), keys=50),
+    "fewer keys": Case("float32", 1, 2, 1, 30, 32, BandLayout.custom([[(1, 4), (9, 11)], [(3, 9)]]), keys=21),
+    "packed, other keys": Case(
+        "float32", 1, 4, 2, 40, 32, BandLayout.spattention(4, 64), (0, 9, 9, 40), 33, (0, 20, 24, 33)
+    ),
 }
 
 
@@ -53,38 +60,41 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_workload_matches_reference(name: str, direction: str) -> None:
     case = CASES[name]
-    problem = AttentionProblem(direction, *case[:-1])
+    problem = AttentionProblem(direction, *case[:7], case.keys)
     dtype = getattr(torch, case.dtype)
     query_shape = (case.batch, case.query_heads, case.length, case.head_dim)
-    key_shape = (case.batch, case.kv_heads, case.length, case.head_dim)
+    key_shape = (case.batch, case.kv_heads, problem.keys, case.head_dim)
     generator = torch.Generator()
     print("seed", generator.seed())
     q, do = (torch.randn(query_shape, generator=generator).to(dtype) for _ in range(2))
     k, v = (torch.randn(key_shape, generator=generator).to(dtype) for _ in range(2))
     dlse = torch.randn(query_shape[:3], generator=generator)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    o, lse = reference_attention(*exact, case.layout, cu_seqlens=case.cu_seqlens)
+    o, lse = reference_attention(
+        *exact, case.layout, cu_seqlens=case.cu_seqlens, cu_seqlens_k=case.cu_seqlens_k
+    )
     has_key = lse > -torch.inf
     gradients = torch.autograd.grad(
         (o * do).sum() + (torch.where(has_key, lse, 0.0) * dlse).sum(), exact, allow_unused=True
     )
 
     boundaries = case.cu_seqlens or (0, case.length)
-    lengths = [end - begin for begin, end in itertools.pairwise(boundaries)]
+    key_boundaries = case.cu_seqlens_k or case.cu_seqlens or (0, problem.keys)
+    lengths = [end - begin for begin, end in itertools.pairwise(key_boundaries)]
     bands = torch.tensor(case.layout.packed_table(lengths))
     module = build_workload(problem, documents=len(lengths), per_document_bands=len(bands) > 1)
     run = tvm.compile(module, target="llvm")[direction]
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    places = [torch.tensor(values, dtype=torch.int32) for values in (boundaries, key_boundaries)]
     scale = torch.tensor([case.head_dim**-0.5])
     if direction == "forward":
         actual_o = torch.full(query_shape, torch.nan, dtype=dtype)
         actual_lse = torch.full(query_shape[:3], torch.nan)
-        run(q, k, v, bands, cu_seqlens, cu_seqlens, scale, actual_o, actual_lse)
+        run(q, k, v, bands, *places, scale, actual_o, actual_lse)
         _close(actual_o, o.detach(), case.dtype)
         torch.testing.assert_close(actual_lse.double(), lse.detach(), rtol=1e-5, atol=1e-5)
         return
     outputs = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    arguments = (o.detach().to(dtype), lse.detach().float(), do, dlse, bands, cu_seqlens, cu_seqlens, scale)
+    arguments = (o.detach().to(dtype), lse.detach().float(), do, dlse, bands, *places, scale)
     run(q, k, v, *arguments, *outputs)
     for actual, expected in zip(outputs, gradients, strict=True):
         _close(actual, expected, case.dtype)
