@@ -122,6 +122,40 @@ def test_a_call_runs_on_the_current_stream_and_can_be_captured_in_a_graph(family
 
 
 @families
+def test_a_captured_call_takes_lengths_and_offsets_when_it_is_replayed(family: str) -> None:
+    """A step of chunked prefill over a cache, whose lengths only the device knows."""
+    layout = BandLayout.spattention(8, 1024)
+    q, k, v = (
+        torch.randn(2, heads, length, 128, device="cuda", dtype=torch.bfloat16)
+        for heads, length in ((8, 130), (2, 1000), (2, 1000))
+    )
+    lengths, starts = torch.tensor([130, 130], device="cuda"), torch.tensor([0, 0], device="cuda")
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    do = torch.randn_like(q)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        o = banded_attention(*leaves, layout, kv_lengths=lengths, kv_starts=starts, impl=family)
+        return (o, *torch.autograd.grad(o, leaves, do))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for ends, begins in (([1000, 555], [0, 13]), ([131, 0], [7, 0]), ([700, 1000], [699, 400])):
+        lengths.copy_(torch.tensor(ends))
+        starts.copy_(torch.tensor(begins))
+        graph.replay()
+        exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+        o, _ = reference_attention(*exact, layout, kv_lengths=lengths, kv_starts=starts)
+        for found, wanted in zip(captured, (o, *torch.autograd.grad(o, exact, do.double())), strict=True):
+            assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@families
 def test_a_compiled_function_takes_other_lengths(family: str) -> None:
     layout = BandLayout.spattention(8)
     compiled = torch.compile(

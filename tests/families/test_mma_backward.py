@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from sweep import DTYPES, check_problem
-from test_mma_forward import complete_problem, machine_code
+from test_mma_forward import OTHER_KEYS, complete_problem, machine_code
 
 from spattn_tvm import BandLayout, banded_attention
 from spattn_tvm.build.library_cache import compile_kernel
@@ -196,6 +196,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         "scale": 0.0,
     },
     "dense": {"length": 400, "layout": BandLayout.causal(4), "scale": 0.5},
+    **{f"other keys: {name}": problem for name, problem in OTHER_KEYS.items()},
 }
 
 

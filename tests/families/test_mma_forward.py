@@ -24,7 +24,7 @@ from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.blocks import row_pitch
 from spattn_tvm.families.mma.forward import build_mma_forward, registers_needed, shared_bytes
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.reference import reference_gradients
+from spattn_tvm.reference import attention_mask, reference_gradients
 from spattn_tvm.target import MachineTarget, parse_target, registers_most
 
 SPACE = find_space("mma", "forward")
@@ -172,10 +172,10 @@ class _WithReferenceGradients(torch.autograd.Function):
     """The forward under test, so that its errors are judged apart from the backward's."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, problem: SweepProblem, cu_seqlens: Any) -> Any:
-        ctx.problem, ctx.cu_seqlens = problem, cu_seqlens
+    def forward(ctx: Any, q: Any, k: Any, v: Any, problem: SweepProblem) -> Any:
+        ctx.problem, ctx.places = problem, problem.placed.arguments("cuda")
         o, lse = banded_attention(
-            q, k, v, problem.layout, scale=problem.scale, cu_seqlens=cu_seqlens, return_lse=True, impl="mma"
+            q, k, v, problem.layout, scale=problem.scale, return_lse=True, impl="mma", **ctx.places
         )
         ctx.save_for_backward(q, k, v, o, lse)
         return o, lse
@@ -184,9 +184,9 @@ class _WithReferenceGradients(torch.autograd.Function):
     def backward(ctx: Any, do: Any, dlse: Any) -> Any:
         q, k, v, o, lse = ctx.saved_tensors
         gradients = reference_gradients(
-            q, k, v, o, lse, do, dlse, ctx.problem.layout, scale=ctx.problem.scale, cu_seqlens=ctx.cu_seqlens
+            q, k, v, o, lse, do, dlse, ctx.problem.layout, scale=ctx.problem.scale, **ctx.places
         )
-        return *(g.to(q.dtype) for g in gradients), None, None
+        return *(g.to(q.dtype) for g in gradients), None
 
 
 PROBLEMS = {
@@ -209,6 +209,42 @@ PROBLEMS = {
     },
     "dense": {"length": 400, "layout": BandLayout.causal(4), "scale": 0.5},
 }
+HOLES = BandLayout.custom([[(0, 20), (200, 260)], [(0, 20), (200, 260)], [(5, 5)], [(130, 400)]])
+OTHER_KEYS = {
+    "a prompt's last chunk": {
+        "length": 200, "kv_length": 901, "layout": BandLayout.spattention(4, 901), "kv_heads": 2, "group": 2
+    },
+    "fewer keys than queries": {"length": 300, "kv_length": 131, "layout": HOLES},
+    "a cache padded on both sides": {
+        "length": 130,
+        "kv_length": 700,
+        "batch": 3,
+        "layout": BandLayout.spattention(4, 1024),
+        "strides": ("bnhd", "padded", "bnhd", "fused"),
+        "places": {"kv_lengths": [700, 333, 0], "kv_starts": [0, 77, 5]},
+    },
+    "queries before the keys": {
+        "length": 300, "kv_length": 200, "layout": BandLayout.causal(4), "places": {"query_offset": -150}
+    },
+    # Queries without keys between others, and behind all.
+    "queries behind the keys": {
+        "length": 700, "kv_length": 300, "layout": HOLES, "places": {"query_offset": [10, 250]}
+    },
+    "queries far from the keys": {
+        "length": 150,
+        "kv_length": 100,
+        "layout": BandLayout.causal(4),
+        "places": {"query_offset": [2**30, -(2**31)]},
+    },
+    "packed": {
+        "length": 500,
+        "kv_length": 640,
+        "layout": BandLayout.spattention(4, 1024),
+        "cu_seqlens": (0, 100, 100, 350, 480),
+        "places": {"cu_seqlens_k": [0, 0, 200, 333, 600]},
+    },
+}  # fmt: skip
+PROBLEMS |= {f"other keys: {name}": problem for name, problem in OTHER_KEYS.items()}
 
 
 def complete_problem(dtype: str, head_dim: int, given: dict[str, Any]) -> SweepProblem:
@@ -233,11 +269,42 @@ def complete_problem(dtype: str, head_dim: int, given: dict[str, Any]) -> SweepP
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim: int, name: str) -> None:
     problem = complete_problem(dtype, head_dim, PROBLEMS[name])
-    cu_seqlens = problem.cu_seqlens
-    if cu_seqlens is not None:
-        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _WithReferenceGradients.apply(q, k, v, problem, cu_seqlens)
+        return _WithReferenceGradients.apply(q, k, v, problem)
 
     check_problem(problem, device="cuda", attention=attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sign", [1, -1, 0], ids=["positive", "negative", "of both signs"])
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e9, 1e15, 1.2e18])
+@pytest.mark.parametrize("dtype,head_dim", [("float32", 32), ("bfloat16", 64), ("bfloat16", 128)])
+def test_scores_up_to_the_float32_limit(dtype: str, head_dim: int, size: float, sign: int) -> None:
+    """Where one key's score is far above the others', it takes all, however large or small all are."""
+    layout = BandLayout.custom([[(0, 40), (100, 160)], [(7, 90)]])
+    mask = attention_mask(layout, 300, device="cuda")
+    compared = 0
+    for scale in (head_dim**-0.5, 3 / head_dim, 2.0):
+        q, k, v = (torch.randn(2, 2, 300, head_dim, device="cuda") for _ in range(3))
+        if sign:
+            q, k = q.abs() * sign, k.abs()
+        q, k, v = (tensor.to(DTYPES[dtype]) for tensor in (q * size, k * size, v))
+        products = q.double() @ k.double().mT
+        scores = (scale * products).masked_fill(~mask, -torch.inf)
+        if max(1, scale) * products.abs().max() > 3e38:
+            continue
+        has_key = mask.any(-1).expand(2, -1, -1)
+        scores, mine, other = scores[has_key], *scores.topk(2)[0][has_key].unbind(-1)
+        # Rounded as a float32 product is, the best must still be the best by enough to take all.
+        clear = mine - other > 1e-5 * mine.abs() + 30
+        o, lse = banded_attention(q, k, v, layout, scale=scale, return_lse=True, impl="mma")
+        values = v.double()[:, :, None].expand(-1, -1, 300, -1, -1)[has_key]
+        expected = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        assert not o.isnan().any() and torch.equal(lse == -torch.inf, ~has_key)
+        torch.testing.assert_close(o[has_key][clear].double(), expected[clear], rtol=1e-2, atol=1e-2)
+        # Products of both signs cancel, their errors don't.
+        error = (lse[has_key].double() - scores.logsumexp(-1)).abs().max()
+        assert error < 1e-3 + 1e-5 * scale * products.abs().max()
+        compared += int(clear.sum())
+    assert compared
