@@ -85,6 +85,7 @@ class Direction(str, enum.Enum):
     forward = "forward"
     backward = "backward"
     both = "both"
+    decode = "decode"
 
 
 class Sharding(str, enum.Enum):
@@ -113,7 +114,13 @@ ContextOption = Annotated[
     int | None,
     typer.Option(min=1, help="Context length that the layout is made for; the sequence's own by default."),
 ]
-DirectionOption = Annotated[Direction, typer.Option(help="What is computed.")]
+DirectionOption = Annotated[
+    Direction,
+    typer.Option(
+        help="What is computed; both are those of training. decode: N is the keys in the cache, or M/N for M queries "
+        "(1 to 16) in place of one."
+    ),
+]
 TargetOption = Annotated[
     str, typer.Option(help="cpu, cuda, an architecture (x86-64-v3, sm_90a) or a chip (nvidia/h200).")
 ]
@@ -147,12 +154,15 @@ def parse_problems(
 ) -> list[AttentionProblem]:
     """The problems of ``--shape``, one per shape and direction.
 
+    The length N may be M/N: M queries, the last of N keys. Where that is so, and for decoding, a layout that
+    follows the length gets N as its context.
+
     Raises
     ------
     ValueError
         A shape that is not four numbers, or values that `AttentionProblem` refuses.
     """
-    from .problem import AttentionProblem
+    from .problem import TRAINING, AttentionProblem
 
     problems = []
     for shape in shapes:
@@ -161,14 +171,20 @@ def parse_problems(
             batch, heads, length, head_dim = parts
             query_heads, slash, kv_heads = heads.partition("/")
             kv_heads = kv_heads if slash else query_heads
-            sizes = (int(batch), int(query_heads), int(kv_heads), int(length), int(head_dim))
+            queries, slash, keys = length.partition("/")
+            if not slash:
+                queries, keys = ("1" if direction == "decode" else length), length
+            sizes = (int(batch), int(query_heads), int(kv_heads), int(queries), int(head_dim))
+            kv_length = int(keys)
         except ValueError:
             raise ValueError(
                 f"--shape is B,H,N,D such as 1,16,4096,64 or 1,16/4,4096,64, got {shape!r}"
             ) from None
         bands = parse_layout(layout, sizes[1], context)
-        directions = ("forward", "backward") if direction == "both" else (direction,)
-        problems += [AttentionProblem(name, dtype, *sizes, bands) for name in directions]
+        if not bands.is_autoregressive and (direction == "decode" or sizes[3] != kv_length):
+            bands = parse_layout(layout, sizes[1], kv_length)
+        directions = TRAINING if direction == "both" else (direction,)
+        problems += [AttentionProblem(name, dtype, *sizes, bands, kv_length) for name in directions]
     return problems
 
 

@@ -358,6 +358,19 @@ def test_problems_of_shapes() -> None:
     assert {p.dtype for p in problems} == {"float16"}
 
 
+def test_problems_of_shapes_that_decode() -> None:
+    shapes = ["1,16,4096,64", "2,6/3,4/33,40"]
+    problems = cli.parse_problems(shapes, "float32", "spattention", None, "decode")
+    assert [(p.direction, p.length, p.keys, p.kv_heads, p.layout.context_length) for p in problems] == [
+        ("decode", 1, 4096, 16, 4096),
+        ("decode", 4, 33, 3, 33),
+    ]
+    (forward,) = cli.parse_problems(shapes[1:], "float32", "spattention", 64, "forward")
+    assert (forward.length, forward.keys, forward.layout.context_length) == (4, 33, 64)
+    with pytest.raises(ValueError, match="1 to 16 queries"):
+        cli.parse_problems(["1,2,17/99,32"], "float32", "causal", None, "decode")
+
+
 def test_a_file_of_shapes_names_layouts_too(tmp_path: Path) -> None:
     text = "# why\n4,16,4096,64\n\n1,16,8192,64  causal # dense\n1,16/4,99,32\n"
     text += "1,2,9,32 sliding_window:window=3\n"
