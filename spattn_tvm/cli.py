@@ -648,7 +648,11 @@ def bench(
         bool, typer.Option("--deterministic", help="Only what gives the same bits twice.")
     ] = False,
     steps: Annotated[
-        str, typer.Option(help="Comma-separated: forward, backward, forward_backward.")
+        str,
+        typer.Option(
+            help="Comma-separated: forward, backward, forward_backward. Or decode, whose shapes are those of "
+            "--direction decode and whose peers are ours, sdpa (CPU and CUDA), cudnn, flash, fa4, fsa (CUDA)."
+        ),
     ] = "forward,forward_backward",
     rounds: Annotated[int, typer.Option(min=1, help="Timings per peer and step.")] = 15,
     budget: Annotated[
@@ -677,9 +681,22 @@ def bench(
     from .bench.report import tables, write_report
     from .bench.run import benchmark
 
-    problems = parse_problems(
-        [_with_kv_heads(text, kv_heads) for text in shape], dtype.value, layout, context, "forward"
-    )
+    shapes = [_with_kv_heads(text, kv_heads) for text in shape]
+    if "decode" in _names("--steps", steps):
+        if _names("--steps", steps) != ["decode"] or documents != 1:
+            raise ValueError(f"decode is benchmarked alone and unpacked, got --steps {steps}")
+        _bench_decode(
+            parse_problems(shapes, dtype.value, layout, context, "decode"),
+            None if peers is None else _names("--peers", peers),
+            device,
+            rounds,
+            idle_ms,
+            threads,
+            seed,
+            log_root if save else None,
+        )
+        return
+    problems = parse_problems(shapes, dtype.value, layout, context, "forward")
     cases = [Case.packed(problem, documents, deterministic) for problem in problems]
     # Not a terminal: a file or a log, where a table may be as wide as it is.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -716,6 +733,44 @@ def _with_kv_heads(shape: str, kv_heads: int | None) -> str:
     if kv_heads is None or "/" in heads:
         return shape
     return f"{batch}{comma}{heads}/{kv_heads}{second_comma}{rows}"
+
+
+def _bench_decode(
+    problems: list[AttentionProblem],
+    peers: list[str] | None,
+    device: str,
+    rounds: int,
+    idle_ms: float,
+    threads: int | None,
+    seed: int | None,
+    log_root: Path | None,
+) -> None:
+    """`bench` of steps of decoding, which are memory-bound: another table, another report."""
+    import random
+
+    from rich.console import Console
+
+    from .bench.decode import benchmark_decode, decode_table, write_decode_report
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with Console(stderr=True).status("starting") as status:
+        report = benchmark_decode(
+            problems,
+            peers=peers,
+            device=device,
+            rounds=rounds,
+            idle_ms=idle_ms,
+            threads=threads,
+            seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
+            report=status.update,
+        )
+    console.print(decode_table(report))
+    if log_root is not None:
+        path = write_decode_report(report, log_root)
+        console.print(f"written: {path}", markup=False, highlight=False)
+    ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
+    if any(entry["status"] != "ok" for entry in ours):
+        raise typer.Exit(1)
 
 
 def _names(option: str, text: str) -> list[str]:

@@ -113,6 +113,39 @@ def test_min_bytes_count_each_tensor_once():
     assert dataclasses.replace(problem, dtype="float32").min_bytes == 2 * problem.min_bytes - (row)
 
 
+steps = st.builds(
+    lambda kv_heads, queries, earlier, layout: AttentionProblem(
+        "decode", "bfloat16", 3, 4, kv_heads, queries, 32, layout, queries + earlier
+    ),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 16),
+    st.integers(0, 48),
+    layouts.filter(lambda layout: layout.is_autoregressive),
+)
+
+
+@given(steps)
+def test_a_step_reads_the_union_of_a_groups_bands(step):
+    """And attends to the pairs of its queries."""
+    assert AttentionProblem.from_json(json.dumps(step.to_json())) == step
+    group, first = 4 // step.kv_heads, step.keys - step.length
+    seen = [
+        {
+            (i, j)
+            for i in range(first, step.keys)
+            for j in range(i + 1)
+            if any(lo <= i - j <= hi for lo, hi in bands)
+        }
+        for bands in step.layout.bands(step.keys)
+    ]
+    assert step.useful_flops == 3 * 4 * 32 * sum(map(len, seen))
+    keys = sum(
+        len({j for pairs in seen[head : head + group] for _, j in pairs}) for head in range(0, 4, group)
+    )
+    rows = 3 * 4 * step.length
+    assert step.min_bytes == 2 * 3 * keys * 32 * 2 + 2 * rows * 32 * 2 + rows * 4
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [
@@ -136,6 +169,13 @@ def test_min_bytes_count_each_tensor_once():
         ({"kv_length": 9, "layout": BandLayout.spattention(16)}, ValueError, "context length"),
         ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 query heads and q has 16"),
         ({"layout": "causal:heads=16"}, TypeError, "must be a BandLayout, got str"),
+        ({"direction": "decode"}, ValueError, "1 to 16 queries, no more than keys, got 4096 and 4096"),
+        ({"direction": "decode", "length": 9, "kv_length": 8}, ValueError, "got 9 and 8"),
+        (
+            {"direction": "decode", "length": 1, "layout": BandLayout.spattention(16)},
+            ValueError,
+            "decoding needs bands that don't follow",
+        ),
     ],
 )
 def test_bad_problems_are_refused(changes, error, message):
