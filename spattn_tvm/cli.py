@@ -117,8 +117,8 @@ ContextOption = Annotated[
 DirectionOption = Annotated[
     Direction,
     typer.Option(
-        help="What is computed; both are those of training. decode: N is the keys in the cache, or M/N for M queries "
-        "(1 to 16) in place of one."
+        help="What is computed; both are those of training. decode: N is the keys in the cache, or M/N for M "
+        "queries (1 to 16) in place of one."
     ),
 ]
 TargetOption = Annotated[
