@@ -78,6 +78,8 @@ def remember_step(
     """Let `decode_again` serve steps like this one, which was plain, valid and without gradient."""
     index = q.get_device()
     tensors = [q, k_cache, v_cache, *(place for place in places if place is not None)]
+    if index < 0 and (places[2] is not None or places[3] is not None):
+        return  # `decode_again` leaves these to the checks of their values
     if (index >= 0 and is_capturing()) or len({id(tensor) for tensor in tensors}) < len(tensors):
         return
     key = _key(layout, impl, q, k_cache, places)
