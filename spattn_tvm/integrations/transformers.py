@@ -32,6 +32,9 @@ _is_compiling = torch.compiler.is_compiling
 LAYOUTS_KEY = "spattn_layouts"
 """The configuration's entry: ``BandLayout.spec`` of each layer."""
 
+PACKING_KEY = "spattn_packing"
+"""The configuration's entry: False where compiled code need not look for packed sequences."""
+
 # By spec, for `torch.compile`, which reads a dictionary and would trace the parsing of a text.
 _layouts: dict[str, BandLayout] = {}
 _names: list[str] = []
@@ -68,6 +71,7 @@ def set_layout(
     layout: BandLayout | str | Sequence[BandLayout | str | None],
     *,
     name: str = "spattn",
+    packing: bool = True,
 ) -> None:
     """Give a model bands, and its configuration the text that brings them back.
 
@@ -79,6 +83,9 @@ def set_layout(
         Of all layers, or of each. A string is a ``BandLayout.spec``; None is dense causal attention.
     name : str
         The attention implementation, as in `register`, which this calls.
+    packing : bool
+        False where no sequences are packed by `position_ids` alone: compiled code, which can't read them,
+        then need not be made for as many documents as tokens, and raises if there are some after all.
 
     Raises
     ------
@@ -109,6 +116,7 @@ def set_layout(
         raise ValueError(f"{type(model).__name__} does not take attention functions of others")
     _parse(specs)
     setattr(config, LAYOUTS_KEY, specs)
+    setattr(config, PACKING_KEY, packing)
     model.set_attn_implementation(name)
     _keep_name(model.config, name)
     _keep_name(config, name)
@@ -254,13 +262,31 @@ def _check_padded_positions(position_ids: Tensor, begin: Tensor) -> None:
         raise ValueError(_PACKED_AND_PADDED)
 
 
+_PACKED = "position_ids start again within a row, and set_layout was told packing=False"
+
 _PACKED_AND_PADDED = (
     "position_ids start again within a row that attention_mask pads: pack without padding, and without a mask"
 )
 
 
-def _packing(position_ids: Tensor, places: Tensor) -> tuple[Tensor | None, bool]:
+def _is_same(boundaries: Tensor, others: Tensor | None) -> bool:
+    """Have keys the boundaries of queries? Compiled code is not asked, and takes both."""
+    if others is None or others is boundaries:
+        return True
+    if _is_compiling():
+        return False
+    known = getattr(boundaries, "_spattn_others", None)
+    if known is None or known[:3] != (boundaries._version, id(others), others._version):
+        known = (boundaries._version, id(others), others._version, torch.equal(boundaries, others), others)
+        boundaries._spattn_others = known  # type: ignore[attr-defined]
+    return bool(known[3])
+
+
+def _packing(position_ids: Tensor, places: Tensor, may_pack: bool) -> tuple[Tensor | None, bool]:
     """`_documents`, found by the first of the layers that are given the same positions."""
+    if not may_pack and _is_compiling() and places.shape[2] == 1:
+        torch._assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED)
+        return None, False
     batch, is_padded = places.shape[0], places.shape[2] == 2
     known = None if _is_compiling() else getattr(position_ids, "_spattn_packing", None)
     # A mask of one forward pass is one tensor, which lives as long as this entry.
@@ -279,9 +305,7 @@ def _packing(position_ids: Tensor, places: Tensor) -> tuple[Tensor | None, bool]
 # --- the attention function ---------------------------------------------------------------------------------
 
 # Arguments that say nothing about what is attended to.
-_HARMLESS = frozenset(
-    ("num_items_in_batch", "cache_position", "seq_idx", "max_length_q", "max_length_k", "attention_mask")
-)
+_HARMLESS = frozenset(("num_items_in_batch", "cache_position", "seq_idx", "max_length_q", "max_length_k"))
 _REFUSED = {
     "softcap": "softcap of the scores",
     "s_aux": "attention sinks",
@@ -311,7 +335,7 @@ def _check_arguments(
         _refuse(f"bidirectional or cross attention, which {type(module).__name__} asks for")
 
 
-def _check_places(places: Tensor | None, queries: int) -> None:
+def _check_places(places: Tensor | None) -> None:
     if places is None:
         raise ValueError(
             "banded attention was not told where keys are: the attention function is registered without its "
@@ -369,7 +393,7 @@ def banded_attention_forward(
     _check_arguments(module, dropout, is_causal, others)
     layout = _layout_of(module)
     batch, _, queries, _ = query.shape
-    _check_places(attention_mask, queries)
+    _check_places(attention_mask)
     assert attention_mask is not None
     is_padded = attention_mask.shape[2] == 2
     is_first = queries == key.shape[2]
@@ -379,9 +403,7 @@ def banded_attention_forward(
             _refuse(
                 "packed sequences (cu_seq_lens_q) beside padding, a cache or several rows: one row holds all"
             )
-        keys = cu_seq_lens_k if cu_seq_lens_k is not cu_seq_lens_q else None
-        if not layout.is_autoregressive:
-            keys = None  # as many keys as queries, or banded_attention refuses the shapes
+        keys = None if _is_same(cu_seq_lens_q, cu_seq_lens_k) else cu_seq_lens_k
         o = banded_attention(
             query, key, value, layout, scale=scaling, cu_seqlens=cu_seq_lens_q, cu_seqlens_k=keys
         )
@@ -389,7 +411,9 @@ def banded_attention_forward(
 
     documents, flattens = None, False
     if position_ids is not None and position_ids.dim() == 2 and is_first and queries > 1:
-        documents, flattens = _packing(position_ids, attention_mask)
+        documents, flattens = _packing(
+            position_ids, attention_mask, getattr(module.config, PACKING_KEY, True)
+        )
 
     if band_cache is not None:
         if documents is not None and not _is_compiling() and band_cache.known_length == 0:

@@ -55,7 +55,12 @@ def _batch(form: str, seed: int = 0) -> dict[str, Any]:
     batch = {"input_ids": ids, "position_ids": position, "labels": ids.masked_fill(position == 0, -100)}
     if form == "packed boundaries":
         ends = torch.tensor([0, 17, 18, 40], dtype=torch.int32)
-        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 22, "max_length_k": 22}
+        batch |= {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends.clone(),
+            "max_length_q": 22,
+            "max_length_k": 22,
+        }
     return batch
 
 
@@ -103,7 +108,7 @@ def test_loss_and_gradients(form: str, kind: str, layout: Any) -> None:
 
 def test_bands_of_each_sequences_own_length() -> None:
     model = _banded(layout=BandLayout.spattention(HEADS))
-    for form in ("plain", "packed"):
+    for form in ("plain", "packed", "packed boundaries"):
         batch = _batch(form)
         result = _gradients(model, batch, use_cache=False)
         documents = [batch] if form == "plain" else _separate(batch)
@@ -134,6 +139,18 @@ def test_compiled_without_a_break(form: str) -> None:
     expected = _expected(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     _compare(_gradients(model, batch, compiled, use_cache=False), expected)
+
+
+def test_compiled_without_packing() -> None:
+    """For whoever packs nothing; who then packs is told."""
+    model, batch = make_model("llama", num_hidden_layers=1).train(), _batch("plain")
+    set_layout(model, [BANDED], packing=False)
+    expected = _expected(model, batch)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    _compare(_gradients(model, batch, compiled, use_cache=False), expected)
+    with pytest.raises(RuntimeError, match="position_ids start again within a row"):
+        compiled(**_batch("packed"), use_cache=False)
+    _compare(_gradients(model, _batch("packed"), use_cache=False), _expected(model, _batch("packed")))
 
 
 def test_compiled_padding_between_tokens_is_refused() -> None:
