@@ -44,7 +44,7 @@ def _told_apart(
 
 @dataclass(frozen=True)
 class Space:
-    """The decisions of one kernel family and direction. All fields but the first two are functions.
+    """The decisions of one kernel family and direction. Most fields are functions.
 
     Parameters
     ----------

@@ -438,7 +438,7 @@ class DecisionSearch:
         """A batch of legal candidates, drawn in turn from those of several structures that are little known.
 
         Until the cost model has learnt, a generation's picks are random ones among what is new in it, and a
-        structure of few points is rarely among them: one of 48 beside one of 100 000 had 2 of 48.
+        structure of few points is rarely among them: one of 144 points beside one of 663 552 had 2 of 48.
         """
         drawn: list[tuple[dict[str, int], Any]] = []
         share = _WARMUP_SAMPLES // len(self.structures)
