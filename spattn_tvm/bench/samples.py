@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # of each, half of them anywhere. A key costs the rows of all queries that attend to it.
 ROW_HEADS, KEY_HEADS = 16, 2
 ROWS, KEYS = 24, 8
-# Elements of a block of the score matrix: 64 MiB in float64.
-BLOCK = 2**23
+# Elements of a block of the score matrix: 128 MiB in float64.
+BLOCK = 2**24
 
 
 @dataclass
@@ -53,30 +53,31 @@ def _attend(
     ``k`` and ``v`` are ``(N, D)``; ``q`` and ``do`` hold those queries alone.
     """
     rows = torch.arange(first, last + 1, device=q.device)[:, None]
-    keys, allowed = [], []
+    keys, windows, allowed = [], [], []
     for low, high in bands:
         near, far = last - low + 1, max(begin, first - high)
         if far >= near:
             continue
-        window = torch.arange(far, near, device=q.device)
-        distance = rows - window
-        keys.append(window)
+        windows.append(slice(far, near))
+        keys.append(torch.arange(far, near, device=q.device))
+        distance = rows - keys[-1]
         allowed.append((distance >= low) & (distance <= high))
     if not keys:
         nothing = q.new_empty(len(rows), 0)
         zeros = torch.zeros_like(q)
         return _Block(rows.new_empty(0), nothing, zeros, None if do is None else nothing, zeros)
     there, mask = torch.cat(keys), torch.cat(allowed, 1)
+    k, v = (t[windows[0]] if len(windows) == 1 else torch.cat([t[w] for w in windows]) for t in (k, v))
     scale = q.shape[-1] ** -0.5
-    scores = (scale * (q @ k[there].T)).masked_fill(~mask, -torch.inf)
+    scores = (scale * (q @ k.T)).masked_fill(~mask, -torch.inf)
     has_key = mask.any(1, keepdim=True)
     weights = scores.masked_fill(~has_key, 0.0).softmax(-1).masked_fill(~has_key, 0.0)
-    o = weights @ v[there]
+    o = weights @ v
     if do is None:
         return _Block(there, weights, o, None, None)
-    weight_gradient = do @ v[there].T
+    weight_gradient = do @ v.T
     score_gradient = weights * (weight_gradient - (weight_gradient * weights).sum(-1, keepdim=True))
-    return _Block(there, weights, o, score_gradient, scale * (score_gradient @ k[there]))
+    return _Block(there, weights, o, score_gradient, scale * (score_gradient @ k))
 
 
 def _key_gradients(
