@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 # With so many heads a thread, threads that take every so many-th head finish within about 15% of one another.
-HEADS_PER_THREAD = 4
+HEADS_PER_THREAD = 2
 
 
 def splits_heads(batch_heads: Any, threads: Any) -> Any:
