@@ -18,7 +18,7 @@ from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_decode
 from spattn_tvm.ops.band_tables import find_cache_domain
 from spattn_tvm.runtime import load_library
-from spattn_tvm.target import detect_cpu
+from spattn_tvm.target import detect_cpu, parse_target
 
 SWEEP = int(os.environ.get("SPATTN_SWEEP", "60"))
 SPACE = find_space("cpu", "decode")
@@ -55,6 +55,14 @@ def check(kernel: Kernel, problem: DecodeProblem, scale: float | None = None) ->
         assert torch.equal(actual.isinf(), exact.isinf()), problem
         error = (actual.double() - exact).masked_fill(exact.isinf(), 0.0).abs()
         assert not error.numel() or float(error.max()) <= allowed, (float(error.max()), problem)
+
+
+@pytest.mark.parametrize("name", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64"])
+def test_the_default_is_legal_everywhere(name: str) -> None:
+    target = parse_target(name)
+    for head_dim in (32, 40, 72, 256):
+        decisions = SPACE.untuned(head_dim, "bfloat16", target)
+        assert SPACE.rejection(decisions, head_dim, "bfloat16", target) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -124,7 +132,7 @@ def test_no_value_leads_out_of_the_cache() -> None:
             domain = find_cache_domain(layout.spec, *given, table, None, 320 if table is not None else 50)
             o, lse = launch_decode(kernel, q, cache, cache, domain, 0.2)
             assert o[0].isfinite().all() and (o[1] == 0).all() and (lse[1] == -torch.inf).all()
-    for base, capacity in ((-9, 3), (2**31 - 70, 60), (45, 1000), (3, -4), (0, 0)):
+    for base, capacity in ((-9, 3), (2**31 - 70, 60), (2**31 - 5, 60), (45, 1000), (3, -4), (0, 0)):
         ring = torch.tensor([[base, capacity]] * 2, dtype=torch.int32)
         domain = find_cache_domain(layout.spec, torch.tensor([290, 4]), None, None, ring, 1000)
         o, lse = launch_decode(kernel, q, rings, rings, domain, 0.2)

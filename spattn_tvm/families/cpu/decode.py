@@ -252,9 +252,10 @@ def build_cpu_decode(decisions, head_dim: int, dtype: str) -> IRModule:
                         )
                     if RINGS > 0:
                         capacity: T.let[T.int32] = T.max(1, ring[g, 1])
-                        place[ROW] = ring[g, 0] + key % capacity
                         place[COUNT] = T.min(place[COUNT], capacity - key % capacity)
-                        place[ROW] = T.max(0, T.min(place[ROW], T.cast(KN, "int32") - 1))
+                        # Of any numbers, whose sum may not fit into 32 bits.
+                        around: T.let[T.int64] = T.cast(ring[g, 0], "int64") + T.cast(key % capacity, "int64")
+                        place[ROW] = T.cast(T.max(T.int64(0), T.min(around, KN - T.int64(1))), "int32")
                     place[COUNT] = T.min(place[COUNT], T.cast(KN, "int32") - place[ROW])
                     place[POSITION] = key + place[COUNT]
                     place[LEFT] = place[LEFT] - place[COUNT]

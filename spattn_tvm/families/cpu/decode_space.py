@@ -25,9 +25,14 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _registers(lanes: int, vector: int) -> int:
+    """Vector registers that the products of ``lanes`` keys and a vector of the query keep live."""
+    return lanes * math.ceil(lanes / vector) + 1
+
+
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
-    lanes, registers = VECTOR_UNITS.get(target.arch, NARROWEST)
-    needed = decisions["lanes"] * math.ceil(decisions["lanes"] / lanes) + 1
+    vector, registers = VECTOR_UNITS.get(target.arch, NARROWEST)
+    needed = _registers(decisions["lanes"], vector)
     if needed > registers:
         return f"lanes={decisions['lanes']} needs {needed} vector registers, {target.arch} has {registers}"
     return None
@@ -49,9 +54,10 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
 
 
 def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
-    lanes, _ = VECTOR_UNITS.get(target.arch, NARROWEST)
+    vector, registers = VECTOR_UNITS.get(target.arch, NARROWEST)
+    fitting = [n for n in _choices(head_dim, dtype)["lanes"] if _registers(n, vector) <= registers]
     return {
-        "lanes": max(n for n in _choices(head_dim, dtype)["lanes"] if n <= max(8, lanes)),
+        "lanes": max(fitting),
         "key_rows": 64,
         "stage": int(dtype != "float32"),
         "parts": 4,
