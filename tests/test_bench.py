@@ -436,3 +436,36 @@ def test_masks_that_window_sizes_cannot_name(layout: BandLayout, kv_heads: int, 
     problem = AttentionProblem("forward", "bfloat16", 1, 4, kv_heads, 70, 64, layout)
     with pytest.raises(peers.PeerUnavailable, match=message):
         peers.window_sizes(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(AttentionProblem("forward", "bfloat16", 2, 4, 4, 1024, 64, BandLayout.spattention(4))),
+        Case(AttentionProblem("forward", "bfloat16", 1, 6, 2, 1000, 128, BandLayout.spattention(6))),
+        Case(AttentionProblem("forward", "bfloat16", 1, 4, 4, 640, 128, BandLayout.sliding_window(4, 200))),
+        Case.packed(
+            AttentionProblem("forward", "bfloat16", 1, 4, 2, 1024, 64, BandLayout.spattention(4)), 3, True
+        ),
+    ],
+    ids=Case.describe,
+)
+def test_peers_on_cuda_are_right_or_say_why_not(case: Case) -> None:
+    report = bench.benchmark([case], steps=("forward", "backward"), device="cuda", rounds=1)
+    for entry in report["results"][0]["entries"]:
+        assert entry["status"] != "wrong", entry
+        assert "TypeError" not in entry["reason"] and "AttributeError" not in entry["reason"], entry
+        if entry["peer"] == "ours":
+            assert entry["status"] == "ok", entry
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [BandLayout.spattention(2), BandLayout.causal(2)], ids=lambda x: x.name)
+def test_samples_of_long_sequences_take_little_memory(layout: BandLayout) -> None:
+    case = Case(AttentionProblem("forward", "bfloat16", 1, 2, 2, 131072, 128, layout))
+    inputs = Inputs.random(case.problem, torch.device("cuda"), 0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    Samples.draw(case, layout, inputs, 0, gradients=True)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 2**30
