@@ -278,6 +278,7 @@ def _plain(data: TrialData, layout: BandLayout) -> dict[str, torch.Tensor]:
     return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, (q, k, v)), strict=True))
 
 
+@pytest.mark.alone
 def test_a_busy_machine_is_taken_out_of_the_latency() -> None:
     data = TrialData(PROBLEM, "cpu", seed=0)
 
@@ -680,6 +681,7 @@ def test_minutes_are_counted_over_sessions(tmp_path: Path) -> None:
     assert ended == "budget" and not meter.measured
 
 
+@pytest.mark.alone
 def test_families_share_the_time_that_is_left(tmp_path: Path) -> None:
     session, _ = _fake_session(tmp_path, "random", 1, Budget(None, 0.02))
     session.allot(2)
