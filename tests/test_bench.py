@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -436,6 +437,17 @@ def test_masks_that_window_sizes_cannot_name(layout: BandLayout, kv_heads: int, 
     problem = AttentionProblem("forward", "bfloat16", 1, 4, kv_heads, 70, 64, layout)
     with pytest.raises(peers.PeerUnavailable, match=message):
         peers.window_sizes(problem)
+
+
+def test_a_stand_in_for_triton_kernels_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that it is restored
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peers._stand_in_for_triton_kernels()
+    made = sys.modules["triton_kernels.matmul_ogs"]
+    peers._stand_in_for_triton_kernels()
+    assert sys.modules["triton_kernels.matmul_ogs"] is made and made.PrecisionConfig is object
 
 
 @pytest.mark.gpu

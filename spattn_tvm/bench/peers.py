@@ -137,9 +137,9 @@ def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
 
 def _stand_in_for_triton_kernels() -> None:
     """flash-sparse-attn imports triton_kernels for a projection that attention does not use."""
+    if "triton_kernels" in sys.modules or importlib.util.find_spec("triton_kernels") is not None:
+        return
     for name in ("triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"):
-        if name in sys.modules or importlib.util.find_spec("triton_kernels") is not None:
-            return
         module = types.ModuleType(name)
         for part in ("matmul_ogs", "PrecisionConfig", "FlexCtx", "InFlexData", "OutFlexData"):
             setattr(module, part, object)
