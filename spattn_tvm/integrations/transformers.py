@@ -479,6 +479,10 @@ class _Layer(CacheLayerMixin):
         raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if _is_compiling():
+            raise ValueError(
+                "compiled code can't make a cache: call cache.early_initialization(...) before it"
+            )
         batch, heads, _, head_dim = key_states.shape
         self.cache = self._make(
             self.layout,
@@ -491,7 +495,7 @@ class _Layer(CacheLayerMixin):
             **self.settings,
         )
         self.keys, self.values = self.cache.keys, self.cache.values
-        if self.is_compileable and not _is_compiling():
+        if self.is_compileable:
             for tensor in (self.cache.keys, self.cache.values, self.cache.lengths):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
@@ -601,7 +605,8 @@ def make_cache(
         Longest sequence, padding included. Layers that are dense need it for ``"banded"``.
     is_static : bool
         Whether a step of decoding will be compiled: then only the device counts, and layers that have no end
-        of their own need `max_length`.
+        of their own need `max_length`. Where prompts run in compiled code too, call the cache's
+        ``early_initialization`` before.
     **settings
         Further arguments of :class:`~spattn_tvm.BandedCache` (`slack`, how far assisted decoding can go back)
         or :class:`~spattn_tvm.PagedCache` (`page_size`).

@@ -248,9 +248,5 @@ def test_memory_is_what_the_bands_need(models: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", range(CASES))
 def test_logits_and_tokens_are_those_of_the_whole_sequence_on_the_gpu(seed: int, kind: str) -> None:
     register_the_definition()
-    torch.set_default_device("cuda")
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        _check_case(seed, make_model(kind).eval().cuda(), "cuda")
-    finally:
-        torch.set_default_device(None)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    _check_case(seed, make_model(kind).eval().cuda(), "cuda")
