@@ -59,6 +59,7 @@ CASES = [
     *(_Case("mma", "forward", "bfloat16", arch) for arch in ARCHITECTURES),
     _Case("mma", "backward", "bfloat16", "sm_80"),
     _Case("mma", "backward", "float16", "sm_120a"),
+    _Case("mma", "decode", "bfloat16", "sm_90a"),
     _Case("hopper", "forward", "bfloat16", "sm_90a"),
     _Case("hopper", "backward", "float16", "sm_90a"),
 ]
