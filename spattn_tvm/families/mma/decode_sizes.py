@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from spattn_tvm.target import registers_most, shared_bytes_most
+
 from .abi import DECODE_BLOCKS
-from .blocks import BLOCK, element_bytes, registers_most, row_pitch, shared_bytes_most
+from .blocks import BLOCK, element_bytes, row_pitch
 
 
 class Words(NamedTuple):
