@@ -494,7 +494,6 @@ class _Layer(CacheLayerMixin):
             count_on_host=not self.is_compileable,
             **self.settings,
         )
-        self.keys, self.values = self.cache.keys, self.cache.values
         if self.is_compileable:
             for tensor in (self.cache.keys, self.cache.values, self.cache.lengths):
                 torch._dynamo.mark_static_address(tensor)

@@ -64,8 +64,9 @@ def _cache(model: Any, kind: str, batch: int, length: int, **settings: Any) -> A
         cache = make_cache(model, max_length=length, is_static=kind == "banded static", **settings)
     cache.early_initialization(batch, KV_HEADS, HEAD_DIM, torch.float32, model.device)
     for layer in cache.layers:
-        layer.keys.fill_(torch.nan)
-        layer.values.fill_(torch.nan)
+        memory = getattr(layer, "cache", layer)
+        memory.keys.fill_(torch.nan)
+        memory.values.fill_(torch.nan)
     return cache
 
 
