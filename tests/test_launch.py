@@ -133,15 +133,17 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
     lse = torch.zeros(2, 4, 7)
     recorder = Recorder("backward", "hopper", one_pass=one_pass)
     given = [launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale) for _ in range(2)]
-    arguments = recorder.arguments
-    stats, next_tile = arguments[12:14]
+    arguments, abi = recorder.arguments, recorder.kernel.abi
+    scratch = len(abi.inputs) + len(abi.outputs)
+    stats, next_tile = arguments[scratch : scratch + 2]
     assert isinstance(stats, torch.Tensor) and isinstance(next_tile, torch.Tensor)
     assert (stats.shape, stats.dtype) == ((2, 4, 4, 4), torch.float32)
     assert (next_tile.tolist(), next_tile.dtype) == ([0, 0], torch.int32)
     first = recorder.arguments
     launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale)
-    assert recorder.arguments[13] is first[13] and recorder.arguments[12] is not first[12]
-    sums = arguments[14:-2]
+    assert recorder.arguments[scratch + 1] is first[scratch + 1]
+    assert recorder.arguments[scratch] is not first[scratch]
+    sums = arguments[scratch + 2 : -2]
     shapes = [(s.shape, s.dtype) for s in sums]  # type: ignore[attr-defined]
     assert shapes == [((2, 4, 7, 64), torch.float32)] * one_pass
     sign = 1.0 if scale > 0 else math.copysign(1.0, scale) if scale else 0.0
@@ -158,11 +160,12 @@ def test_calls_again_get_what_the_first_call_got() -> None:
     launch_forward(recorder.kernel, q, k, v, DOMAIN, 0.5)
     first = recorder.arguments
     again = launch.ready_forward(recorder.kernel, q, k, v, DOMAIN)
+    kept = len(recorder.kernel.abi.inputs) + len(recorder.kernel.abi.outputs)
     for scale in (0.5, -0.5, 0.0):
         o, lse = again(q, k, v, scale)
         assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 7), torch.float32)
         assert torch.equal(o, torch.ones_like(q))
-        assert recorder.arguments[7] is first[7]
+        assert recorder.arguments[kept] is first[kept]
         assert recorder.arguments[-2] == (abs(scale) or 1.0)
     # What is read must lie at a multiple of 16 bytes.
     shifted = torch.randn(2 * 4 * 7 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 7, 64)
