@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from spattn_tvm.domains.row_store import store_row
 
+from .attend_row import attend_row
 from .forward_producers import arrive, wait
 from .forward_sizes import (
     BATCH,
@@ -31,14 +32,14 @@ from .forward_sizes import (
     WARPGROUP_ROWS,
     Sizes,
 )
-from .parts import ALL, INF, LOG2E, convert, element, wgmma
+from .parts import ALL, INF, LOG2E, ballot, convert, element, wgmma
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LN2 = math.log(2.0)
 LARGEST = 3.4028234663852886e38  # of float32
 # Scores of this size in base 2 lose 2**7 when they are rounded to float32: exp2 of the difference of one that
-# is and one that isn't overflows. Beyond it, scores that differ at all differ by more than any weight can
-# tell.
+# is and one that isn't overflows. Rows of such scores are attended to again. (Another factor for them, chosen
+# at every chunk, took 2 % more time at head dim 64.)
 HUGE_SCORE = 2.0**31.5
 
 
@@ -50,31 +51,28 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
     THRESHOLD = float(decisions["rescale_threshold"])
     PARTS = decisions["weight_parts"]
     Q_IN_REGISTERS = bool(decisions["queries_in_registers"])
-    QK, PV, PACK = wgmma(KEYS, dtype), wgmma(D, dtype), convert(dtype)
+    # An edge chunk of which this warpgroup's rows meet one half takes the products of that half.
+    HALF = KEYS // 2 if KEYS % 32 == 0 and not OVERLAP else KEYS
+    PV, PACK = wgmma(D, dtype), convert(dtype)
     # Registers of a thread: a warpgroup's 64 x n accumulator is n/2 floats, two rows (r and r + 8) of it.
     SCORES, WEIGHTS, OUTPUTS, QUERIES = KEYS // 2, KEYS // 4, D // 2, D // 4
 
-    def ones(count: Any) -> Any:
-        """A word whose lowest ``count`` bits are set."""
+    def ones(count: Any, keys: int) -> Any:
+        """A word whose lowest ``count`` bits, of at most ``keys // 4``, are set."""
         word = (T.uint32(1) << T.cast(count, "uint32")) - T.uint32(1)
-        return word if KEYS // 4 < 32 else T.Select(count >= 32, T.uint32(ALL), word)
+        return word if keys // 4 < 32 else T.Select(count >= 32, T.uint32(ALL), word)
 
-    def columns_below(offset: Any) -> Any:
+    def columns_below(offset: Any, keys: int) -> Any:
         """Of a thread's columns, at 8 j + e: how many are at most ``offset`` behind the first."""
-        return T.min(T.max(2 * (offset // 8) + T.min(offset % 8, 1) + 1, 0), KEYS // 4)
+        return T.min(T.max(2 * (offset // 8) + T.min(offset % 8, 1) + 1, 0), keys // 4)
 
     @T.inline
     def consume(s, t, scale, warp, lane):
         warpgroup: T.int32 = warp // 4 - 1
         scale2: T.float32 = scale * T.float32(LOG2E)
-        # A factor for huge scores: times a power of two they stay exact; one of at most the scale keeps
-        # finite what the scale does.
-        power: T.float32 = T.reinterpret(
-            "float32", T.bitwise_and(T.reinterpret("uint32", scale), T.uint32(0x7F800000))
-        )
         huge: T.float32 = T.float32(HUGE_SCORE) / scale2
-        # What no score's factor makes infinite: a row that has seen no key weighs exp2(-inf - finite) = 0.
-        no_maximum: T.float32 = T.float32(-LARGEST) / T.max(power, T.float32(1))
+        # Scaled it is still finite, so that a row that has seen no key weighs exp2(-inf - finite) = 0.
+        no_maximum: T.float32 = T.float32(-LARGEST / 4) / T.max(scale, T.float32(1))
         my_row: T.int32 = (warp % 4) * 16 + lane // 4  # and 8 below
         my_column: T.int32 = (lane % 4) * 2  # and the next, of each 8
         queries = T.alloc_local((QUERIES,), "uint32")
@@ -84,6 +82,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         row_max = T.alloc_local((2,), "float32")
         row_sum = T.alloc_local((2,), "float32")
         shrink = T.alloc_local((2,), "float32")
+        again = T.alloc_local((2,), "uint32")
+        unusual: T.int32 = 0
         k_desc = T.alloc_local((1,), "uint64")
         v_desc = T.alloc_local((1,), "uint64")
         # Offsets in 16-byte units: 8 rows of 128 bytes are 64; V's planes are KEYS rows apart.
@@ -143,15 +143,16 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                 output[i] = T.float32(0)
 
         @T.inline
-        def issue_scores(q_ring):
+        def issue_scores(q_ring, keys, first):
+            # Of `keys` keys of the chunk, from `first` on.
             k_ring: T.int32 = k_at % STAGES
             wait(s, c.k_full + k_ring, (k_at // STAGES) % 2)
-            k_tile: T.uint64 = k_desc[0] + T.cast(k_ring * (CHUNK // 8), "uint64")
+            k_tile: T.uint64 = k_desc[0] + T.cast(k_ring * (CHUNK // 8) + first * 8, "uint64")
             T.ptx.wgmma.fence.sync.aligned()
             if Q_IN_REGISTERS:
                 for step in T.unroll(D // 16):
-                    T.ptx[QK](
-                        *[scores[i] for i in range(SCORES)],
+                    T.ptx[wgmma(keys, dtype)](
+                        *[scores[i] for i in range(keys // 2)],
                         queries[4 * step], queries[4 * step + 1],
                         queries[4 * step + 2], queries[4 * step + 3],
                         k_tile + T.uint64((step // 4) * (KEYS * 8) + (step % 4) * 2),
@@ -162,8 +163,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                     q_ring * (ROWS * D // 8) + warpgroup * (WARPGROUP_ROWS * 8), "uint64"
                 )
                 for step in T.unroll(D // 16):
-                    T.ptx[QK](
-                        *[scores[i] for i in range(SCORES)],
+                    T.ptx[wgmma(keys, dtype)](
+                        *[scores[i] for i in range(keys // 2)],
                         q_tile + T.uint64((step // 4) * (ROWS * 8) + (step % 4) * 2),
                         k_tile + T.uint64((step // 4) * (KEYS * 8) + (step % 4) * 2),
                         step > 0, 1, 1, 0, 0,
@@ -175,11 +176,11 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             wait(s, c.v_full + v_at % STAGES, (v_at // STAGES) % 2)
 
         @T.inline
-        def issue_output(part, parts):
-            v_tile: T.uint64 = v_desc[0] + T.cast(v_at % STAGES * (CHUNK // 8), "uint64")
+        def issue_output(part, parts, keys, first):
+            v_tile: T.uint64 = v_desc[0] + T.cast(v_at % STAGES * (CHUNK // 8) + first * 8, "uint64")
             T.ptx.wgmma.fence.sync.aligned()
-            for i in T.unroll(KEYS // 16 // parts):
-                step: T.let = part * (KEYS // 16 // parts) + i
+            for i in T.unroll(keys // 16 // parts):
+                step: T.let = part * (keys // 16 // parts) + i
                 T.ptx[PV](
                     *[output[i] for i in range(OUTPUTS)],
                     weights[4 * step], weights[4 * step + 1],
@@ -202,13 +203,15 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         # One bit for each of a row's columns that this thread holds: two instructions an element instead of
         # the three of two comparisons.
         @T.inline
-        def mask(begin, row0, lo, hi, chunk_key):
+        def mask(begin, row0, lo, hi, chunk_key, keys):
             for r in T.unroll(2):
                 query: T.int32 = row0 + my_row + 8 * r
                 least: T.int32 = T.max(begin, query - hi) - chunk_key - my_column - 1
                 most: T.int32 = query - lo - chunk_key - my_column
-                seen: T.uint32 = ones(columns_below(most)) & ~ones(columns_below(least))
-                for j in T.unroll(KEYS // 8):
+                seen: T.uint32 = ones(columns_below(most, keys), keys) & ~ones(
+                    columns_below(least, keys), keys
+                )
+                for j in T.unroll(keys // 8):
                     for e in T.unroll(2):
                         scores[4 * j + 2 * r + e] = T.Select(
                             ((seen >> T.cast(2 * j + e, "uint32")) & T.uint32(1)) != T.uint32(0),
@@ -218,11 +221,11 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
 
         # Choose each row's reference, near the maximum of its scores.
         @T.inline
-        def find_maximum():
+        def find_maximum(keys):
             for r in T.unroll(2):
                 top = T.alloc_local((1,), "float32")
                 top[0] = T.max(scores[2 * r], scores[2 * r + 1])
-                for j in T.unroll(KEYS // 8 - 1):
+                for j in T.unroll(keys // 8 - 1):
                     top[0] = T.max(top[0], T.max(scores[4 * j + 4 + 2 * r], scores[4 * j + 5 + 2 * r]))
                 top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 1, 32, 32))
                 top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 2, 32, 32))
@@ -238,20 +241,19 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
 
         # exp2 of a part of the chunk's scores, in place.
         @T.inline
-        def weigh(part, parts):
+        def weigh(part, parts, keys):
             for r in T.unroll(2):
-                factor: T.float32 = T.Select(T.fabs(row_max[r]) < huge, scale2, power)
-                offset: T.float32 = row_max[r] * factor
-                for j in T.unroll(KEYS // 8 // parts):
+                offset: T.float32 = row_max[r] * scale2
+                for j in T.unroll(keys // 8 // parts):
                     for e in T.unroll(2):
-                        i: T.let = 4 * (part * (KEYS // 8 // parts) + j) + 2 * r + e
-                        scores[i] = T.exp2(scores[i] * factor - offset)
+                        i: T.let = 4 * (part * (keys // 8 // parts) + j) + 2 * r + e
+                        scores[i] = T.exp2(scores[i] * scale2 - offset)
                         row_sum[r] = row_sum[r] + scores[i]
 
         @T.inline
-        def pack_weights(part, parts):
-            for i in T.unroll(WEIGHTS // parts):
-                word: T.let = part * (WEIGHTS // parts) + i
+        def pack_weights(part, parts, keys):
+            for i in T.unroll(keys // 4 // parts):
+                word: T.let = part * (keys // 4 // parts) + i
                 T.ptx[PACK](weights[word], scores[2 * word + 1], scores[2 * word])
 
         @T.inline
@@ -313,78 +315,105 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             chunks: T.int32 = near_count + far_last - far_first
             between: T.int32 = near_chunks - near_last + far_first
 
-            # Mask the scores of chunk i, if an edge crosses it, and find their maximum.
+            # Mask the scores of `keys` keys from chunk_key on, if an edge crosses them; find their maximum.
             @T.inline
-            def reduce_scores(i):
+            def reduce_scores(chunk_key, lo, hi, keys):
+                if T.Or(
+                    chunk_key + (keys - 1) > row0 - lo,
+                    chunk_key < T.max(begin, row0 + (WARPGROUP_ROWS - 1) - hi),
+                ):
+                    mask(begin, row0, lo, hi, chunk_key, keys)
+                find_maximum(keys)
+
+            # What reduce_scores needs of chunk i: its first key and its band.
+            @T.inline
+            def find_chunk(i, chunk_key, lo, hi):
                 near: T.bool = i < near_count
-                chunk_key: T.int32 = T.Select(
+                chunk_key = T.Select(
                     near,
                     near_top - (near_first + i + 1) * KEYS,
                     far_top - (far_first + i - near_count + 1) * KEYS,
                 )
-                lo: T.int32 = T.Select(near, near_lo, far_lo)
-                hi: T.int32 = T.Select(near, near_hi, far_hi)
-                if T.Or(
-                    chunk_key + (KEYS - 1) > row0 - lo,
-                    chunk_key < T.max(begin, row0 + (WARPGROUP_ROWS - 1) - hi),
-                ):
-                    mask(begin, row0, lo, hi, chunk_key)
-                find_maximum()
+                lo = T.Select(near, near_lo, far_lo)
+                hi = T.Select(near, near_hi, far_hi)
 
             # A chunk's scores are issued before the values' product of the one before.
             @T.inline
             def run_overlapped():
-                issue_scores(q_ring)
+                chunk_key: T.int32 = 0
+                lo: T.int32 = 0
+                hi: T.int32 = 0
+                issue_scores(q_ring, KEYS, 0)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release_keys()
-                reduce_scores(0)
-                weigh(0, 1)
-                pack_weights(0, 1)
+                find_chunk(0, chunk_key, lo, hi)
+                reduce_scores(chunk_key, lo, hi, KEYS)
+                weigh(0, 1, KEYS)
+                pack_weights(0, 1, KEYS)
                 i: T.int32 = 1
                 while i < chunks:
                     if i == near_count:
                         keys_end: T.int32 = k_at + between
                         while k_at < keys_end:
                             pass_chunk(k_at, c.k_full, c.k_empty)
-                    issue_scores(q_ring)
+                    issue_scores(q_ring, KEYS, 0)
                     wait_values()
-                    issue_output(0, 1)
+                    issue_output(0, 1, KEYS, 0)
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     release_keys()
-                    reduce_scores(i)
-                    weigh(0, 1)
+                    find_chunk(i, chunk_key, lo, hi)
+                    reduce_scores(chunk_key, lo, hi, KEYS)
+                    weigh(0, 1, KEYS)
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     release_values()
                     shrink_output_if_needed()
-                    pack_weights(0, 1)
+                    pack_weights(0, 1, KEYS)
                     if i == near_count:
                         values_end: T.int32 = v_at + between
                         while v_at < values_end:
                             pass_chunk(v_at, c.v_full, c.v_empty)
                     i = i + 1
                 wait_values()
-                issue_output(0, 1)
+                issue_output(0, 1, KEYS, 0)
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release_values()
+
+            # `keys` keys of a chunk, from `first` on.
+            @T.inline
+            def attend_to(chunk_key, lo, hi, keys, first, parts):
+                issue_scores(q_ring, keys, first)
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release_keys()
+                reduce_scores(chunk_key + first, lo, hi, keys)
+                shrink_output_if_needed()
+                wait_values()
+                for part in T.unroll(parts):
+                    weigh(part, parts, keys)
+                    pack_weights(part, parts, keys)
+                    issue_output(part, parts, keys, first)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release_values()
 
             @T.inline
             def run_in_turn():
+                chunk_key: T.int32 = 0
+                lo: T.int32 = 0
+                hi: T.int32 = 0
                 i: T.int32 = 0
                 while i < chunks:
                     if T.And(i == near_count, i > 0):
                         pass_chunks(between)
-                    issue_scores(q_ring)
-                    T.ptx.wgmma.wait_group.sync.aligned(0)
-                    release_keys()
-                    reduce_scores(i)
-                    shrink_output_if_needed()
-                    wait_values()
-                    for part in T.unroll(PARTS):
-                        weigh(part, PARTS)
-                        pack_weights(part, PARTS)
-                        issue_output(part, PARTS)
-                    T.ptx.wgmma.wait_group.sync.aligned(0)
-                    release_values()
+                    find_chunk(i, chunk_key, lo, hi)
+                    if HALF < KEYS:
+                        without_lower: T.bool = chunk_key + HALF <= T.max(begin, row0 - hi)
+                        without_upper: T.bool = chunk_key + HALF >= row_end - lo
+                        if T.Or(without_lower, without_upper):
+                            first: T.int32 = T.if_then_else(without_lower, HALF, 0)
+                            attend_to(chunk_key, lo, hi, HALF, first, 1)
+                        else:
+                            attend_to(chunk_key, lo, hi, KEYS, 0, PARTS)
+                    else:
+                        attend_to(chunk_key, lo, hi, KEYS, 0, PARTS)
                     i = i + 1
 
             clear_rows()
@@ -403,6 +432,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                 pass_chunks(between)
             pass_chunks(far_chunks - far_last)
             store_rows(batch, head, row0 + my_row, end)
+            if unusual != 0:
+                attend_again(batch, head, row0 + warp % 4 * 16, end)
 
         # Rows whose sum is 0 have no key: the largest weight of others is 1 at least. NaN stays NaN.
         @T.inline
@@ -417,14 +448,53 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                         T.float32(-INF),
                         row_max[r] * scale + T.log2(row_sum[r]) * T.float32(LN2),
                     )
+            unusual = T.cuda.any_sync(
+                T.uint32(ALL),
+                T.Or(
+                    T.Or(row_sum[0] == T.float32(0), row_sum[1] == T.float32(0)),
+                    T.max(T.fabs(row_max[0]), T.fabs(row_max[1])) >= huge,
+                ),
+            )
+            # Rarely taken: a selection of each element cost 1 % at (4, 16, 4096, 128).
+            if unusual != 0:
+                clear_rows_without_keys()
             for r in T.unroll(2):
                 row_at: T.uint64 = element(t.o, batch, head, query + 8 * r, 0)
-                has_keys: T.bool = row_sum[r] != T.float32(0)
                 store_row(
-                    lambda n, e: T.Select(has_keys, output[4 * n + 2 * r + e] * shrink[r], T.float32(0)), D,
+                    lambda n, e: output[4 * n + 2 * r + e] * shrink[r], D,
                     lambda column: row_at + T.Cast("uint64", 2 * column),
                     lambda column: query + 8 * r < end, PACK, lane,
                 )  # fmt: skip
+
+        # They may hold what a NaN among values made of the weight 0.
+        @T.inline
+        def clear_rows_without_keys():
+            for r in T.unroll(2):
+                if row_sum[r] == T.float32(0):
+                    shrink[r] = T.float32(0)
+                    for j in T.unroll(OUTPUTS // 4):
+                        for e in T.unroll(2):
+                            output[4 * j + 2 * r + e] = T.float32(0)
+
+        # Their scores are huge, or all below what a row's maximum begins with. (One whose scores are NaN or
+        # infinite would only be NaN again.)
+        @T.inline
+        def attend_again(batch, head, query0, end):
+            for r in T.unroll(2):
+                is_huge: T.bool = T.And(T.fabs(row_max[r]) >= huge, T.fabs(row_max[r]) <= T.float32(LARGEST))
+                again[r] = ballot(
+                    T.And(
+                        query0 + lane // 4 + 8 * r < end,
+                        T.if_then_else(row_max[r] == no_maximum, row_sum[r] == row_sum[r], is_huge),
+                    )
+                )
+            T.cuda.warp_sync()
+            row: T.int32 = 0
+            while row < 16:
+                bits: T.uint32 = T.if_then_else(row < 8, again[0], again[1])
+                if (bits >> T.cast(row % 8 * 4, "uint32")) & T.uint32(1) != T.uint32(0):
+                    attend_row(t, dtype, D, scale, lane, batch, head, query0 + row)
+                row = row + 1
 
         running: T.int32 = 1
         while running == 1:
