@@ -147,7 +147,7 @@ def test_machine_code_neither_spills_nor_waits_for_each_product(
         decisions = one_pass_decisions(head_dim, "bfloat16", h200)
     path = compile_kernel(KernelSpec("hopper", "backward", "bfloat16", head_dim, decisions), h200)
     resources = library_metadata(path)["resources"]
-    assert len(resources["kernels"]) == 3
+    assert len(resources["kernels"]) == (2 if one_pass else 3)
     for kernel in resources["kernels"].values():
         assert kernel["spill_store_bytes"] <= SPILL_TOLERANCE_BYTES
     assert not [text for text in resources["warnings"] if "serialized" in text]

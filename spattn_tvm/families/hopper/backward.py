@@ -37,11 +37,11 @@ from .backward_sizes import DTYPES, SHARED_LIMIT, shared_bytes
 
 
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:
-    """The backward of banded attention as one function ``backward`` that launches three kernels.
+    """The backward of banded attention as one function ``backward`` that launches its kernels.
 
     Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, key_ranges, dq, dk, dv,
-    stats, next_tile, [dq_sum,] scale, workers)``. Batch, heads, lengths, strides, layout and documents are
-    data of the call. Nothing synchronises; nothing is allocated.
+    stats, next_tile, [dq_sum, progress,] scale, workers)``. Batch, heads, lengths, strides, layout and
+    documents are data of the call. Nothing synchronises; nothing is allocated.
 
     ============== ======================= ============ ====================================================
     argument       shape                   dtype        meaning
@@ -62,6 +62,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                                         kernel
     dq_sum         (B, Hq, Nq, D)          float32      only for ``one_pass``; contiguous workspace, written
                                                         before it is read
+    progress       (3 + B * Hkv,)          int32        likewise
     scale          scalar                  float32      factor of the scores, positive
     workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
     ============== ======================= ============ ====================================================

@@ -1,10 +1,15 @@
 """Banded attention backward for Hopper in one pass over key tiles: five products, dQ added up in global
 memory.
 
-Three kernels. The first computes the statistics of the queries and clears the float32 sums of dQ; the
-second draws tiles of keys, as the dK/dV pass of :mod:`.backward` does, and adds each chunk's dQ to the sums
-by bulk reductions of 16 KB; the third scales and converts them. Adding goes in no fixed order: gradients
-differ from run to run in the last bits.
+Two kernels. The first computes the statistics of the queries; the second draws tiles of keys, as the dK/dV
+pass of :mod:`.backward` does, and adds each chunk's dQ to float32 sums by bulk reductions of 16 KB. Adding
+goes in no fixed order: gradients differ from run to run in the last bits.
+
+**Clearing and converting** the sums, at the memory's speed, is hidden under the products, which leave the
+memory idle. The first kernel clears the sums of the first pack of heads; a *converting warp* of each CTA
+clears the others', then scales and converts those of a head as soon as its last tile is done. When no tile
+is left, all computing warps help. At (1, 16, 16384, 128) both together cost 0.05 ms so (0.095 in kernels of
+their own), of which the conversion, which competes for the L2, is most.
 
 **A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
 while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
@@ -55,6 +60,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import tvm
 from tvm.script import tirx as T
@@ -64,6 +70,7 @@ from .backward_producers import init_rings
 from .backward_sizes import (
     BARRIER_BYTES,
     INFO_BYTES,
+    MET_BYTES,
     ONE_PASS_QUERIES,
     PLANE,
     SWIZZLE_ROW_BYTES,
@@ -76,6 +83,7 @@ from .parts import (
     INF,
     K_MAJOR,
     LOG2E,
+    add_release,
     address,
     advance,
     arrive,
@@ -83,6 +91,7 @@ from .parts import (
     descriptor,
     dot2,
     element,
+    here,
     hold,
     issue_left_shared,
     issue_sum,
@@ -94,6 +103,7 @@ from .parts import (
     row_step,
     rows_map,
     statistics_map,
+    wait_count,
     wgmma,
 )
 
@@ -103,12 +113,17 @@ WITH_STORING_WARP = 160  # threads
 STORING_WARP = 2
 MOST = 3.4028234663852886e38  # float32
 THREADS = 256  # of the kernels before and after
-PIECES = 4  # of four columns, that a thread converts
+CONVERTING_WARP = 3
+ITEM_ROWS = 128  # of a warpgroup's columns, that a warp clears or converts at a time
+# Of the counters: items drawn to be cleared, cleared, drawn to be converted; then each key head's rows done.
+TO_CLEAR, CLEARED, TO_CONVERT, ROWS_DONE = range(4)
 REDUCE = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
 
 
-def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
-    """The first kernel's body: statistics of the queries, and the sums of dQ start at zero."""
+def statistics_pass(together: int, head_dim: int, dtype: str) -> Callable[..., None]:
+    """The first kernel's body: statistics of the queries; the sums of the first heads and all counters start
+    at zero.
+    """
     D = head_dim
     LANES = D // 8
     ROWS = THREADS // LANES
@@ -130,14 +145,17 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
         delta = T.alloc_local((1,), "float32")
         if block * THREADS + thread < 2:
             t.next_tile[thread] = 0
+        if block * THREADS + thread < ROWS_DONE + t.batches * t.kv_heads:
+            t.progress[block * THREADS + thread] = 0
         T.ptx["ld.global.nc.v4.u32"](o[0], o[1], o[2], o[3], element(t.o, b, h, query, part * 8))
         T.ptx["ld.global.nc.v4.u32"](do[0], do[1], do[2], do[3], element(t.do, b, h, query, part * 8))
         sums_at: T.uint64 = T.reinterpret("uint64", t.dq_sum.data) + T.Cast("uint64", row) * T.uint64(D * 4)
-        for half in T.unroll(2):
-            T.ptx["st.global.v4.f32"](
-                sums_at + T.Cast("uint64", part * 16) + T.uint64(half * D * 2),
-                T.float32(0), T.float32(0), T.float32(0), T.float32(0),
-            )  # fmt: skip
+        if T.truncdiv(h, t.group) * t.batches + b < together:
+            for half in T.unroll(2):
+                T.ptx["st.global.v4.f32"](
+                    sums_at + T.Cast("uint64", part * 16) + T.uint64(half * D * 2),
+                    T.float32(0), T.float32(0), T.float32(0), T.float32(0),
+                )  # fmt: skip
         delta[0] = T.float32(0)
         for i in T.unroll(4):
             delta[0] = dot2(o[i], do[i], delta[0], dtype)
@@ -164,23 +182,37 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
     return run
 
 
+def item_blocks(t: SimpleNamespace) -> Any:
+    """Items of a query head and a warpgroup's columns."""
+    return (here(t.queries) + (ITEM_ROWS - 1)) // ITEM_ROWS
+
+
+def clear_items(t: SimpleNamespace, together: int, warpgroups: int) -> Any:
+    """Items of the heads that the first kernel does not clear."""
+    pairs = T.max(here(t.batches) * t.kv_heads - together, 0)
+    return pairs * t.group * warpgroups * item_blocks(t)
+
+
+def sums_of(t: SimpleNamespace, b: Any, h: Any, w: Any, row: Any, warpgroups: int, span: int) -> Any:
+    """Global address of the sums of a row, in a warpgroup's columns."""
+    of_head = T.Cast("int64", (b * t.query_heads + h) * warpgroups + w) * T.Cast("int64", t.queries)
+    return T.reinterpret("uint64", t.dq_sum.data) + T.Cast(
+        "uint64", of_head + T.Cast("int64", row)
+    ) * T.uint64(span * 4)
+
+
 @T.inline
 def store_sums(plan, at, lane, t, span):
     # The storing warp: adds each chunk's dQ to the sums in global memory, of the queries that meet the tile
     # in its band. A chunk may hold others, even of other documents.
+    cleared: T.int32 = 0
     stage: T.int32 = 0
     phase: T.int32 = 0
     tile_phase: T.int32 = 0
     left: T.int32 = 0
-    tile_first: T.int32 = 0
-    tile_last: T.int32 = 0
-    begin: T.int32 = 0
-    end: T.int32 = 0
     row: T.int32 = 0
     first: T.int32 = 0
     count: T.int32 = 0
-    lo: T.int32 = 0
-    hi: T.int32 = 0
     head: T.int32 = 0
     storing: T.int32 = 1
     warpgroups = T.meta_var(plan.warpgroups)
@@ -190,24 +222,25 @@ def store_sums(plan, at, lane, t, span):
     while storing == 1:
         T.cuda.mbarrier_wait(at("tile_full"), tile_phase)
         tile_phase = tile_phase ^ 1
-        tile_first = load_shared(at("tile"))
-        tile_last = T.min(load_shared(at("tile") + T.uint32(8)), tile_first + plan.rows) - 1
-        begin = load_shared(at("tile") + T.uint32(4))
-        end = load_shared(at("tile") + T.uint32(TILE_COUNTS_AT))
         left = load_shared(at("tile") + T.uint32(TILE_COUNTS_AT + 4 * warpgroups))
-        if tile_first < 0:
+        if load_shared(at("tile")) < 0:
             storing = 0
         else:
+            head = load_shared(at("tile") + T.uint32(12))
+            if T.And(
+                cleared == 0, head % t.kv_heads * t.batches + T.truncdiv(head, t.kv_heads) >= plan.together
+            ):
+                wait_count(t.progress, CLEARED, clear_items(t, plan.together, warpgroups))
+                # The zeros were ordinary stores, what follows adds through the asynchronous proxy.
+                T.ptx.fence.proxy.async_()
+                cleared = 1
             while left > 0:
                 for w in T.unroll(warpgroups):
                     T.ptx.bar.sync(T.uint32(SUM_FULL + w), T.uint32(WITH_STORING_WARP))
                     if w == 0:
                         row = load_shared(at("info", stage, INFO_BYTES))
-                        lo = load_shared(at("info", stage, INFO_BYTES) + T.uint32(4))
-                        hi = load_shared(at("info", stage, INFO_BYTES) + T.uint32(8))
-                        met_begin, met_end = T.meta_var(plan.met(tile_first, tile_last, lo, hi, begin, end))
-                        first = T.max(row, met_begin)
-                        count = T.min(row + plan.chunk_rows, met_end) - first
+                        first = load_shared(at("met", stage, MET_BYTES))
+                        count = load_shared(at("met", stage, MET_BYTES) + T.uint32(4)) - first
                         head = load_shared(at("info", stage, INFO_BYTES) + T.uint32(12))
                         T.cuda.warp_sync()
                         if lane == 0:
@@ -229,9 +262,117 @@ def store_sums(plan, at, lane, t, span):
                 advance(stage, phase, plan.stages)
                 left = left - 1
             if lane == 0:
+                head = load_shared(at("tile") + T.uint32(12))
+                row = load_shared(at("tile"))
+                count = T.min(load_shared(at("tile") + T.uint32(8)) - row, plan.rows)
                 arrive(at("tile_empty"))
-    if lane == 0:
-        T.ptx["cp.async.bulk.wait_group"](0)
+                T.ptx["cp.async.bulk.wait_group"](0)
+                add_release(t.progress, ROWS_DONE + head, count)
+
+
+@T.inline
+def draw_item(t, counter, lane, item):
+    T.ptx["atom.global.add.s32"](item[0], T.address_of(t.progress[counter]), T.if_then_else(lane == 0, 1, 0))
+    item[0] = T.tvm_warp_shuffle(ALL, item[0], 0, 32, 32)
+
+
+@T.inline
+def locate_item(t, item, warpgroups, first_pair, b, h, w, row):
+    # A pair of batch row and key head has the rows of its query heads, apart for each warpgroup's columns.
+    blocks: T.int32 = item_blocks(t)
+    segment: T.int32 = T.truncdiv(item, blocks)
+    row = (item - segment * blocks) * ITEM_ROWS
+    pair: T.int32 = T.truncdiv(segment, t.group * warpgroups)
+    segment = segment - pair * (t.group * warpgroups)
+    pair = pair + first_pair
+    h = T.truncdiv(pair, t.batches)
+    b = pair - h * t.batches
+    h = h * t.group + segment // warpgroups
+    w = segment % warpgroups
+
+
+@T.inline
+def clear_sums(t, lane, together, warpgroups, span):
+    # The sums of all heads but the first pack's, which the first kernel cleared.
+    item = T.alloc_local((1,), "int32")
+    items: T.int32 = clear_items(t, together, warpgroups)
+    b: T.int32 = 0
+    h: T.int32 = 0
+    w: T.int32 = 0
+    row: T.int32 = 0
+    draw_item(t, TO_CLEAR, lane, item)
+    while item[0] < items:
+        locate_item(t, item[0], warpgroups, together, b, h, w, row)
+        piece: T.int32 = lane
+        pieces: T.int32 = T.min(t.queries - row, ITEM_ROWS) * (span // 4)
+        start: T.uint64 = sums_of(t, b, h, w, row, warpgroups, span)
+        while piece < pieces:
+            T.ptx["st.global.v4.f32"](
+                start + T.Cast("uint64", piece * 16), T.float32(0), T.float32(0), T.float32(0), T.float32(0)
+            )
+            piece = piece + 32
+        T.cuda.warp_sync()
+        if lane == 0:
+            add_release(t.progress, CLEARED, 1)
+        draw_item(t, TO_CLEAR, lane, item)
+
+
+@T.inline
+def convert_sums(t, lane, scale, warpgroups, span, convert_instruction, ahead):
+    # dQ from its sums, `ahead` times a warp's 1 KB in flight. Of 16 columns a lane has two times 2t, 2t + 1,
+    # 2t + 8 and 2t + 9, for t and t + 1.
+    lanes = T.meta_var(span // 8)  # of a row
+    step = T.meta_var(32 // lanes)  # rows
+    item = T.alloc_local((1,), "int32")
+    sums = T.alloc_local((8 * ahead,), "float32")
+    words = T.alloc_local((4,), "uint32")
+    b: T.int32 = 0
+    h: T.int32 = 0
+    w: T.int32 = 0
+    row: T.int32 = 0
+    draw_item(t, TO_CONVERT, lane, item)
+    while item[0] < t.batches * t.query_heads * warpgroups * item_blocks(t):
+        own: T.int32 = here(lane)
+        locate_item(t, item[0], warpgroups, 0, b, h, w, row)
+        if lane == 0:
+            keys: T.int32 = t.keys
+            if t.ranges > 0:
+                keys = T.max(
+                    t.key_ranges[T.min(b, t.ranges - 1), 1] - t.key_ranges[T.min(b, t.ranges - 1), 0], 0
+                )
+            wait_count(t.progress, ROWS_DONE + b * t.kv_heads + T.truncdiv(h, t.group), keys)
+        T.cuda.warp_sync()
+        source: T.uint64 = sums_of(t, b, h, w, row, warpgroups, span) + T.Cast("uint64", own * 32)
+        row = row + own // lanes
+        target: T.uint64 = element(
+            t.dq, b, h, row, w * span + (own % lanes // 2 ^ (row % 2)) * 16 + own % 2 * 4
+        )
+        left: T.int32 = T.min(t.queries - row, ITEM_ROWS - own // lanes)
+        while left > 0:
+            for i in T.unroll(ahead):
+                for half in T.unroll(2):
+                    if i * step < left:
+                        T.ptx["ld.global.cg.v4.f32"](
+                            sums[8 * i + 4 * half], sums[8 * i + 4 * half + 1],
+                            sums[8 * i + 4 * half + 2], sums[8 * i + 4 * half + 3],
+                            source + T.uint64(1024 * i + 16 * half),
+                        )  # fmt: skip
+            for i in T.unroll(ahead):
+                if i * step < left:
+                    for half in T.unroll(2):
+                        for j in T.unroll(2):
+                            T.ptx[convert_instruction](
+                                words[2 * j + half],
+                                sums[8 * i + 4 * half + 2 * j + 1] * scale,
+                                sums[8 * i + 4 * half + 2 * j] * scale,
+                            )
+                    T.ptx["st.global.v2.u32"](target, words[0], words[1])
+                    T.ptx["st.global.v2.u32"](target + T.uint64(16), words[2], words[3])
+                target = target + T.Cast("uint64", t.dq.strides[2] * (2 * step))
+            source = source + T.uint64(1024 * ahead)
+            left = left - step * ahead
+        T.cuda.warp_sync()
+        draw_item(t, TO_CONVERT, lane, item)
 
 
 def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callable[..., None]:
@@ -249,6 +390,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SPAN = D // W
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
+    TOGETHER = decisions["dkv_heads"]
     PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, others=1)
 
     @T.inline
@@ -444,57 +586,13 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
             produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers)
             if warp == STORING_WARP:
                 store_sums(PLAN, at, lane, t, SPAN)
+            if warp == CONVERTING_WARP:
+                clear_sums(t, lane, TOGETHER, W, SPAN)
+                convert_sums(t, lane, scale, W, SPAN, CONVERT, 1)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
             consume(at, warp, lane, t, scale)
-
-    return run
-
-
-def conversion_pass(warpgroups: int, head_dim: int, dtype: str) -> Callable[..., None]:
-    """The third kernel's body: dQ from its sums. A lane's four are columns 2t, 2t + 1, 2t + 8 and 2t + 9 of
-    16: a quad sorts them, and writes whole 32-byte sectors.
-    """
-    D = head_dim
-    SPAN = D // warpgroups
-    CONVERT = convert(dtype)
-
-    @T.inline
-    def run(t, scale):
-        rows: T.int32 = t.batches * t.query_heads * t.queries
-        block = T.cta_id(
-            [(t.batches * t.query_heads * t.queries * (D // 4) + THREADS * PIECES - 1) // (THREADS * PIECES)]
-        )
-        thread = T.thread_id([THREADS])
-        quarter: T.int32 = thread % 4
-        sums = T.alloc_local((4 * PIECES,), "float32")
-        words = T.alloc_local((2,), "uint32")
-        sorted_words = T.alloc_local((4,), "uint32")
-        for i in T.unroll(PIECES):
-            piece: T.int32 = T.min((block * PIECES + i) * THREADS + thread, rows * (D // 4) - 4 + quarter)
-            T.ptx["ld.global.nc.v4.f32"](
-                sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3],
-                T.reinterpret("uint64", t.dq_sum.data) + T.Cast("uint64", piece) * T.uint64(16),
-            )  # fmt: skip
-        for i in T.unroll(PIECES):
-            piece: T.int32 = T.min((block * PIECES + i) * THREADS + thread, rows * (D // 4) - 4 + quarter)
-            row: T.int32 = piece // (SPAN // 4)
-            part: T.int32 = piece % (SPAN // 4) // 4
-            bhw: T.int32 = T.truncdiv(row, t.queries)
-            query: T.int32 = row - bhw * t.queries
-            bh: T.int32 = bhw // warpgroups
-            b: T.int32 = T.truncdiv(bh, t.query_heads)
-            T.ptx[CONVERT](words[0], sums[4 * i + 1] * scale, sums[4 * i] * scale)
-            T.ptx[CONVERT](words[1], sums[4 * i + 3] * scale, sums[4 * i + 2] * scale)
-            for j in T.unroll(2):
-                sorted_words[j] = T.tvm_warp_shuffle(ALL, words[0], quarter * 2 + j, 4, 32)
-                sorted_words[2 + j] = T.tvm_warp_shuffle(ALL, words[1], quarter * 2 + j, 4, 32)
-            column: T.int32 = bhw % warpgroups * SPAN + (part ^ (query % 2)) * 16 + quarter * 4
-            T.ptx["st.global.v2.u32"](
-                element(t.dq, b, bh - b * t.query_heads, query, column),
-                T.if_then_else(quarter < 2, sorted_words[0], sorted_words[2]),
-                T.if_then_else(quarter < 2, sorted_words[1], sorted_words[3]),
-            )
+            convert_sums(t, lane, scale, W, SPAN, CONVERT, 4)
 
     return run
 
@@ -502,9 +600,8 @@ def conversion_pass(warpgroups: int, head_dim: int, dtype: str) -> Callable[...,
 def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tvm.IRModule:
     """The backward in one pass, as :func:`.backward.build_hopper_backward` describes and checks it."""
     ROWS = WARPGROUP_ROWS * decisions["dkv_warpgroups"]
-    prepare = statistics_pass(head_dim, dtype)
+    prepare = statistics_pass(decisions["dkv_heads"], head_dim, dtype)
     compute = gradient_pass(decisions, head_dim, dtype)
-    convert_sums = conversion_pass(decisions["dkv_warpgroups"], head_dim, dtype)
 
     @T.prim_func
     def backward(
@@ -525,6 +622,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
         stats: T.handle,
         next_tile: T.handle,
         dq_sum: T.handle,
+        progress: T.handle,
         scale: T.float32,
         workers: T.int32,
     ):
@@ -532,7 +630,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
             match_tensors(
                 dtype, head_dim, q=q, k=k, v=v, o=o, lse=lse, do=do, dlse=dlse, bands=bands,
                 cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, key_ranges=key_ranges, dq=dq, dk=dk, dv=dv,
-                stats=stats, next_tile=next_tile, dq_sum=dq_sum,
+                stats=stats, next_tile=next_tile, dq_sum=dq_sum, progress=progress,
             )
         )  # fmt: skip
         maps = T.meta_var(
@@ -548,7 +646,5 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
             prepare(t, scale)
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):
             compute(t, maps, scale, workers)
-        with T.attr({"tirx.device_entry": True}):
-            convert_sums(t, scale)
 
     return tvm.IRModule({"backward": backward})

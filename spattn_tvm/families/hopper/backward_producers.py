@@ -29,6 +29,7 @@ from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, tabl
 from .backward_sizes import (
     BARRIER_BYTES,
     INFO_BYTES,
+    MET_BYTES,
     PLANE,
     QUEUE,
     QUEUE_INFO_BYTES,
@@ -411,6 +412,9 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
                     if plan.of_keys
                     else (other_begin, other_end)
                 )
+                met_begin, met_end = T.meta_var(
+                    plan.met(first, T.min(end, first + plan.rows) - 1, lo[0], hi[0], other_begin, other_end)
+                )
                 c: T.int32 = 0
                 while c < chunks:
                     row: T.int32 = origin + c * plan.chunk_rows
@@ -432,6 +436,12 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
                             strange, at("chunk_landed"), at("full", stage, BARRIER_BYTES)
                         )
                         T.ptx["st.shared.v4.s32"](at("info", stage, INFO_BYTES), row, lo[0], hi[0], word)
+                        if plan.shared:
+                            # Of its rows, those that meet the tile.
+                            T.ptx["st.shared.v2.s32"](
+                                at("met", stage, MET_BYTES),
+                                T.max(row, met_begin), T.min(row + plan.chunk_rows, met_end),
+                            )  # fmt: skip
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(arrival, T.uint32(plan.streamed_bytes))
                         load_chunk(stage, arrival, row, b, h + band // 2)
                     if strange:

@@ -12,6 +12,7 @@ BARRIER_BYTES = 8
 # Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and
 # head).
 INFO_BYTES = 16
+MET_BYTES = 8  # of a chunk of the one pass: the first row that meets the tile, and the one behind the last
 # Of a tile: first row, where the rows of the other side begin that exist for it, where its own end, batch and
 # head; chunks of each warpgroup (one pass: where the rows of the other side end), chunks in all.
 TILE_INFO_BYTES = 32
@@ -85,6 +86,7 @@ def one_pass_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
     arena.take(1024, k=rows * row, v=rows * row, q=ring * row, do=ring * row)
     arena.take(1024, ds=2 * rows * ONE_PASS_QUERIES * 2, sum=ONE_PASS_QUERIES * head_dim * 4)
     arena.take(128, stats=ring * 8)
+    arena.take(8, met=decisions["dkv_stages"] * MET_BYTES)
     arena.take_rings(decisions["dkv_stages"], 1)
     return arena.of, arena.size
 

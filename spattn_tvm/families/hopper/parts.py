@@ -66,6 +66,31 @@ __device__ __forceinline__ unsigned int spattn_ballot(int p) { return __ballot_s
 """
 
 
+_HERE_SOURCE = """
+__device__ __forceinline__ int spattn_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+"""
+
+_ADD_RELEASE_SOURCE = """
+__device__ __forceinline__ void spattn_add_release(int* at, int count) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(at), "r"(count) : "memory");
+}
+"""
+
+_WAIT_COUNT_SOURCE = """
+__device__ __forceinline__ void spattn_wait_count(const int* at, int count) {
+  int seen;
+  for (;;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+    if (seen >= count) break;
+    __nanosleep(500);
+  }
+}
+"""
+
+
 def _hold_source(count: int) -> str:
     operands = ", ".join(f'"+f"(r[{i}])' for i in range(count))
     return f"""
@@ -126,8 +151,10 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
     ``q, k, v, o, do, dq, dk, dv`` have any strides but the last, which is 1. The shapes are 64-bit, because a
     stride is bound in the type of its buffer's shape.
     """
-    sizes = {name: T.int64() for name in ("B", "HQ", "HKV", "N", "NK", "M", "boundaries", "R", "pairs")}
-    batches, query_heads, kv_heads, queries, keys, tables, boundaries, ranges, pairs = (
+    sizes = {
+        name: T.int64() for name in ("B", "HQ", "HKV", "N", "NK", "M", "boundaries", "R", "pairs", "counts")
+    }
+    batches, query_heads, kv_heads, queries, keys, tables, boundaries, ranges, pairs, counts = (
         named(name, size) for name, size in sizes.items()
     )
     t = SimpleNamespace()
@@ -144,8 +171,8 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
             shape, options = (tables, heads, 4), {"dtype": "int32", "align": 4}
         elif name == "key_ranges":
             shape, options = (ranges, 3), {"dtype": "int32", "align": 4}
-        elif name in ("cu_seqlens", "cu_seqlens_k", "next_tile", "counters"):
-            shape = (2,) if name in ("next_tile", "counters") else (boundaries,)
+        elif name in ("cu_seqlens", "cu_seqlens_k", "next_tile", "counters", "progress"):
+            shape = ({"next_tile": 2, "counters": 2, "progress": counts}.get(name, boundaries),)
             options = {"dtype": "int32", "align": 4}
         else:
             shape = (batches, heads, length, T.int64(head_dim))
@@ -183,6 +210,27 @@ def band_row(bands: Any, heads: Any, row: Any, head: Any) -> Any:
 def load_shared(at: Any) -> Any:
     """An int32 in shared memory."""
     return T.cuda.func_call("spattn_load_shared", at, source_code=_LOAD_SHARED_SOURCE, return_type="int32")
+
+
+def here(value: Any) -> Any:
+    """An int32 that is made where it stands. What is hoisted out of the branch of one producing warp takes
+    a register of all of them.
+    """
+    return T.cuda.func_call("spattn_here", value, source_code=_HERE_SOURCE, return_type="int32")
+
+
+def add_release(counters: Any, place: Any, count: Any) -> Any:
+    """Add to a count in global memory, after everything that this thread has written or seen written."""
+    return T.cuda.func_call(
+        "spattn_add_release", T.address_of(counters[place]), count, source_code=_ADD_RELEASE_SOURCE
+    )
+
+
+def wait_count(counters: Any, place: Any, count: Any) -> Any:
+    """Wait until that many have been counted; what they had written is seen afterwards."""
+    return T.cuda.func_call(
+        "spattn_wait_count", T.address_of(counters[place]), count, source_code=_WAIT_COUNT_SOURCE
+    )
 
 
 def ballot(condition: Any) -> Any:
