@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.distributed import Shards, context_parallel_attention
+from spattn_tvm.distributed import Shards, context_parallel_attention, exchange
 from spattn_tvm.reference import reference_attention
 
 
@@ -133,9 +134,13 @@ def compare_with_one_process(problem: Problem, tolerance: float = 1e-5) -> None:
         )  # fmt: skip
 
 
-def compare_problems(problems: Sequence[Problem]) -> None:
-    for problem in problems:
-        compare_with_one_process(problem)
+def compare_problems(problems: Sequence[Problem], own_message_bytes: int | None = None) -> None:
+    """With `own_message_bytes`, rows of a head of that size travel as they do on CUDA."""
+    with patch.dict(
+        exchange._OWN_MESSAGE_BYTES, {} if own_message_bytes is None else {"cpu": own_message_bytes}
+    ):
+        for problem in problems:
+            compare_with_one_process(problem)
 
 
 @contextmanager

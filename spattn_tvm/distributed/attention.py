@@ -18,11 +18,6 @@ from .by_heads import attend_by_heads, plan_parts
 from .planner import STRATEGIES, documents_of, plan_ranks, strategies_of
 from .shards import Shards, boundaries_of
 
-# In how many parts the heads travel, so that one is attended while others are on their way. On a CPU the
-# cores that would attend are those that copy.
-_PARTS = {"cpu": 1, "cuda": 4}
-
-
 # --- the public function ----------------------------------------------------------------------------------
 
 
@@ -130,8 +125,8 @@ def context_parallel_attention(
     scale, deterministic, impl
         As in ``banded_attention``.
     parts : int, optional
-        In how many parts the heads travel under ``"heads"``, so that one is attended while the others are on
-        their way; by default up to 4 on CUDA, 1 on a CPU. A key/value head's group travels together.
+        In how many parts the heads travel, so that one is attended while the others are on their way; by
+        default what ``plan_ranks`` says on CUDA, 1 on a CPU. A key/value head's group travels together.
 
     Returns
     -------
@@ -173,8 +168,9 @@ def context_parallel_attention(
             strategy=strategy,
             available=_able(q, impl),
         )
-        most = max(len(share.groups) for share in plan.shares)
-        wanted = _PARTS.get(device.type, 1) if parts is None else parts
+        most = max(len(share.groups) for share in plan.shares) if plan.strategy == "heads" else k.shape[1]
+        # On a CPU the cores that would attend are those that copy.
+        wanted = parts if parts is not None else plan.parts if device.type == "cuda" else 1
         count = max(1, min(wanted, most))
     except Exception as error:
         agree_on_refusal(group, device, error)
@@ -200,7 +196,7 @@ def context_parallel_attention(
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic, "impl": impl}
     if plan.strategy == "bands":
         documents = documents_of(boundaries, shards.length)
-        calls = plan_calls(layout, k.shape[1], shards, documents, boundaries is not None, rank)
+        calls = plan_calls(layout, k.shape[1], shards, documents, boundaries is not None, rank, count)
         return attend_by_bands(q, k, v, calls, group, options)
     if boundaries is not None:
         options["cu_seqlens"] = (

@@ -21,7 +21,7 @@ from torch import Tensor
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops.attention import banded_attention
 
-from .exchange import Journey, Piece, Route, arrive, depart
+from .exchange import Journey, Landing, Piece, Place, Route, arrive, depart
 from .planner import RemotePart, fetched_rows, remote_parts
 from .shards import Rows, Shards
 
@@ -45,14 +45,25 @@ class _RemoteCall:
 
 
 @dataclass(frozen=True)
-class BandCalls:
-    """What a rank fetches, and its calls. Buffers `2 * i` and `2 * i + 1` have the keys and values of remote
-    call i.
+class _HeadGroup:
+    """Key/value heads that travel together, with the calls of their query heads.
+
+    Tensors `2 * i` and `2 * i + 1` of the route's receiving end are the keys and values of call i.
     """
 
+    kv_heads: tuple[int, int]  # from the first to before the last
     route: Route
+    keys: Landing
+    calls: tuple[_RemoteCall, ...]
+
+
+@dataclass(frozen=True)
+class BandCalls:
+    """What a rank fetches, and its calls."""
+
     local: tuple[_LocalCall, ...]
-    remote: tuple[_RemoteCall, ...]
+    groups: tuple[_HeadGroup, ...]
+    gradients: Landing  # of the rank's rows of k and v
 
 
 # --- keys in the queries' own chunk -----------------------------------------------------------------------
@@ -136,10 +147,10 @@ def _shifted(layout: BandLayout, part: RemotePart) -> BandLayout:
 
 
 def _deliveries(
-    shards: Shards, parts: Sequence[RemotePart], kv_heads: int
+    shards: Shards, parts: Sequence[RemotePart], first_head: int, kv_heads: int
 ) -> list[tuple[int, Piece, tuple[Piece, ...]]]:
-    """What a rank with these parts is sent: (by whom, from where, to where), k and v alike: tensor 0 and 1 of
-    the sender, `2 * i` and `2 * i + 1` of part i.
+    """What a rank with these parts, of key/value heads from `first_head` on, is sent: (by whom, from where,
+    to where), k and v alike: tensor 0 and 1 of the sender, `2 * i` and `2 * i + 1` of part i.
     """
     placed = [_place(part)[1] for part in parts]
     heads: dict[tuple[int, int, int, tuple[tuple[int, int], ...]], list[int]] = {}
@@ -158,12 +169,48 @@ def _deliveries(
     return [
         (
             owner,
-            Piece(tensor, tuple(taken), at, rows),
+            Piece(tensor, tuple(first_head + head for head in taken), at, rows),
             tuple(Piece(2 * index + tensor, tuple(taken), row, rows) for index, row in places),
         )
         for (owner, at, rows, places), taken in heads.items()
         for tensor in (0, 1)
     ]
+
+
+def _head_group(
+    layout: BandLayout,
+    kv_heads: int,
+    span: tuple[int, int],
+    shards: Shards,
+    documents: tuple[Rows, ...],
+    rank: int,
+) -> _HeadGroup:
+    first, last = span
+    size = layout.num_heads // kv_heads
+    own = layout if span == (0, kv_heads) else layout.heads(range(first * size, last * size))
+    parts = [
+        [
+            part
+            for part in remote_parts(own, last - first, shards, documents, each)
+            if any(group for group in part.keys)
+        ]
+        for each in range(shards.ranks)
+    ]
+    deliveries = [_deliveries(shards, each, first, last - first) for each in parts]
+    route = Route(
+        tuple(tuple((source,) for owner, source, _ in each if owner == rank) for each in deliveries),
+        tuple(
+            tuple(places for owner, _, places in deliveries[rank] if owner == sender)
+            for sender in range(shards.ranks)
+        ),
+    )
+    shift = {begin: at - begin for begin, at, _ in shards.placed(rank)}
+    calls = []
+    for part in parts[rank]:
+        moved = shift[part.queries[0]]
+        queries = (part.queries[0] + moved, part.queries[1] + moved)
+        calls.append(_RemoteCall(queries, _shifted(own, part), _place(part)[0]))
+    return _HeadGroup(span, route, Landing.of([route.receives], max(2 * len(calls), 1)), tuple(calls))
 
 
 @lru_cache(maxsize=64)
@@ -174,35 +221,15 @@ def plan_calls(
     documents: tuple[Rows, ...],
     is_packed: bool,
     rank: int,
+    groups: int,
 ) -> BandCalls:
-    """What `rank` sends, fetches and calls, in closed form."""
-    parts = [
-        [
-            part
-            for part in remote_parts(layout, kv_heads, shards, documents, each)
-            if any(group for group in part.keys)
-        ]
-        for each in range(shards.ranks)
-    ]
-    deliveries = [_deliveries(shards, each, kv_heads) for each in parts]
-    route = Route(
-        tuple(tuple((source,) for owner, source, _ in each if owner == rank) for each in deliveries),
-        tuple(
-            tuple(places for owner, _, places in deliveries[rank] if owner == sender)
-            for sender in range(shards.ranks)
-        ),
-    )
+    """What `rank` sends, fetches and calls, in closed form; key/value heads travel in `groups` groups."""
+    edges = [kv_heads * index // groups for index in range(groups + 1)]
+    each = tuple(_head_group(layout, kv_heads, span, shards, documents, rank) for span in pairwise(edges))
     local: list[_LocalCall] = []
-    shift = {}
     for begin, at, rows in shards.placed(rank):
-        shift[begin] = at - begin
         local += _local_calls(layout, (begin, begin + rows), at, documents, is_packed)
-    remote = []
-    for part in parts[rank]:
-        moved = shift[part.queries[0]]
-        queries = (part.queries[0] + moved, part.queries[1] + moved)
-        remote.append(_RemoteCall(queries, _shifted(layout, part), _place(part)[0]))
-    return BandCalls(route, tuple(local), tuple(remote))
+    return BandCalls(tuple(local), each, Landing.of((group.route.sends for group in each), 2))
 
 
 # --- the calls --------------------------------------------------------------------------------------------
@@ -259,32 +286,51 @@ def attend_by_bands(
     group: dist.ProcessGroup,
     options: dict[str, Any],
 ) -> Tensor:
-    """This rank's rows of o; `options` are those of ``banded_attention``."""
+    """This rank's rows of o; `options` are those of ``banded_attention``.
+
+    All remote keys set out before the local ones are attended; those of a group of heads are attended while
+    the next groups' are on their way. Backward, gradients of a group's keys set out while the groups before
+    it, and at last the local keys, are attended.
+    """
     batch, heads, _, head_dim = q.shape
-    journey = Journey(calls.route, group)
-    departed = depart(journey, k, v)
+    size = heads // k.shape[1]
+    home = Place([k.shape, v.shape], calls.gradients)
+    journeys = []
+    for part in calls.groups:
+        first, last = part.kv_heads
+        # A rank that fetches nothing still takes part in the way back: what connects it is a tensor of no
+        # rows.
+        shapes = [
+            (batch, last - first, call.keys, head_dim) for call in part.calls for _ in ("k", "v")
+        ] or [(batch, (last - first) * size, 0, head_dim)]  # fmt: skip
+        journeys.append(Journey(part.route, group, home, Place(shapes, part.keys)))
+    departed = depart(journeys, k, v)
     o, lse = _attend_local(q, k, v, calls.local, options)
-    # A rank that fetches nothing still takes part in the way back: what connects it is a tensor of no rows.
-    shapes = [
-        (batch, k.shape[1], call.keys, head_dim) for call in calls.remote for _ in ("k", "v")
-    ] or [(batch, heads, 0, head_dim)]  # fmt: skip
-    arrived = arrive([journey], [departed], shapes)
-    if not calls.remote:
-        return torch.cat([o, *arrived], 2)
-    outputs, reached = [], 0
-    for index, call in enumerate(calls.remote):
-        first, last = call.rows
-        other, other_lse = banded_attention(
-            q[:, :, first:last],
-            arrived[2 * index],
-            arrived[2 * index + 1],
-            call.layout,
-            query_offset=call.keys,
-            return_lse=True,
-            **options,
-        )
-        outputs.append(_rows(o, (reached, first)))
-        outputs.append(_merge(_rows(o, call.rows), _rows(lse, call.rows), other, other_lse))
-        reached = last
-    outputs.append(_rows(o, (reached, o.shape[2])))
-    return torch.cat([rows for rows in outputs if rows.shape[2]], 2)
+    merged = []
+    for index, part in enumerate(calls.groups):
+        first, last = part.kv_heads
+        own = slice(first * size, last * size)
+        arrived = arrive(journeys[index : index + 1], departed[index : index + 1])
+        outputs, reached = [], 0
+        for number, call in enumerate(part.calls):
+            begin, end = call.rows
+            other, other_lse = banded_attention(
+                q[:, own, begin:end],
+                arrived[2 * number],
+                arrived[2 * number + 1],
+                call.layout,
+                query_offset=call.keys,
+                return_lse=True,
+                **options,
+            )
+            outputs.append(o[:, own, reached:begin])
+            outputs.append(_merge(o[:, own, begin:end], lse[:, own, begin:end], other, other_lse))
+            reached = end
+        outputs.append(o[:, own, reached:])
+        outputs += [] if part.calls else arrived
+        merged.append(_join([piece for piece in outputs if piece.shape[2] or not part.calls], 2))
+    return _join(merged, 1)
+
+
+def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops.attention import banded_attention
 
-from .exchange import Journey, Piece, Route, arrive, depart
+from .exchange import Journey, Landing, Piece, Place, Route, arrive, depart
 from .planner import Share
 from .shards import Shards
 
@@ -26,6 +26,17 @@ class Part:
     shares: tuple[Share, ...]
     inbound: Route
     outbound: Route
+    whole: Landing  # of q, k and v of the rank's heads
+    gradient: Landing  # of their o's gradient
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What travels together, and how all of it covers the rank's own rows."""
+
+    each: tuple[Part, ...]
+    gradients: Landing  # of the rank's rows of q, k and v
+    o: Landing
 
 
 def _split(share: Share, parts: int) -> list[Share]:
@@ -36,9 +47,14 @@ def _split(share: Share, parts: int) -> list[Share]:
 
 
 @lru_cache(maxsize=256)
-def plan_parts(shares: tuple[Share, ...], shards: Shards, rank: int, parts: int) -> tuple[Part, ...]:
+def plan_parts(shares: tuple[Share, ...], shards: Shards, rank: int, parts: int) -> Parts:
     split = [_split(share, parts) for share in shares]
-    return tuple(_part(tuple(each[index] for each in split), shards, rank) for index in range(parts))
+    each = tuple(_part(tuple(share[index] for share in split), shards, rank) for index in range(parts))
+    return Parts(
+        each,
+        Landing.of((part.inbound.sends for part in each), 3),
+        Landing.of((part.outbound.receives for part in each), 1),
+    )
 
 
 def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> Part:
@@ -68,7 +84,7 @@ def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> Part:
         tuple(pieces(here[:1], chunks) for chunks in whole),
         tuple(pieces([share.query_heads], local) for share in shares),
     )
-    return Part(shares, inbound, outbound)
+    return Part(shares, inbound, outbound, Landing.of([inbound.receives], 3), Landing.of([outbound.sends], 1))
 
 
 def _attend_share(
@@ -100,24 +116,33 @@ def attend_by_heads(
     k: Tensor,
     v: Tensor,
     layout: BandLayout,
-    parts: Sequence[Part],
+    parts: Parts,
     shards: Shards,
     group: dist.ProcessGroup,
     options: dict[str, Any],
 ) -> Tensor:
+    """This rank's rows of o; `options` are those of ``banded_attention``.
+
+    All parts set out at once. While one is attended, the next are on their way, and so is the o of those
+    before; backward the same, from the last part to the first.
+    """
     rank = dist.get_rank(group)
     batch, _, _, head_dim = q.shape
-    there = [Journey(part.inbound, group) for part in parts]
-    departed = [depart(journey, q, k, v) for journey in there]
-    back = [Journey(part.outbound, group) for part in parts]
-    returned = []
-    for index, part in enumerate(parts):
+    home = Place([tensor.shape for tensor in (q, k, v)], parts.gradients)
+    end = Place([q.shape], parts.o)
+    there, back = [], []
+    for part in parts.each:
         own = part.shares[rank]
-        shapes = [
-            (batch, len(heads), shards.length, head_dim)
-            for heads in (own.query_heads, own.kv_heads, own.kv_heads)
-        ]
-        q_whole, k_whole, v_whole = arrive([there[index]], [departed[index]], shapes)
-        returned.append(depart(back[index], _attend_share(q_whole, k_whole, v_whole, layout, own, options)))
-    (o,) = arrive(back, returned, [tuple(q.shape)])
+        q_shape, k_shape = (
+            (batch, len(heads), shards.length, head_dim) for heads in (own.query_heads, own.kv_heads)
+        )
+        there.append(Journey(part.inbound, group, home, Place([q_shape, k_shape, k_shape], part.whole)))
+        back.append(Journey(part.outbound, group, Place([q_shape], part.gradient), end))
+    departed = depart(there, q, k, v)
+    returned: list[Tensor] = []
+    for index, part in enumerate(parts.each):
+        q_whole, k_whole, v_whole = arrive(there[index : index + 1], departed[index : index + 1])
+        o_whole = _attend_share(q_whole, k_whole, v_whole, layout, part.shares[rank], options)
+        returned += depart(back[index : index + 1], o_whole)
+    (o,) = arrive(back, returned)
     return o

@@ -1,16 +1,20 @@
-"""Rows that travel between ranks: one all-to-all of pieces of tensors, the same way back for gradients.
+"""Rows that travel between ranks: pieces of tensors, and the same way back for their gradients.
 
 What is sent where follows from plans that each rank makes alone, so that no sizes are exchanged. A journey
 starts in one place (`depart`) and ends in another (`arrive`): what is called in between overlaps with it,
 also in the backward pass, where gradients start at `arrive` and end at `depart`.
+
+Small pieces are packed and travel in one all-to-all. On CUDA the rows of one head, where they are large, are
+a message of their own, read and written where the tensors lie: packing and unpacking would take as long as
+the transfer itself, and memory bandwidth from the kernels that it overlaps with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import Shards
+from .shards import Rows, Shards
+
+# From how many bytes on a head's rows travel as a message of their own; where none is given all are packed.
+# On a CPU the transport copies anyway.
+_OWN_MESSAGE_BYTES = {"cuda": 2**19}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,10 @@ class Piece:
     heads: tuple[int, ...]
     begin: int
     rows: int
+
+
+Places = tuple[Piece, ...]
+"""Where a piece is: one place, or several that hold the same."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,83 @@ class Route:
         receives them.
     """
 
-    sends: tuple[tuple[tuple[Piece, ...], ...], ...]
-    receives: tuple[tuple[tuple[Piece, ...], ...], ...]
+    sends: tuple[tuple[Places, ...], ...]
+    receives: tuple[tuple[Places, ...], ...]
+
+
+@dataclass(frozen=True)
+class Landing:
+    """How pieces cover the tensors that they are written to.
+
+    Attributes
+    ----------
+    rows : tuple of int
+        Of each tensor, how many rows of how many heads are written, together.
+    overlaps : tuple of bool
+        Of each tensor, whether some row is written twice; such pieces add up.
+    """
+
+    rows: tuple[int, ...]
+    overlaps: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, ways: Iterable[Sequence[Sequence[Places]]], tensors: int) -> Landing:
+        """Of all pieces of some routes' sends, or receives."""
+        taken: dict[tuple[int, int], list[Rows]] = {}
+        for piece in (piece for way in ways for pieces in way for places in pieces for piece in places):
+            for head in piece.heads:
+                taken.setdefault((piece.tensor, head), []).append((piece.begin, piece.begin + piece.rows))
+        rows, overlaps = [0] * tensors, [False] * tensors
+        for (tensor, _), ranges in taken.items():
+            rows[tensor] += sum(end - begin for begin, end in ranges)
+            overlaps[tensor] |= any(after[0] < before[1] for before, after in pairwise(sorted(ranges)))
+        return cls(tuple(rows), tuple(overlaps))
+
+
+class Place:
+    """The tensors of ``(B, heads, rows, D)`` that journeys end at; made when the first sets out."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], landing: Landing) -> None:
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.overlaps = landing.overlaps
+        self._is_filled = [
+            rows * shape[0] == math.prod(shape[:3]) and not overlaps
+            for rows, shape, overlaps in zip(landing.rows, self.shapes, landing.overlaps, strict=True)
+        ]
+        self._tensors: list[Tensor] | None = None
+
+    def open(self, like: Tensor) -> list[Tensor]:
+        """Its tensors, of the dtype of `like`, or wider where pieces add up."""
+        if self._tensors is None:
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self._tensors = [
+                (torch.empty if is_filled else torch.zeros)(
+                    shape, dtype=wide if overlaps else like.dtype, device=like.device
+                )
+                for shape, is_filled, overlaps in zip(
+                    self.shapes, self._is_filled, self.overlaps, strict=True
+                )
+            ]
+        return self._tensors
+
+    def close(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Hand its tensors over."""
+        assert self._tensors is not None
+        tensors, self._tensors = self._tensors, None
+        return tuple(tensor.to(dtype) for tensor in tensors)
+
+    def write(self, piece: Piece, values: Tensor) -> None:
+        assert self._tensors is not None
+        tensor, heads = self._tensors[piece.tensor], _as_slice(piece.heads)
+        rows = tensor[:, :, piece.begin : piece.begin + piece.rows]
+        adds = self.overlaps[piece.tensor]
+        if heads is None:
+            write = rows.index_add_ if adds else rows.index_copy_
+            write(1, _as_index(piece.heads, rows.device), values.to(rows.dtype))
+        elif adds:
+            rows[:, heads] += values
+        else:
+            rows[:, heads] = values
 
 
 @lru_cache(maxsize=4096)
@@ -63,151 +150,202 @@ def _as_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, device=device)
 
 
-def _sizes(route: Sequence[Sequence[tuple[Piece, ...]]], batch: int, head_dim: int) -> list[int]:
-    """Elements that go to, or come from, each rank."""
-    return [
-        sum(len(places[0].heads) * places[0].rows for places in pieces) * batch * head_dim for pieces in route
-    ]
+def _read(tensors: Sequence[Tensor], places: Places) -> Tensor:
+    """A piece ``(B, heads, rows, D)``; the sum over its places."""
+    found = None
+    for piece in places:
+        rows = tensors[piece.tensor][:, :, piece.begin : piece.begin + piece.rows]
+        heads = _as_slice(piece.heads)
+        values = (
+            rows.index_select(1, _as_index(piece.heads, rows.device)) if heads is None else rows[:, heads]
+        )
+        found = values if found is None else found + values
+    assert found is not None
+    return found
 
 
-def _ends(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Batch and head dim, which all tensors of a journey share."""
-    return shapes[0][0], shapes[0][3]
+def _rows_of_heads(tensors: Sequence[Tensor], piece: Piece) -> Iterator[Tensor]:
+    """``(rows, D)`` of each batch element and head of a piece, as views."""
+    tensor = tensors[piece.tensor]
+    for batch in range(tensor.shape[0]):
+        for head in piece.heads:
+            yield tensor[batch, head, piece.begin : piece.begin + piece.rows]
+
+
+def _outgoing(tensors: Sequence[Tensor], places: Places) -> Iterator[Tensor]:
+    """A piece's heads, each contiguous; where they lie, if they are in one place."""
+    if len(places) == 1:
+        yield from (rows.contiguous() for rows in _rows_of_heads(tensors, places[0]))
+    else:
+        yield from _read(tensors, places).flatten(0, 1)
+
+
+class Journey:
+    """The exchange along a route, and the one back for its gradients.
+
+    Attributes
+    ----------
+    home, goal : Place
+        Where gradients, and where the pieces, end.
+    """
+
+    def __init__(self, route: Route, group: dist.ProcessGroup, home: Place, goal: Place) -> None:
+        self.home, self.goal = home, goal
+        self._route, self._group = route, group
+        self._works: list[Any] = []
+        self._writes: list[Callable[[], None]] = []
+        self._kept: list[Tensor] = []
+
+    def start(self, sources: Sequence[Tensor], *, back: bool = False) -> None:
+        """Set what is to be sent going, to the goal or `back` home."""
+        place = self.home if back else self.goal
+        targets = place.open(sources[0])
+        outward, inward = self._route.sends, self._route.receives
+        if back:
+            outward, inward = inward, outward
+        rank = dist.get_rank(self._group)
+        batch, head_dim = sources[0].shape[0], sources[0].shape[3]
+        least = _OWN_MESSAGE_BYTES.get(sources[0].device.type, math.inf)
+        least_rows = least / max(head_dim * sources[0].itemsize, 1)
+
+        def packed(way: Sequence[Sequence[Places]]) -> list[list[Places]]:
+            return [
+                [places for places in pieces if peer != rank and places[0].rows < least_rows]
+                for peer, pieces in enumerate(way)
+            ]
+
+        def own_messages(way: Sequence[Sequence[Places]], peer: int) -> list[Places]:
+            return [places for places in way[peer] if places[0].rows >= least_rows]
+
+        out, into = packed(outward), packed(inward)
+        sizes, expected = (
+            [sum(len(each[0].heads) * each[0].rows for each in pieces) * batch * head_dim for pieces in way]
+            for way in (out, into)
+        )
+        sent, received = sources[0].new_empty(sum(sizes)), sources[0].new_empty(sum(expected))
+        for places, view in _views(sent, out, batch, head_dim):
+            view.copy_(_read(sources, places))
+        for places, view in _views(received, into, batch, head_dim):
+            self._writes += [partial(place.write, each, view) for each in places]
+        if least == math.inf:
+            self._kept = [sent, received]
+            self._works = [
+                dist.all_to_all_single(received, sent, expected, sizes, group=self._group, async_op=True)
+            ]
+        else:
+            messages: list[tuple[Any, Tensor, int]] = []
+            parcels, arriving = sent.split(sizes), received.split(expected)
+            # Each sends to the rank behind it first: none is everybody's first.
+            for step in range(1, len(outward)):
+                peer = (rank + step) % len(outward)
+                rows = (each for places in own_messages(outward, peer) for each in _outgoing(sources, places))
+                messages += [(dist.isend, each, peer) for each in (*rows, parcels[peer]) if each.numel()]
+                peer = (rank - step) % len(outward)
+                rows = (
+                    each
+                    for places in own_messages(inward, peer)
+                    for each in self._incoming(place, targets, places, sources[0])
+                )
+                messages += [(dist.irecv, each, peer) for each in (*rows, arriving[peer]) if each.numel()]
+            self._kept = [tensor for _, tensor, _ in messages]
+            if messages:
+                self._works = dist.batch_isend_irecv(
+                    [
+                        dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
+                        for operation, tensor, peer in messages
+                    ]
+                )
+        for origin, places in zip(outward[rank], inward[rank], strict=True):
+            values = _read(sources, origin)
+            for each in places:
+                place.write(each, values)
+
+    def _incoming(
+        self, place: Place, targets: Sequence[Tensor], places: Places, like: Tensor
+    ) -> Iterator[Tensor]:
+        """Where a piece's heads are received: in its first place, if nothing else is written there."""
+        first = places[0]
+        if place.overlaps[first.tensor]:
+            values = like.new_empty((like.shape[0], len(first.heads), first.rows, like.shape[3]))
+            self._writes += [partial(place.write, each, values) for each in places]
+            yield from values.flatten(0, 1)
+            return
+        yield from _rows_of_heads(targets, first)
+        for each in places[1:]:
+            self._writes.append(lambda each=each: place.write(each, _read(targets, (first,))))  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """Wait for what `start` set going, and put it in its places."""
+        works, writes = self._works, self._writes
+        self._works, self._writes = [], []
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {dist.get_rank(self._group)} waited in vain for rows of others: one ended, hangs, "
+                f"or called with other arguments ({error})"
+            ) from error
+        for write in writes:
+            write()
+        self._kept = []
 
 
 def _views(
-    buffer: Tensor, route: Sequence[Sequence[tuple[Piece, ...]]], batch: int, head_dim: int
-) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
+    buffer: Tensor, way: Sequence[Sequence[Places]], batch: int, head_dim: int
+) -> Iterator[tuple[Places, Tensor]]:
     """The places of each piece, and the piece in the buffer, as ``(B, heads, rows, D)``."""
     at = 0
-    for places in (places for pieces in route for places in pieces):
+    for places in (places for pieces in way for places in pieces):
         shape = (batch, len(places[0].heads), places[0].rows, head_dim)
         size = math.prod(shape)
         yield places, buffer[at : at + size].view(shape)
         at += size
 
 
-def _read(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
-    rows = tensors[piece.tensor][:, :, piece.begin : piece.begin + piece.rows]
-    heads = _as_slice(piece.heads)
-    return rows.index_select(1, _as_index(piece.heads, rows.device)) if heads is None else rows[:, heads]
-
-
-def _write(tensors: Sequence[Tensor], piece: Piece, values: Tensor, *, adds: bool) -> None:
-    rows = tensors[piece.tensor][:, :, piece.begin : piece.begin + piece.rows]
-    heads = _as_slice(piece.heads)
-    if heads is None:
-        write = rows.index_add_ if adds else rows.index_copy_
-        write(1, _as_index(piece.heads, rows.device), values.to(rows.dtype))
-    elif adds:
-        rows[:, heads] += values
-    else:
-        rows[:, heads] = values
-
-
-class Journey:
-    """One all-to-all along a route, and the one back for its gradients."""
-
-    def __init__(self, route: Route, group: dist.ProcessGroup) -> None:
-        self.route = route
-        self._group = group
-        self._work: Any = None
-        self._buffer: Tensor | None = None
-
-    def start(self, tensors: Sequence[Tensor], *, back: bool = False) -> Tensor:
-        """Pack what is to be sent and set it going; returns the buffer that `finish` will have filled."""
-        outward, inward = self.route.sends, self.route.receives
-        if back:
-            outward, inward = inward, outward
-        batch, head_dim = _ends([tensor.shape for tensor in tensors])
-        sizes, expected = _sizes(outward, batch, head_dim), _sizes(inward, batch, head_dim)
-        sent = tensors[0].new_empty(sum(sizes))
-        for places, view in _views(sent, outward, batch, head_dim):
-            view.copy_(_read(tensors, places[0]))
-            for place in places[1:]:
-                view += _read(tensors, place)
-        self._buffer = tensors[0].new_empty(sum(expected))
-        self._work = dist.all_to_all_single(
-            self._buffer, sent, expected, sizes, group=self._group, async_op=True
-        )
-        return self._buffer
-
-    def finish(self) -> Tensor:
-        """Wait for what `start` set going."""
-        assert self._buffer is not None
-        buffer, work = self._buffer, self._work
-        self._buffer = self._work = None
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {dist.get_rank(self._group)} waited in vain for rows of others: one ended, hangs, "
-                f"or called with other arguments ({error})"
-            ) from error
-        return buffer
-
-
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, journey: Journey, *tensors: Tensor) -> Tensor:
-        ctx.journey, ctx.shapes = journey, [tensor.shape for tensor in tensors]
-        return journey.start(tensors)
+    def forward(ctx: Any, journeys: Sequence[Journey], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.journeys = journeys
+        for journey in journeys:
+            journey.start(tensors)
+        # What arrives is not known yet; autograd only has to know in which order.
+        return tuple(tensors[0].new_empty(0) for _ in journeys)
 
     @staticmethod
-    def backward(ctx: Any, marker: Tensor) -> tuple[Tensor | None, ...]:
-        buffer = ctx.journey.finish()
-        batch, head_dim = _ends(ctx.shapes)
-        # A row that went to several ranks comes back as several parts.
-        dtype = torch.promote_types(buffer.dtype, torch.float32)
-        gradients = [torch.zeros(shape, dtype=dtype, device=buffer.device) for shape in ctx.shapes]
-        for places, view in _views(buffer, ctx.journey.route.sends, batch, head_dim):
-            _write(gradients, places[0], view, adds=True)
-        return None, *(gradient.to(buffer.dtype) for gradient in gradients)
+    def backward(ctx: Any, *markers: Tensor) -> tuple[Tensor | None, ...]:
+        for journey in ctx.journeys:
+            journey.finish()
+        return None, *ctx.journeys[0].home.close(markers[0].dtype)
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        journeys: Sequence[Journey],
-        shapes: Sequence[tuple[int, int, int, int]],
-        *departed: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.journeys, ctx.sizes = journeys, [buffer.shape for buffer in departed]
-        batch, head_dim = _ends(shapes)
-        landings = [places for journey in journeys for each in journey.route.receives for places in each]
-        written = sum(len(place.heads) * place.rows for places in landings for place in places)
-        is_filled = written * batch * head_dim == sum(math.prod(shape) for shape in shapes)
-        make = departed[0].new_empty if is_filled else departed[0].new_zeros
-        outputs = tuple(make(shape) for shape in shapes)
+    def forward(ctx: Any, journeys: Sequence[Journey], *markers: Tensor) -> tuple[Tensor, ...]:
+        ctx.journeys = journeys
         for journey in journeys:
-            for places, view in _views(journey.finish(), journey.route.receives, batch, head_dim):
-                for place in places:
-                    _write(outputs, place, view, adds=False)
-        return outputs
+            journey.finish()
+        return journeys[0].goal.close(markers[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         for journey in ctx.journeys:
             journey.start(gradients, back=True)
-        # The gradients themselves arrive in `_Depart`; autograd only has to know in which order.
-        marker = gradients[0].new_zeros(())
-        return None, None, *(marker.expand(size) for size in ctx.sizes)
+        return None, *(gradients[0].new_empty(0) for _ in ctx.journeys)
 
 
-def depart(journey: Journey, *tensors: Tensor) -> Tensor:
-    """Set pieces of tensors ``(B, heads, rows, D)`` going; differentiable. The result is for `arrive`."""
-    departed: Tensor = _Depart.apply(journey, *tensors)
-    return departed
+def depart(journeys: Sequence[Journey], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Set pieces of tensors ``(B, heads, rows, D)`` going; differentiable.
+
+    The journeys have one home. There is one result for each, which `arrive` takes.
+    """
+    markers: tuple[Tensor, ...] = _Depart.apply(journeys, *tensors)
+    return markers
 
 
-def arrive(
-    journeys: Sequence[Journey],
-    departed: Sequence[Tensor],
-    shapes: Sequence[tuple[int, int, int, int]],
-) -> tuple[Tensor, ...]:
-    """Tensors of `shapes` with the pieces of all journeys in their places; rows that none brought are 0."""
-    outputs: tuple[Tensor, ...] = _Arrive.apply(journeys, shapes, *departed)
+def arrive(journeys: Sequence[Journey], markers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors at the journeys' common goal; rows that none brought are 0."""
+    outputs: tuple[Tensor, ...] = _Arrive.apply(journeys, *markers)
     return outputs
 
 

@@ -5,6 +5,7 @@ Traffic is counted in rows: a row is one head's ``head_dim`` elements of one pos
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ FLOPS_PER_BYTE = 1500
 GPUs of one host, 500 TFLOP/s beside 350 GB/s."""
 
 _PAIR_FLOPS = 14  # times head_dim: forward 4, backward 10
+_FORWARD_PAIR_FLOPS = 4
+
+_PART_BYTES = 16 * 2**20
+"""What could arrive in the time that one more part of the heads costs, assumed: about 50 us at 350 GB/s, for
+its messages and for the ends of its kernels."""
 
 # Positions in the search for an even deal; on few heads it ends before, with the best one.
 _MOST_POSITIONS = 4000
@@ -365,6 +371,10 @@ class RankPlan:
     traffic : dict of str to Traffic
         Of each strategy, and of ``"all_gather"`` of K and V with each rank's own queries.
     kv_heads : int
+    parts : int
+        In how many parts the heads travel where communication overlaps with attention. All but the first
+        part's transfer, or all but the last one's attention, is hidden, and each part costs its start: the
+        time ``hidden / parts + parts * start`` is least at the root of their ratio.
     """
 
     strategy: str
@@ -373,6 +383,7 @@ class RankPlan:
     shares: tuple[Share, ...]
     traffic: dict[str, Traffic]
     kv_heads: int
+    parts: int
 
     def relative(self, strategy: str, over: Callable[[Sequence[int]], float] = max) -> float:
         """Rows received in the forward pass, of the busiest rank (or ``over=statistics.mean``, say), over
@@ -391,6 +402,7 @@ class RankPlan:
         lines = [
             f"ranks     {len(rows)} with {min(rows):,} to {max(rows):,} rows of {self.shards.length:,}",
             f"strategy  {self.strategy}: {self.reason}",
+            f"parts     {self.parts}, each attended while the next are on their way (on GPUs)",
             "received in the forward pass by the busiest rank, by the mean one; both over an all-gather of K "
             "and V; balance of pairs",
         ]
@@ -523,7 +535,16 @@ def _plan(
         costs = {name: traffic[name].cost(head_dim, itemsize) for name in available}
         strategy = min(available, key=lambda name: costs[name])
         reason = _compare(traffic, costs, strategy)
-    return RankPlan(strategy, reason, shards, shares, traffic, kv_heads)
+    parts = _parts_of(traffic[strategy], head_dim, itemsize)
+    most = max(len(share.groups) for share in shares) if strategy == "heads" else kv_heads
+    return RankPlan(strategy, reason, shards, shares, traffic, kv_heads, max(1, min(parts, most)))
+
+
+def _parts_of(traffic: Traffic, head_dim: int, itemsize: int) -> int:
+    """How many parts hide the most; see `RankPlan`."""
+    moved = max(map(max, zip(traffic.received, traffic.sent, strict=True))) * head_dim * itemsize
+    attended = max(traffic.pairs) * _FORWARD_PAIR_FLOPS * head_dim / FLOPS_PER_BYTE
+    return round(math.sqrt(min(moved, attended) / _PART_BYTES))
 
 
 def _compare(traffic: dict[str, Traffic], costs: dict[str, float], chosen: str) -> str:

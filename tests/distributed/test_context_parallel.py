@@ -57,6 +57,13 @@ def test_random_problems_equal_one_process(ranks: Ranks) -> None:
     ranks.call(compare_problems, [draw_problem(seed, ranks.ranks) for seed in range(24)])
 
 
+@pytest.mark.parametrize("rows", [1, 9], ids=["all", "some"])
+def test_rows_of_a_head_as_messages_of_their_own(ranks: Ranks, rows: int) -> None:
+    """As on CUDA: all pieces, and those of at least `rows` rows beside packed ones."""
+    problems = [draw_problem(1000 + 10 * rows + seed, ranks.ranks) for seed in range(10)]
+    ranks.call(compare_problems, problems, rows * 32 * 4)
+
+
 def test_elements_moved_are_the_plans(ranks: Ranks) -> None:
     for seed in range(100, 112):
         problem = draw_problem(seed, ranks.ranks, [("heads", "bands")[seed % 2]])
@@ -66,7 +73,6 @@ def test_elements_moved_are_the_plans(ranks: Ranks) -> None:
         traffic = plan.traffic[problem.strategy]
         row = problem.batch * problem.head_dim
         for rank, (forward, backward) in enumerate(ranks.call(count_elements, problem)):
-            assert problem.strategy == "heads" or len(forward) == len(backward) == 1
             moved = (traffic.received[rank] * row, traffic.sent[rank] * row)
             assert tuple(map(sum, zip(*forward, strict=True))) == moved
             assert tuple(map(sum, zip(*backward, strict=True))) == moved[::-1]

@@ -168,3 +168,20 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) 
         plan_ranks(BandLayout.spattention(4), Shards.contiguous(64, 2), **options)
     with pytest.raises(ValueError, match="a sequence of 64 is longer than"):
         plan_ranks(BandLayout.spattention(4, 32), Shards.contiguous(64, 2))
+
+
+def test_more_parts_hide_more_of_what_takes_longer():
+    """One part where little travels; more where there is more to hide, at most a head each."""
+
+    def parts(length: int, ranks: int = 4, strategy: str = "heads", heads: int = 64) -> int:
+        shards = Shards.head_tail(length, ranks)
+        plan = plan_ranks(BandLayout.spattention(heads, length), shards, strategy=strategy, head_dim=128)
+        return plan.parts
+
+    assert parts(1024) == parts(1024, strategy="bands") == 1
+    counts = [parts(2**power) for power in range(10, 20)]
+    assert counts == sorted(counts)
+    assert 4 < counts[-1] <= 16
+    assert parts(2**19, heads=8) == 2
+    assert parts(2**19, heads=8, strategy="bands") <= 8
+    assert parts(2**17, ranks=1) == 1
