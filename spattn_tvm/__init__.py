@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .ops.padding import pad, unpad
     from .reference import reference_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BandLayout",

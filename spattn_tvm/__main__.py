@@ -1,5 +1,22 @@
-"""``python -m spattn_tvm``: the ``spattn`` command."""
+"""The ``spattn`` command and ``python -m spattn_tvm``, which is the same.
 
-from .cli import main
+What it is made of comes with an extra: without that the answer is one line.
+"""
 
-main()
+import sys
+
+from .extras import install_hint, missing_packages
+
+
+def main() -> None:
+    """Entry point: the command, or how to get it."""
+    missing = missing_packages("typer", "rich")
+    if missing:
+        sys.exit(f"error: the command needs {' and '.join(missing)}: {install_hint('cli')}")
+    from .cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

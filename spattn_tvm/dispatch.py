@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .bands import BandLayout
 from .build.errors import KernelUnavailableError
+from .build.kept_runtime import kept_runtime
 from .build.library_cache import compile_kernel
 from .build.toolchain import compile_obstacle
 from .bundle import (
@@ -228,9 +229,7 @@ def _from_bundles(
         status, reason = _bundled_status(problem, bundle, entry)
         if (entry.path, problem.direction) not in _functions:
             bundle.verify()
-        function = _function(
-            entry.path, problem.direction, cuda=target.kind == "cuda", bundle_folder=bundle.path
-        )
+        function = _function(entry.path, problem.direction, cuda=target.kind == "cuda", shipped=bundle.path)
         return Kernel(function, entry.kernel, status, reason, entry.path)
     return None
 
@@ -257,7 +256,8 @@ def _compiled(target: MachineTarget, choice: Choice, again: bool) -> Kernel:
     spec = choice.kernel
     path = _library(spec, target, again)
     with _lock:
-        function = _function(path, spec.direction, cuda=target.kind == "cuda")
+        shipped = None if (path, spec.direction) in _functions else kept_runtime(path)
+        function = _function(path, spec.direction, cuda=target.kind == "cuda", shipped=shipped)
     return Kernel(function, spec, choice.status, choice.reason, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import platform
@@ -12,12 +13,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from .extras import install_hint
 from .provenance import available_cpus, versions
+from .runtime import find_cudart
 from .target import MachineTarget, detect_cpu, detect_cuda
 
-# From 0.1.15.post1 on, tvm.ir.save_json of an integer constant crashes the process.
-FFI_VERSION = "0.1.14.post1"
 TVM_VERSION = "0.27.0.post1"
+# What TVM compiles with. From 0.1.15.post1 on, tvm.ir.save_json of an integer constant crashes the process.
+FFI_VERSION = "0.1.14.post1"
+# What compiled kernels were seen to run with.
+FFI_VERSIONS = ("0.1.14.post1", "0.1.15.post2")
+# TVM's runtime library for GPUs links the CUDA runtime of this major version.
+CUDA_MAJOR = 13
 
 
 @dataclass(frozen=True)
@@ -55,41 +62,54 @@ def _first_line(command: list[str]) -> str:
 
 def _python() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
-    for package, needed in (("torch", None), ("apache-tvm", TVM_VERSION), ("apache-tvm-ffi", FFI_VERSION)):
+    compiles = _version("apache-tvm")
+    ffi = (FFI_VERSION,) if compiles else FFI_VERSIONS
+    for package, known in (("torch", ()), ("apache-tvm-ffi", ffi)):
         found = _version(package)
-        pinned = f"{package}=={needed}" if needed else package
+        pinned = f"pip install {package}=={known[0]}" if known else f"pip install {package}"
         if found is None:
-            yield Finding(package, "not installed", "missing", f"pip install {pinned}")
-        elif needed is not None and found != needed:
-            yield Finding(package, f"{found}, made for {needed}", "note", f"pip install {pinned}")
+            yield Finding(package, "not installed", "missing", pinned)
+        elif known and found not in known:
+            yield Finding(package, f"{found}, made for {' and '.join(known)}", "note", pinned)
         else:
             yield Finding(package, found)
-    xgboost = _version("xgboost-cpu") or _version("xgboost")
-    if xgboost is None:
-        yield Finding("xgboost", "not installed: no search", "note", "pip install 'spattn-tvm[tune]'")
+    if compiles is None:
+        text = "not installed: only bundles and kernels in the cache run"
+        yield Finding("apache-tvm", text, "note", install_hint("compile"))
+    elif compiles != TVM_VERSION:
+        text = f"{compiles}, made for {TVM_VERSION}"
+        yield Finding("apache-tvm", text, "note", f"pip install apache-tvm=={TVM_VERSION}")
     else:
-        yield Finding("xgboost", xgboost)
-    matplotlib = _version("matplotlib")
-    if matplotlib is None:
-        yield Finding("matplotlib", "not installed: no plots", "note", "pip install 'spattn-tvm[plot]'")
-    else:
-        yield Finding("matplotlib", matplotlib)
+        yield Finding("apache-tvm", compiles)
+    for name, distributions, lack, extra in (
+        ("xgboost", ("xgboost-cpu", "xgboost"), "no search", "tune"),
+        ("matplotlib", ("matplotlib",), "no plots", "plot"),
+    ):
+        version = next(filter(None, map(_version, distributions)), None)
+        if version is None:
+            yield Finding(name, f"not installed: {lack}", "note", install_hint(extra))
+        else:
+            yield Finding(name, version)
 
 
 def _compilers(has_gpu: bool) -> Iterator[Finding]:
-    from .build.toolchain import find_compiler, find_nvcc
+    from .build.toolchain import find_compiler, find_nvcc, nvcc_release
 
     try:
         compiler = find_compiler()
         yield Finding("C++ compiler", f"{_first_line([compiler, '--version'])} ({compiler})")
     except RuntimeError as error:
         text, _, remedy = str(error).partition(": ")
-        yield Finding("C++ compiler", text, "missing", remedy)
+        yield Finding("C++ compiler", text, "missing" if _version("apache-tvm") else "note", remedy)
     nvcc = find_nvcc()
     if nvcc is not None:
-        yield Finding("nvcc", f"{_first_line([nvcc, '--version'])} ({nvcc})")
+        text = f"{_first_line([nvcc, '--version'])} ({nvcc})"
+        if (nvcc_release() or "").startswith(f"V{CUDA_MAJOR}."):
+            yield Finding("nvcc", text)
+        else:
+            yield Finding("nvcc", text, "note", f"CUDA kernels are made for the CUDA toolkit {CUDA_MAJOR}")
     elif has_gpu:
-        yield Finding("nvcc", "not found", "note", "compiles CUDA kernels; install the CUDA toolkit")
+        yield Finding("nvcc", "not found", "note", "compiles CUDA kernels; install the CUDA toolkit 13")
     else:
         yield Finding("nvcc", "not found; only needed to compile for CUDA")
 
@@ -109,6 +129,31 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("CPU", f"{target.arch}, {target.model}, {size}")
 
 
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver serves; None where it does not tell."""
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _cuda() -> Finding:
+    """Whether the libraries of CUDA that kernels on a GPU need are there."""
+    driver, runtime = _driver_cuda(), find_cudart()
+    if driver is not None and driver[0] < CUDA_MAJOR:
+        text = f"the driver serves CUDA up to {driver[0]}.{driver[1]}, kernels on a GPU need {CUDA_MAJOR}"
+        return Finding("CUDA", text, "missing", "install a driver of release 580 or newer")
+    if runtime is None:
+        text = f"libcudart.so.{CUDA_MAJOR} not found, which kernels on a GPU need"
+        remedy = f"install PyTorch for CUDA {CUDA_MAJOR} (download.pytorch.org/whl/cu130), or the toolkit"
+        return Finding("CUDA", text, "missing", remedy)
+    serves = "" if driver is None else f", the driver serves CUDA up to {driver[0]}.{driver[1]}"
+    return Finding("CUDA", f"runtime {runtime}{serves}")
+
+
 def _gpus() -> list[Finding]:
     if importlib.util.find_spec("torch") is None:
         return []
@@ -121,7 +166,7 @@ def _gpus() -> list[Finding]:
                 "GPU", f"none (PyTorch {'with CUDA ' + built if built else 'without CUDA'}); CPU kernels only"
             )
         ]
-    findings = []
+    findings = [_cuda()]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         text = (

@@ -16,6 +16,7 @@ from typing import Any
 
 from .bands import BandLayout
 from .bench.peers import is_ours
+from .extras import install_hint
 
 Points = Sequence[tuple[float, float]]
 Series = Iterable[tuple[str, Points]]
@@ -44,7 +45,7 @@ def _new_figure(width: float, height: float) -> Any:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'spattn-tvm[plot]'") from error
+        raise ImportError(f"plotting needs matplotlib: {install_hint('plot')}") from error
     # Parts of a figure take their style when they are made; `_add_axes` applies it again.
     with matplotlib.rc_context(_STYLE):
         return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")

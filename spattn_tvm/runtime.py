@@ -1,12 +1,13 @@
 """Loading compiled kernels with TVM's small runtime library, without TVM's compiler.
 
 A kernel library needs ``libtvm_runtime.so`` (3 MB) in the process's global symbol scope, and
-``libtvm_runtime_cuda.so`` as well when it holds GPU code. Both sit in the ``apache-tvm`` wheel and in every
-exported bundle; the ``tvm`` package itself is never imported here.
+``libtvm_runtime_cuda.so`` as well when it holds GPU code. Both sit in the ``apache-tvm`` wheel, in every
+exported bundle and beside the kernels in the cache; the ``tvm`` package itself is never imported here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -18,10 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .extras import install_hint
 from .provenance import available_cpus
 
 RUNTIME_LIBRARY = "libtvm_runtime.so"
 CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"
+_CUDART = "libcudart.so.13"
 OPENMP_LAUNCH = "spattn_openmp_launch"
 
 _lock = threading.Lock()
@@ -37,7 +40,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it
 
 
-def _installed_runtime_folder() -> Path | None:
+def installed_runtime_folder() -> Path | None:
     """``tvm/lib`` of an installed ``apache-tvm``, found without importing it."""
     spec = importlib.util.find_spec("tvm")
     for root in (spec.submodule_search_locations or ()) if spec else ():
@@ -47,12 +50,13 @@ def _installed_runtime_folder() -> Path | None:
     return None
 
 
-def runtime_folder(bundle_folder: Path | None = None) -> Path:
+def runtime_folder(shipped: Path | None = None) -> Path:
     """The folder whose TVM runtime library this process uses.
 
     The first that has it wins: the one already loaded in this process, ``$SPATTN_TVM_RUNTIME`` (a folder, or
-    the library's path), the installed ``apache-tvm``, a bundle's folder. The installed one comes before a
-    bundle's because a second copy in one process breaks a later ``import tvm``.
+    the library's path), the installed ``apache-tvm``, `shipped`: the folder of a bundle, or of the kernel
+    cache. The installed one comes before that because a second copy in one process breaks a later
+    ``import tvm``.
 
     Raises
     ------
@@ -70,17 +74,17 @@ def runtime_folder(bundle_folder: Path | None = None) -> Path:
         if not (folder / RUNTIME_LIBRARY).is_file():
             raise RuntimeError(f"$SPATTN_TVM_RUNTIME is {named!r}, where there is no {RUNTIME_LIBRARY}")
         return folder
-    installed = _installed_runtime_folder()
+    installed = installed_runtime_folder()
     if installed is not None:
         return installed
     tried.append("no package 'tvm' is installed")
-    if bundle_folder is not None:
-        if (bundle_folder / RUNTIME_LIBRARY).is_file():
-            return bundle_folder
-        tried.append(f"{bundle_folder} has none")
+    if shipped is not None:
+        if (shipped / RUNTIME_LIBRARY).is_file():
+            return shipped
+        tried.append(f"{shipped} has none")
     raise RuntimeError(
-        f"{RUNTIME_LIBRARY} not found ({'; '.join(tried)}): install it with `pip install apache-tvm`, "
-        "or set SPATTN_TVM_RUNTIME to the folder that holds it"
+        f"{RUNTIME_LIBRARY} not found ({'; '.join(tried)}): install TVM with "
+        f"{install_hint('compile')}, or set SPATTN_TVM_RUNTIME to the folder that holds it"
     )
 
 
@@ -104,28 +108,31 @@ def _load_global(folder: Path, name: str) -> None:
     _loaded[name] = path
 
 
-def _load_cudart() -> None:
-    """Make ``libcudart.so.13``, which TVM's CUDA runtime links, findable: PyTorch may bring another major
-    version.
+def find_cudart() -> str | None:
+    """Name or path of the ``libcudart.so.13`` that TVM's CUDA runtime links, which is then loaded; None where
+    there is none. PyTorch may bring another major version.
     """
-    try:
-        ctypes.CDLL("libcudart.so.13", mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        for root in sys.path:
-            for path in glob.glob(os.path.join(glob.escape(root), "nvidia", "*", "lib", "libcudart.so.13")):
-                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-                return
+    installed = (
+        path
+        for root in sys.path
+        for path in glob.glob(os.path.join(glob.escape(root), "nvidia", "*", "lib", _CUDART))
+    )
+    for path in (_CUDART, *installed):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return path
+    return None
 
 
-def load_runtime(*, cuda: bool = False, bundle_folder: Path | None = None) -> Path:
+def load_runtime(*, cuda: bool = False, shipped: Path | None = None) -> Path:
     """Load TVM's runtime library into this process, once.
 
     Parameters
     ----------
     cuda : bool
         Load the CUDA part too.
-    bundle_folder : Path, optional
-        Where to look when ``apache-tvm`` is not installed.
+    shipped : Path, optional
+        Where to look when ``apache-tvm`` is not installed: the folder of a bundle, or of the kernel cache.
 
     Returns
     -------
@@ -138,13 +145,13 @@ def load_runtime(*, cuda: bool = False, bundle_folder: Path | None = None) -> Pa
         When a library is not found or can't be loaded.
     """
     with _lock:
-        folder = runtime_folder(bundle_folder)
+        folder = runtime_folder(shipped)
         import tvm_ffi  # noqa: F401  (loads libtvm_ffi.so, which the runtime links)
 
         _set_thread_defaults()
         _load_global(folder, RUNTIME_LIBRARY)
         if cuda and CUDA_RUNTIME_LIBRARY not in _loaded:
-            _load_cudart()
+            find_cudart()
             _load_global(folder, CUDA_RUNTIME_LIBRARY)
         return folder
 
@@ -177,7 +184,7 @@ def _use_openmp_pool(path: str) -> bool:
 
 
 def load_library(
-    path: str | os.PathLike[str], name: str, *, cuda: bool | None = None, bundle_folder: Path | None = None
+    path: str | os.PathLike[str], name: str, *, cuda: bool | None = None, shipped: Path | None = None
 ) -> Callable[..., Any]:
     """A function of a compiled kernel library.
 
@@ -192,7 +199,7 @@ def load_library(
         The function it exports: ``"forward"`` or ``"backward"``.
     cuda : bool, optional
         Whether it holds GPU code; by default whether PyTorch sees a CUDA device.
-    bundle_folder : Path, optional
+    shipped : Path, optional
         See :func:`load_runtime`.
 
     Returns
@@ -214,7 +221,7 @@ def load_library(
     resolved = Path(path).resolve()
     if not resolved.is_file():
         raise FileNotFoundError(f"no kernel library {resolved}")
-    load_runtime(cuda=torch.cuda.is_available() if cuda is None else cuda, bundle_folder=bundle_folder)
+    load_runtime(cuda=torch.cuda.is_available() if cuda is None else cuda, shipped=shipped)
     try:
         module = tvm_ffi.load_module(str(resolved))
     except Exception as error:

@@ -222,7 +222,7 @@ def _read_file(path: Path) -> list[ScheduleRecord]:
     try:
         items = _read_items(path)
     except _FutureFormatError as error:
-        _warn(path, f"{error}; the file is ignored: update spattn-tvm (pip install -U spattn-tvm)")
+        _warn(path, f"{error}; the file is ignored: install a newer spattn-tvm")
         return []
     except FileNotFoundError as error:
         if path.is_symlink():

@@ -427,9 +427,11 @@ def _shares(kernels: Sequence[CheckedKernel], problems: int) -> Iterator[tuple[C
 
 
 def _load(spec: KernelSpec, target: MachineTarget) -> Kernel:
+    from .build.kept_runtime import kept_runtime
     from .build.library_cache import compile_kernel
     from .dispatch import Kernel
     from .runtime import load_library
 
     path = compile_kernel(spec, target)
-    return Kernel(load_library(path, spec.direction, cuda=target.kind == "cuda"), spec, path=path)
+    function = load_library(path, spec.direction, cuda=target.kind == "cuda", shipped=kept_runtime(path))
+    return Kernel(function, spec, path=path)

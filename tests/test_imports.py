@@ -21,7 +21,7 @@ PACKAGE = "spattn_tvm"
 # From the ground up. A file belongs to the room with the longest name that its own starts with; rooms of one
 # floor don't import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("torch_private", "lasting", "file_lock", "file_reading", "bands", "target"),
+    ("extras", "torch_private", "lasting", "file_lock", "file_reading", "bands", "target"),
     ("problem", "provenance", "placement"),
     ("cache_forms",),
     ("reference",),

@@ -217,7 +217,7 @@ def test_nothing_to_plot(tmp_path):
 
 def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'spattn-tvm\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plot\]'"):
         plot_layout(BandLayout.causal(1, 8), tmp_path / "a.png")
 
 

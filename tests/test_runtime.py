@@ -189,7 +189,7 @@ def test_the_runtime_is_looked_for_in_the_documented_order(
     monkeypatch.setitem(sys.modules, "tvm", imported)
     assert runtime_folder(bundle) == installed
     monkeypatch.delenv("SPATTN_TVM_RUNTIME")
-    monkeypatch.setattr(runtime, "_installed_runtime_folder", lambda: None)
+    monkeypatch.setattr(runtime, "installed_runtime_folder", lambda: None)
     assert runtime_folder(bundle) == bundle
     runtime._loaded[runtime.RUNTIME_LIBRARY] = named / runtime.RUNTIME_LIBRARY
     assert runtime_folder(bundle) == named
@@ -199,8 +199,8 @@ def test_the_runtime_is_looked_for_in_the_documented_order(
 def test_a_missing_runtime_says_where_it_was_looked_for_and_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_installed_runtime_folder", lambda: None)
-    with pytest.raises(RuntimeError, match=r"libtvm_runtime\.so not found .*pip install apache-tvm"):
+    monkeypatch.setattr(runtime, "installed_runtime_folder", lambda: None)
+    with pytest.raises(RuntimeError, match=r"libtvm_runtime\.so not found .*pip install '\.\[compile\]'"):
         runtime_folder(tmp_path)
     monkeypatch.setenv("SPATTN_TVM_RUNTIME", str(tmp_path))
     with pytest.raises(RuntimeError, match="SPATTN_TVM_RUNTIME is"):
@@ -208,7 +208,7 @@ def test_a_missing_runtime_says_where_it_was_looked_for_and_how_to_get_it(
 
 
 def test_compiling_works_beside_a_runtime_that_tvm_would_refuse(tmp_path: Path) -> None:
-    installed = runtime._installed_runtime_folder()
+    installed = runtime.installed_runtime_folder()
     assert installed is not None
     (tmp_path / "runtime").mkdir()
     shutil.copy(installed / runtime.RUNTIME_LIBRARY, tmp_path / "runtime")

@@ -44,6 +44,7 @@ from .compile import compile_module
 from .compile_process import build
 from .compilers import TIMEOUT_S, compile_apart
 from .errors import CompilerMissingError
+from .kept_runtime import keep_runtime, kept_runtime
 from .resources import library_metadata
 from .toolchain import compile_obstacle, compiles_only, nvcc_release, tvm_versions
 
@@ -86,16 +87,25 @@ def source_hash(family: Family) -> str:
 
 
 def _identity(spec: KernelSpec, target: MachineTarget) -> dict[str, Any]:
-    """All that shapes a library. The linker does not: LLVM and nvcc write the machine code."""
+    """All that shapes a library; None for a tool that is not here. The linker does not: LLVM and nvcc write
+    the machine code.
+    """
     settings = sorted(name for name in os.environ if _SETTINGS[target.kind].fullmatch(name))
     identity = {
         **spec.to_json(),
         "target": target.tvm_config(),
-        **tvm_versions(),
+        **_tvm_versions(),
         "sources": source_hash(spec.source),
         "settings": {name: os.environ[name] for name in settings},
     }
     return identity if target.kind == "cpu" else {**identity, "nvcc": nvcc_release()}
+
+
+def _tvm_versions() -> dict[str, str | None]:
+    try:
+        return {**tvm_versions()}
+    except CompilerMissingError:
+        return {"tvm": None, "tvm_ffi": None}
 
 
 def _file_sha256(path: Path) -> str:
@@ -122,12 +132,15 @@ def _find(path: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _prepared_elsewhere(stem: str, identity: Mapping[str, Any], folder: Path) -> Path | None:
-    """Without nvcc: the newest library that any release of it made from the same kernel."""
-    tools = {"nvcc", "settings"}
-    alike = {key: value for key, value in identity.items() if key not in tools}
+    """Without nvcc or TVM: the newest library that any release of it made from the same kernel.
+
+    Without TVM it must have left its runtime library. The settings are the compilers', and tell nothing here.
+    """
+    alike = {key: value for key, value in identity.items() if value is not None and key != "settings"}
+    needs_runtime = identity["tvm"] is None
     paths = [path for path in folder.glob(f"{glob.escape(stem)}-*.so") if stat_own_file(path) is not None]
     for path in sorted(paths, key=lambda path: os.lstat(path).st_mtime, reverse=True):
-        if _find(path, alike):
+        if _find(path, alike) and not (needs_runtime and kept_runtime(path) is None):
             return path
     return None
 
@@ -220,7 +233,7 @@ def compile_kernel(spec: KernelSpec, target: MachineTarget) -> Path:
     if _find(path, identity):
         _in_use.add(path)
         return path
-    if target.kind == "cuda" and identity["nvcc"] is None:
+    if None in identity.values():
         prepared = _prepared_elsewhere(stem, identity, folder)
         if prepared is not None:
             _in_use.add(prepared)
@@ -248,7 +261,8 @@ def compile_kernel(spec: KernelSpec, target: MachineTarget) -> Path:
 
 
 def _add(path: Path, identity: dict[str, Any], request: dict[str, Any]) -> None:
-    """Compile a library into the cache."""
+    """Compile a library into the cache, and keep what runs it."""
+    keep_runtime(identity["tvm"])
     with build_folder(path.parent) as folder:
         output = folder / path.name
         resources = _compile({**request, "output": str(output)}, folder)

@@ -13,6 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from spattn_tvm.extras import install_hint
 from spattn_tvm.target import MachineTarget
 
 from .cache_folder import (
@@ -26,9 +27,6 @@ from .cache_folder import (
     unwritable,
 )
 from .errors import CompilerMissingError, KernelUnavailableError
-
-_INSTALL_TVM = "install it with `pip install apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post1`"
-
 
 # The driver symbols that libtvm_runtime_cuda.so links. Without them the library does not load, and then TVM
 # exports a CUDA kernel as source text only. 100 is CUDA_ERROR_NO_DEVICE.
@@ -58,7 +56,7 @@ def tvm_versions() -> dict[str, str]:
     try:
         return {name: importlib.metadata.version(package) for name, package in packages.items()}
     except importlib.metadata.PackageNotFoundError:
-        reason = f"compiling a kernel needs TVM, which is not installed: {_INSTALL_TVM}"
+        reason = f"compiling a kernel needs TVM, which is not installed: {install_hint('compile')}"
         raise CompilerMissingError(reason) from None
 
 

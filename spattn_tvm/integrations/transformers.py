@@ -17,15 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import causal_mask_function
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.cache import BandedCache, KeyValueCache, PagedCache
+from spattn_tvm.extras import install_hint
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.decode import banded_attention_decode
 from spattn_tvm.problem import MAX_DECODE_QUERIES
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.masking_utils import causal_mask_function
+except ImportError as error:
+    raise ImportError(f"this needs transformers 5.24 or newer ({error}): {install_hint('hf')}") from error
 
 _is_compiling = torch.compiler.is_compiling
 

@@ -3,7 +3,6 @@ is spent."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import signal
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, spilled_bytes
+from spattn_tvm.extras import install_hint, missing_packages
 from spattn_tvm.families import families_for, find_space, has_space, resolve_family
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.space import Space
@@ -414,11 +414,9 @@ def tune(
     if reason is not None:
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
     spaces = _supporting_spaces(problem, target, families)
-    missing = [name for name in ("tvm", "xgboost") if importlib.util.find_spec(name) is None]
+    missing = missing_packages("tvm", "xgboost", *(("rich",) if progress else ()))
     if missing:
-        raise RuntimeError(
-            f"a search needs {' and '.join(missing)}: install them with `pip install 'spattn-tvm[tune]'`"
-        )
+        raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
 
     from .strategy import DecisionSearch, forget_database, kernel_hash, workload_hash
     from .warm_start import warm_starts
