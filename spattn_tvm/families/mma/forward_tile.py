@@ -414,7 +414,7 @@ class ForwardTile:
             grown[0] = top[0] * self.scale2 - self.reference[0]
             for i in T.unroll(2 * self.row_blocks - 1):
                 grown[0] = T.max(grown[0], top[i + 1] * self.scale2 - self.reference[i + 1])
-            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] > self.limit) != 0:
+            if T.cuda.any_sync(T.uint32(ALL_LANES), grown[0] >= self.limit) != 0:
                 self.raise_reference(scores, top, keys)
         else:
             self.raise_reference(scores, top, keys)
@@ -482,7 +482,10 @@ class ForwardTile:
                     top[i] = T.max(top[i], before[0])
                     self.shrink[i] = (before[0] - top[i]) * self.scale2
                 else:
-                    top[i] = T.max(top[i], T.max(self.reference[i] / self.scale2, T.float32(LOWEST)))
+                    # What a row begins with is no score, scaled or not.
+                    is_first: T.bool = self.reference[i] == T.float32(LOWEST)
+                    before[0] = T.Select(is_first, T.float32(LOWEST), self.reference[i] / self.scale2)
+                    top[i] = T.max(top[i], T.max(before[0], T.float32(LOWEST)))
                     self.shrink[i] = self.reference[i] - top[i] * self.scale2
                 self.shrink[i] = T.exp2(T.min(self.shrink[i], T.float32(0)))
                 self.maxima[at] = top[i]
