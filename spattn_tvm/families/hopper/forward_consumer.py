@@ -408,6 +408,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                         without_lower: T.bool = chunk_key + HALF <= T.max(begin, row0 - hi)
                         without_upper: T.bool = chunk_key + HALF >= row_end - lo
                         if T.Or(without_lower, without_upper):
+                            # As an expression it costs registers: ptxas then waits for each product.
                             first: T.int32 = T.if_then_else(without_lower, HALF, 0)
                             attend_to(chunk_key, lo, hi, HALF, first, 1)
                         else:
