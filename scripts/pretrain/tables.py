@@ -1,0 +1,227 @@
+"""Tables and plots of runs, from their logs alone.
+
+    python scripts/pretrain/tables.py results/pretrain/quality/* --plot results/pretrain/quality/losses.png
+    python scripts/pretrain/tables.py results/pretrain/throughput/*.jsonl
+
+Runs of train.py (folders with a ``log.jsonl``) give the quality table, where runs that differ by their seed
+alone are one row with its spread, and the loss by position and by distance to the needed token. Files of
+throughput.py give the throughput table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spattn_tvm.plotting import plot_loss_curves
+
+Line = dict[str, Any]
+
+
+class TableError(ValueError):
+    """Logs that make no table."""
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a log or of measurements.
+
+    Raises
+    ------
+    TableError
+        No such file, or a line in it that is no JSON.
+    """
+    path = path / "log.jsonl" if path.is_dir() else path
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise TableError(f"no log {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise TableError(f"{path} is no log: {error}") from error
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    text = f"{statistics.mean(values):,.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def _comparable(run: Line) -> Line:
+    """What runs of one table have in common."""
+    config = run["config"]
+    train = {
+        name: value for name, value in config["train"].items() if name not in ("seed", "log_every", "device")
+    }
+    data = {name: value for name, value in config["data"].items() if name != "folder"}
+    return {"model": config["model"], "data": data | {"sha256": run["data"]["sha256"]}, "train": train}
+
+
+def _differences(one: Line, other: Line, path: str = "") -> list[str]:
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        mine, theirs = one.get(name), other.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += _differences(mine, theirs, f"{path}{name}.")
+        elif mine != theirs:
+            found.append(f"{path}{name}: {mine!r} and {theirs!r}")
+    return found
+
+
+def quality(logs: dict[str, list[Line]]) -> str:
+    """The quality table and, below it, what is known by position and by distance.
+
+    Raises
+    ------
+    TableError
+        Runs that differ in more than attention and seed, or have not come to their end.
+    """
+    rows: dict[str, list[tuple[Line, Line, list[Line]]]] = {}
+    common: tuple[str, Line] | None = None
+    for name, lines in logs.items():
+        run = next((line["run"] for line in lines if "run" in line), None)
+        if run is None:
+            raise TableError(f"{name} has no line of its configuration")
+        facts = _comparable(run)
+        if common is None:
+            common = name, facts
+        elif differences := _differences(common[1], facts):
+            raise TableError(f"{common[0]} and {name} can't be compared: {'; '.join(differences)}")
+        end = lines[-1]
+        if end.get("step") != run["config"]["train"]["steps"] or "held_out_loss" not in end:
+            raise TableError(f"{name} ended at step {end.get('step')} of {run['config']['train']['steps']}")
+        rates = [line for line in lines if "tokens_per_second" in line]
+        rows.setdefault(run["label"], []).append((run, end, rates))
+
+    def value(runs: list[tuple[Line, Line, list[Line]]], name: str, digits: int) -> str:
+        return _spread([end[name] for _, end, _ in runs], digits)
+
+    ranked = sorted(
+        rows.items(), key=lambda row: statistics.mean(end["held_out_loss"] for _, end, _ in row[1])
+    )
+    table = []
+    for label, runs in ranked:
+        speeds = [statistics.median(line["tokens_per_second"] for line in rates) for _, _, rates in runs]
+        shares = [
+            statistics.median(line["mfu"] for line in rates) for _, _, rates in runs if rates[-1]["mfu"]
+        ]
+        memory = max(line["peak_memory_bytes"] for _, _, rates in runs for line in rates)
+        table.append(
+            [
+                label,
+                str(len(runs)),
+                value(runs, "held_out_loss", 4),
+                value(runs, "held_out_bits_per_byte", 4),
+                f"{statistics.mean(speeds):,.0f}",
+                f"{statistics.mean(shares):.1%}" if shares else "–",
+                f"{memory / 2**30:.1f}",
+            ]
+        )
+    run, _, rates = ranked[0][1][0]
+    header = ("attention", "seeds", "held-out nats/token", "bits/byte", "tokens/s", "MFU", "peak GiB")
+    caption = (
+        f"{run['parameters'] / 1e6:,.1f} M parameters, context {run['config']['data']['context']:,}, "
+        f"{rates[-1]['tokens'] / 1e6:,.1f} M tokens a run, "
+        f"{run['device'].get('gpu') or run['device'].get('cpu') or 'unknown device'}"
+    )
+    parts = [caption, markdown(header, table)]
+    for title, name, pick in (
+        (
+            "Held-out nats/token from a position within the document on, up to the next",
+            "held_out_by_position",
+            None,
+        ),
+        ("Nats/token of text that stood so many tokens before", "copies_by_distance", "copy"),
+    ):
+        columns = list(dict.fromkeys(key for _, runs in ranked for _, end, _ in runs for key in end[name]))
+        by_label = []
+        for label, runs in ranked:
+            cells = [
+                [end[name][key][pick] if pick else end[name][key] for _, end, _ in runs if key in end[name]]
+                for key in columns
+            ]
+            by_label.append([label, *(_spread(values, 3) if values else "–" for values in cells)])
+        if columns:
+            parts += [title, markdown(("attention", *(f"{int(key):,}" for key in columns)), by_label)]
+    return "\n\n".join(parts)
+
+
+def throughput(lines: Sequence[Line]) -> str:
+    """The throughput table; of equal measurements the last one counts.
+
+    Ratios are to dense attention at the same length.
+    """
+    latest = {(line["context"], line["label"]): line for line in lines}
+    table = []
+    for context, label in sorted(latest):
+        line = latest[context, label]
+        dense = latest.get((context, "dense"))
+        cells = [f"{context:,}", label]
+        for what in ("forward_backward", "with_optimizer"):
+            rate = line[what]["tokens_per_second"]
+            ratio = f" ({rate / dense[what]['tokens_per_second']:.2f}x)" if dense else ""
+            share = line[what]["mfu"]
+            cells += [f"{rate:,.0f}{ratio}", f"{share:.1%}" if share else "–"]
+        table.append([*cells, f"{line['peak_memory_bytes'] / 2**30:.1f}"])
+    header = (
+        "tokens",
+        "attention",
+        "forward + backward, tokens/s",
+        "MFU",
+        "with optimizer, tokens/s",
+        "MFU",
+        "peak GiB",
+    )
+    shapes = {(line["layers"], line["parameters"], line["device"]) for line in latest.values()}
+    caption = "; ".join(
+        f"{layers} layers, {p / 1e9:.2f} B parameters, {device}" for layers, p, device in sorted(shapes)
+    )
+    return f"{caption}\n\n{markdown(header, table)}"
+
+
+def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
+    """Training loss over steps, as the mean of the last `window` steps, and the held-out loss."""
+    series = []
+    for name, lines in logs.items():
+        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        smooth = [
+            (step, statistics.mean(loss for _, loss in losses[max(0, index + 1 - window) : index + 1]))
+            for index, (step, _) in enumerate(losses)
+        ]
+        series.append((f"{name}, training", smooth))
+        held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        series.append((f"{name}, held out", held_out))
+    plot_loss_curves(series, path, y_label="nats a token")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of train.py, files of throughput.py")
+    parser.add_argument("--plot", type=Path, help="picture of the losses")
+    parser.add_argument("--window", type=int, default=20, help="steps that a point of the picture averages")
+    arguments = parser.parse_args()
+    try:
+        read = {str(path): read_lines(path) for path in arguments.runs}
+        logs = {name: lines for name, lines in read.items() if Path(name).is_dir()}
+        measured = [line for name, lines in read.items() if name not in logs for line in lines]
+        if logs:
+            print(quality(logs))
+        if measured:
+            print(throughput(measured))
+        if arguments.plot and logs:
+            plot({Path(name).name: lines for name, lines in logs.items()}, arguments.plot, arguments.window)
+    except TableError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+"""The training recipe: data, attention by name, exact resume, clear errors, tables from logs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spattn_tvm.bench.peer_masks import bigbird_mask, longformer_mask, reformer_mask
+
+pytest.importorskip("transformers", minversion="5.24")
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts/pretrain"
+CONFIGS = sorted(path for path in SCRIPTS.rglob("*.toml"))
+COMPUTED = ("loss", "gradient_norm", "learning_rate", "held_out", "copies")
+KILLS = int(os.environ.get("SPATTN_SWEEP", "1"))
+
+TINY = """
+[model]
+hidden = 64
+layers = 2
+heads = 2
+kv_heads = 2
+intermediate = 32
+experts = 4
+
+[data]
+folder = "{folder}"
+context = 96
+
+[train]
+steps = 10
+batch = 4
+micro_batch = 2
+warmup = 2
+precision = "float32"
+loss_chunk = 50
+log_every = 1
+evaluate_every = 4
+evaluate_sequences = 2
+checkpoint_every = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Iterator[SimpleNamespace]:
+    """The scripts' modules, which import one another by their bare names."""
+    names = ("config", "data", "model", "train", "tables")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
+        yield SimpleNamespace(**modules)
+    for name in names:
+        del sys.modules[name]
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def _words(count: int, seed: int) -> str:
+    words = ["the", "of", "to", "and", "a", "in", "band", "head", "query", "key", "token", "width", "far"]
+    return " ".join(random.Random(seed).choices(words, k=count))
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of documents that are shorter and longer than a context, as bytes."""
+    out = tmp_path_factory.mktemp("tokens")
+    documents = [recipe.data.Document(_words(50 + 7 * seed, seed), "made") for seed in range(30)]
+    recipe.data.prepare(documents, out, tokenizer="bytes", held_out=0.2)
+    return out
+
+
+@pytest.fixture
+def tiny(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(folder=folder))
+    return path
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_collected_once_and_split(recipe: SimpleNamespace, tmp_path: Path) -> None:
+    docs, man = tmp_path / "usr/share/doc/thing", tmp_path / "usr/share/man/man1"
+    german = tmp_path / "usr/share/doc/ding"
+    for made in (docs, man, german):
+        made.mkdir(parents=True)
+    lines = [_words(12, seed) for seed in range(200)]
+    (docs / "guide.txt").write_text("\n".join(lines[:40]))
+    (docs / "again.txt").write_text("\n".join(lines[:40]) + "\n")
+    (docs / "part.txt").write_text("\n".join(lines[10:30] + lines[50:90]))
+    (docs / "page.html").write_text(f"<style>hidden</style><p>{'<p>'.join(lines[90:130])}")
+    (docs / "changelog").write_text("\n".join(lines[130:150]))
+    (docs / "copyright").write_text("Files: *\nLicense: MIT\n")
+    (german / "readme.txt").write_text("Der Kopf sieht nur seine eigenen Abstände und ein Fenster. " * 20)
+    (man / "thing.1").write_text(
+        ".TH THING 1\n.SH NAME\n" + "\n".join(f"\\fB{line}\\fR" for line in lines[150:180])
+    )
+    meta = recipe.data.prepare(
+        recipe.data.collect(tmp_path),
+        tmp_path / "out",
+        tokenizer="bpe",
+        vocabulary=300,
+        held_out=0.25,
+        root=tmp_path,
+    )
+    assert meta["train"]["documents"] + meta["held_out"]["documents"] == 4
+    sources = json.loads((tmp_path / "out/sources.json").read_text())
+    assert {entry["source"]: entry["licence"] for entry in sources}["thing"] == "MIT"
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    text = {}
+    for part in ("train", "held_out"):
+        tokens = recipe.data.Tokens(tmp_path / "out", part, 16).tokens
+        assert len(tokens) == meta[part]["tokens"] and tokens[0] == meta["separator"]
+        assert (tokens == meta["separator"]).sum() == meta[part]["documents"]
+        text[part] = tokenizer.decode([int(token) for token in tokens if token != meta["separator"]])
+    both = text["train"] + text["held_out"]
+    # Each line once, also where a second file repeats it; nothing of the changelog or another language.
+    for place, line in enumerate(lines[:130] + lines[150:180]):
+        assert both.count(line) == (0 if 40 <= place < 50 else 1), place
+    assert all(line not in both for line in lines[130:150])
+    assert all(word not in both for word in ("hidden", "Abst", "TH", "\\f"))
+
+
+def test_files_of_each_kind(recipe: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_text('{"body": "second"}\n\n{"body": "third"}\n')
+    read = recipe.data.read
+    assert [d.text for d in read([tmp_path], "body") if d.text] == ["first", "second", "third"]
+    with pytest.raises(recipe.data.DataError, match=r"b.jsonl, line 1: .* field 'text'"):
+        list(read([tmp_path / "b.jsonl"], "text"))
+    with pytest.raises(recipe.data.DataError, match="there is no"):
+        list(read([tmp_path / "c.txt"], "text"))
+    (tmp_path / "d.doc").write_text("x")
+    with pytest.raises(recipe.data.DataError, match=r"\.txt, \.md, \.jsonl or \.parquet"):
+        list(read([tmp_path / "d.doc"], "text"))
+    with pytest.raises(recipe.data.DataError, match="too few"):
+        recipe.data.prepare([recipe.data.Document(_words(99, 0), "one")], tmp_path / "o", tokenizer="bytes")
+    rows = tmp_path / "e.parquet"
+    rows.write_bytes(b"")
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        with pytest.raises(recipe.data.DataError, match="needs pyarrow"):
+            list(read([rows], "text"))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["fourth", None, "fifth"]}), rows)
+        assert [d.text for d in read([rows], "text")] == ["fourth", "fifth"]
+
+
+def test_windows_are_a_function_of_seed_and_place(recipe: SimpleNamespace, folder: Path) -> None:
+    tokens = recipe.data.Tokens(folder, "train", 96, seed=3)
+    everything = tokens.at(0, 2 * tokens.windows)
+    place = random.randrange(tokens.windows)
+    again = recipe.data.Tokens(folder, "train", 96, seed=3).at(place, tokens.windows)
+    assert (again == everything[place : place + tokens.windows]).all()
+    for epoch in (everything[: tokens.windows], everything[tokens.windows :]):
+        assert len({row.tobytes() for row in epoch}) == tokens.windows
+    assert (everything[: tokens.windows] != everything[tokens.windows :]).any()
+    assert (recipe.data.Tokens(folder, "train", 96, seed=4).at(0, 9) != everything[:9]).any()
+    for row, positions in zip(everything, tokens.positions(everything), strict=True):
+        expected = 0
+        for index, token in enumerate(row[:-1]):
+            expected = 0 if token == tokens.meta["separator"] or index == 0 else expected + 1
+            assert positions[index] == expected
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def _make(recipe: SimpleNamespace, path: Path, *settings: str) -> tuple[Any, Any]:
+    config = recipe.config.load(path, settings)
+    torch.manual_seed(0)
+    return config, recipe.model.LanguageModel(config, 257)
+
+
+def _batch(recipe: SimpleNamespace, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = recipe.data.Tokens(Path(config.data.folder), "train", config.data.context)
+    windows = tokens.at(random.randrange(1000), 2)
+    return torch.from_numpy(windows), torch.from_numpy(tokens.positions(windows))
+
+
+def _loss_and_gradients(model: Any, batch: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss, _ = model(*batch)
+    loss.backward()
+    return [loss.detach()] + [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("documents", ["separate", "joined"])
+def test_each_attention_is_that_of_its_mask(recipe: SimpleNamespace, tiny: Path, documents: str) -> None:
+    """Kernels against eager attention with a mask; masks against definitions; pairs against masks."""
+    definitions = {
+        "longformer": longformer_mask(96),
+        "bigbird": bigbird_mask(96),
+        "reformer": reformer_mask(96, 2),
+    }
+    for name in recipe.config.ATTENTIONS:
+        where = (f"attention.name={name}", f"data.documents={documents}")
+        config, model = _make(recipe, tiny, *where)
+        batch = _batch(recipe, config)
+        found = _loss_and_gradients(model, batch)
+        assert all(part.isfinite().all() for part in found), name
+        if name == "bound":
+            continue
+        _, eager = _make(recipe, tiny, *where, "attention.implementation=eager")
+        if model.layers[0].means in ("bands", "sdpa"):
+            for mine, theirs in zip(found, _loss_and_gradients(eager, batch), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6, msg=name)
+        rows = batch[1] if documents == "separate" else torch.arange(96).expand(2, 96)
+        mask = recipe.model._make_mask(eager.layers[0], 2, 96, rows).expand(2, 2, 96, 96)
+        lengths = recipe.model.document_lengths(config, batch[1])
+        assert sum(lengths) == batch[1].numel()
+        begin = 0
+        for length in lengths:
+            row, column = divmod(begin, 96)
+            inside = mask[row, :, column : column + length, column : column + length]
+            assert inside.sum() == mask[row, :, column : column + length].sum()
+            assert inside.sum() == recipe.model.pairs(model.layers[0], 2, 96, length), name
+            if name in definitions:
+                assert torch.equal(inside, definitions[name][:, :length, :length].expand_as(inside)), name
+            begin += length
+
+
+def test_hybrids_and_other_shapes(recipe: SimpleNamespace, tiny: Path) -> None:
+    for settings in (
+        ['attention.name=["spattention", "dense"]'],
+        ['attention.name=["longformer", "exclusive"]', "model.kind=llama", "model.kv_heads=1"],
+        ["train.activation_checkpointing=true", "train.loss_chunk=7"],
+        ["model.experts_implementation=eager"],
+    ):
+        config, model = _make(recipe, tiny, *settings)
+        batch = _batch(recipe, config)
+        plain = [s for s in settings if not s.startswith(("train.", "model.experts"))]
+        _, other = _make(recipe, tiny, *plain, *(["attention.implementation=eager"] if plain else []))
+        for mine, theirs in zip(
+            _loss_and_gradients(model, batch), _loss_and_gradients(other, batch), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
+
+
+def test_experts_run_in_autocasts_dtype(recipe: SimpleNamespace, tiny: Path) -> None:
+    config, model = _make(recipe, tiny)
+    batch = _batch(recipe, config)
+    exact = _loss_and_gradients(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = _loss_and_gradients(model, batch)
+    assert all(part.dtype is torch.float32 for part in rounded)
+    assert 0 < (rounded[0] - exact[0]).abs() < 0.02 * exact[0]
+    experts = dict(
+        zip([n for n, _ in model.named_parameters()], zip(exact[1:], rounded[1:], strict=True), strict=True)
+    )
+    for name, (mine, theirs) in experts.items():
+        if "experts" in name:
+            assert 0 < (mine - theirs).norm() < 0.1 * mine.norm(), name
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """Of a process that computes as this one does."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = str(torch.get_num_threads())
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
+
+
+def _losses(out: Path) -> dict[int, list[Any]]:
+    """What must not depend on how often a run was stopped."""
+    found: dict[int, list[Any]] = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "step" in entry:
+            kept = {
+                name: entry[name]
+                for name in entry
+                if name.startswith(("loss", "grad", "held", "learning", "copies"))
+            }
+            found.setdefault(entry["step"], []).append(kept)
+    return found
+
+
+def test_a_killed_run_goes_on_as_if_nothing_happened(
+    recipe: SimpleNamespace, tiny: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = recipe.config.load(tiny)
+    recipe.train.train(config, whole)
+    expected = _losses(whole)
+    assert sorted(expected) == list(range(1, 11))
+    kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert kept == ["step-00000009.pt", "step-00000010.pt"]
+    assert len(expected[4]) == 2 and "held_out_by_position" in expected[4][1]
+    for _ in range(KILLS):
+        at = random.randrange(1, 10)
+        command = [sys.executable, str(SCRIPTS / "train.py"), str(tiny), "--out", str(killed)]
+        process = subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            log = killed / "log.jsonl"
+            if log.exists() and log.read_text().count('"loss"') >= at:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert _losses(killed)
+    recipe.train.train(config, killed)
+    assert _losses(killed) == expected
+    other = recipe.config.load(tiny, ["train.learning_rate=1", "train.log_every=3"])
+    with pytest.raises(recipe.config.ConfigError, match=r"\(train.learning_rate was 0.001, is 1\)"):
+        recipe.train.train(other, killed)
+
+
+def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = recipe.config.load(
+        tiny, ["train.steps=30", "train.learning_rate=0.01", "train.log_every=7", "train.peak_tflops=1e-3"]
+    )
+    recipe.train.train(config, out)
+    lines = recipe.tables.read_lines(out)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30 and statistics.mean(losses[-5:]) < 0.7 * losses[0]
+    rates = [line for line in lines if "tokens_per_second" in line]
+    assert rates[-1]["tokens"] == 30 * 4 * 96
+    # MFU is work over time over peak, so that this product is the work of a token.
+    work = [line["mfu"] * 1e9 / line["tokens_per_second"] for line in rates]
+    matmuls = recipe.model.matmul_flops_per_token(config, 257)
+    assert all(matmuls < one < 1.5 * matmuls for one in work)
+    end = lines[-1]
+    assert end["step"] == 30 and end["held_out_loss"] < losses[0]
+    assert list(end["held_out_by_position"])[:4] == ["0", "1", "2", "4"]
+    # A second run of another seed, and one that can't be compared.
+    recipe.train.train(recipe.config.load(tiny, ["train.steps=2", "train.warmup=1"]), tmp_path / "short")
+    with pytest.raises(recipe.tables.TableError, match=r"train.steps: 30 and 2"):
+        recipe.tables.quality({"a": lines, "b": recipe.tables.read_lines(tmp_path / "short")})
+    again = json.loads(json.dumps(lines))
+    again[0]["run"]["config"]["train"]["seed"] = 1
+    again[-1]["held_out_loss"] += 1
+    table = recipe.tables.quality({"a": lines, "b": again})
+    mean = end["held_out_loss"] + 0.5
+    assert f"| spattention | 2 | {mean:.4f} ± {0.5**0.5:.4f} |" in table
+    with pytest.raises(recipe.tables.TableError, match="ended at step 29 of 30"):
+        recipe.tables.quality({"a": [line for line in lines if line.get("step", 0) < 30]})
+    recipe.tables.plot({"a": lines}, tmp_path / "losses.png", 5)
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:
+    def line(label: str, rate: float, context: int = 4096) -> dict[str, Any]:
+        measured = {"tokens_per_second": rate, "mfu": 0.25}
+        return {
+            "label": label,
+            "context": context,
+            "layers": 4,
+            "parameters": 1_800_000_000,
+            "device": "a device",
+            "peak_memory_bytes": 2**30,
+            "forward_backward": measured,
+            "with_optimizer": measured | {"mfu": None},
+        }
+
+    table = recipe.tables.throughput(
+        [line("spattention", 1.0), line("dense", 200.0), line("spattention", 300.0), line("bound", 7.0, 9)]
+    )
+    assert "| 4,096 | spattention | 300 (1.50x) | 25.0% | 300 (1.50x) | – | 1.0 |" in table
+    assert "| 9 | bound | 7 | 25.0% | 7 | – | 1.0 |" in table
+
+
+# --- configurations -----------------------------------------------------------------------------------------
+
+
+def test_shipped_configurations_are_right(recipe: SimpleNamespace) -> None:
+    quality: dict[str, Any] = {}
+    for path in CONFIGS:
+        config = recipe.config.load(path)
+        if path.parent.name == "quality" and path.stem != "base":
+            quality[path.stem] = config
+    assert len(quality) == 11
+    base = recipe.config.load(SCRIPTS / "configs/quality/base.toml")
+    for name, config in quality.items():
+        assert (config.model, config.data, config.train) == (base.model, base.data, base.train)
+        assert name == "hybrid" or config.attention.name == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stepz=3", r"unknown setting train.stepz; is steps meant\?"),
+        ("optimizer.name=sgd", "unknown setting optimizer; there are attention, data, model, train"),
+        ("train.steps=many", "train.steps is int, got 'many'"),
+        ("train.steps=true", "train.steps is int, got True"),
+        ("train.steps=0", "train.steps is at least 1, got 0"),
+        ("train.batch=3", r"train.batch \(3\) is a multiple of train.micro_batch \(2\)"),
+        ("train.warmup=10", r"train.warmup \(10\) is below train.steps \(10\)"),
+        ("train.betas=[0.9]", "train.betas are two numbers"),
+        ("train.learning_rate=0.0", "train.learning_rate is above 0"),
+        ("train.precision=fp8", "train.precision is one of autocast, bfloat16, float32, got 'fp8'"),
+        ("attention.name=performer", r"attention.name\[0\] is one of spattention, .* got 'performer'"),
+        ('attention.name=["dense"]', "attention.name has 1 names, model.layers is 2"),
+        ("attention.window=3", "is sliding_window's"),
+        ("model.heads=3", r"model.hidden \(64\) is a multiple of model.heads \(3\)"),
+        ("model.experts_per_token=5", "5 experts a token of 4"),
+        ("train", "section.key=value"),
+    ],
+)
+def test_wrong_configurations_say_what_is_wrong(
+    recipe: SimpleNamespace, tiny: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(recipe.config.ConfigError, match=message):
+        recipe.config.load(tiny, [setting])
+
+
+def test_wrong_files_say_what_is_wrong(recipe: SimpleNamespace, tmp_path: Path, tiny: Path) -> None:
+    loop = tmp_path / "loop.toml"
+    loop.write_text('extends = "loop.toml"')
+    with pytest.raises(recipe.config.ConfigError, match="extends itself"):
+        recipe.config.load(loop)
+    with pytest.raises(recipe.config.ConfigError, match="no configuration"):
+        recipe.config.load(tmp_path / "none.toml")
+    loop.write_text("[train")
+    with pytest.raises(recipe.config.ConfigError, match="is no TOML"):
+        recipe.config.load(loop)
+    config = recipe.config.load(tiny, [f"data.folder={tmp_path}"])
+    with pytest.raises(recipe.data.DataError, match=r"(?s)holds no tokens .*scripts/pretrain/data.py --out"):
+        recipe.train.train(config, tmp_path / "run")
+    config = recipe.config.load(tiny, ["data.context=1000000"])
+    with pytest.raises(recipe.data.DataError, match="fewer than a context of 1000000"):
+        recipe.train.train(config, tmp_path / "run")
