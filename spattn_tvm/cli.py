@@ -635,7 +635,8 @@ def bench(
         str | None,
         typer.Option(
             help="Comma-separated: ours, sdpa, flex (CPU); ours, cudnn, flash, fa4_dense, cudnn_flex, fa4, "
-            "flex, flex_arithmetic, flex_flash, fsa, fsa_triton (CUDA). All by default."
+            "flex, flex_arithmetic, flex_flash, fsa, fsa_triton (CUDA); with --ranks one, heads, bands, "
+            "all_gather, ring. All by default."
         ),
     ] = None,
     kv_heads: Annotated[
@@ -671,6 +672,15 @@ def bench(
         int | None,
         typer.Option(min=0, max=_LARGEST_SEED, help="Seed of the inputs; a fresh one by default."),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks that share the sequence, each with a GPU of its own or a share of the CPU's cores."
+        ),
+    ] = None,
+    sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
+        Sharding.contiguous
+    ),
     log_root: LogRoot = Path("autotune_logs"),
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the JSON report.")] = True,
 ) -> None:
@@ -697,6 +707,21 @@ def bench(
         )
         return
     problems = parse_problems(shapes, dtype.value, layout, context, "forward")
+    if ranks is not None:
+        if documents != 1 or deterministic or threads is not None:
+            raise ValueError("--ranks goes with neither --documents nor --deterministic nor --threads")
+        _bench_ranks(
+            problems,
+            ranks,
+            sharding.value,
+            _names("--steps", steps),
+            None if peers is None else _names("--peers", peers),
+            device,
+            rounds,
+            seed,
+            log_root if save else None,
+        )
+        return
     cases = [Case.packed(problem, documents, deterministic) for problem in problems]
     # Not a terminal: a file or a log, where a table may be as wide as it is.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -770,6 +795,46 @@ def _bench_decode(
         console.print(f"written: {path}", markup=False, highlight=False)
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
     if any(entry["status"] != "ok" for entry in ours):
+        raise typer.Exit(1)
+
+
+def _bench_ranks(
+    problems: list[AttentionProblem],
+    ranks: int,
+    sharding: str,
+    steps: list[str],
+    peers: list[str] | None,
+    device: str,
+    rounds: int,
+    seed: int | None,
+    log_root: Path | None,
+) -> None:
+    """`bench` of sequences that ranks share: another table, another report."""
+    import random
+
+    from rich.console import Console
+
+    from .bench.ranks import benchmark_ranks, rank_tables, write_rank_report
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    report = benchmark_ranks(
+        problems,
+        ranks,
+        shardings=[sharding],
+        peers=peers,
+        steps=steps,
+        device=device,
+        rounds=rounds,
+        seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
+    )
+    for table in rank_tables(report):
+        console.print(table)
+    if log_root is not None:
+        path = write_rank_report(report, log_root)
+        console.print(f"written: {path}", markup=False, highlight=False)
+    ours = ("one", "heads", "bands")
+    entries = [entry for result in report["results"] for entry in result["entries"] if entry["peer"] in ours]
+    if any(entry["status"] != "ok" for entry in entries):
         raise typer.Exit(1)
 
 

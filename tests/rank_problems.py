@@ -112,20 +112,27 @@ def attend_here(problem: Problem, q: Tensor, k: Tensor, v: Tensor, **options: An
     )  # fmt: skip
 
 
-def compare_with_one_process(problem: Problem, tolerance: float = 1e-5) -> None:
+def compare_with_one_process(
+    problem: Problem,
+    tolerance: float = 1e-5,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
     """o, dq, dk and dv of this rank's rows against float64 of the whole sequence."""
     rank = dist.get_rank()
-    whole = draw_tensors(problem)
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    whole = [tensor.to(place) for tensor in draw_tensors(problem, dtype)]
     q, k, v, do = (problem.shards.take(tensor, rank, 2).detach() for tensor in whole)
     inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     o = attend_here(problem, *inputs)
     gradients = torch.autograd.grad(o, inputs, do)
 
     exact = [tensor.double().requires_grad_() for tensor in whole[:3]]
-    expected = reference_attention(*exact, problem.layout, cu_seqlens=problem.boundaries)[0]
+    documents = None if problem.boundaries is None else torch.tensor(problem.boundaries, device=place)
+    expected = reference_attention(*exact, problem.layout, cu_seqlens=documents)[0]
     wanted = torch.autograd.grad(expected, exact, whole[3].double())
     for name, ours, theirs in zip(("o", "dq", "dk", "dv"), (o, *gradients), (expected, *wanted), strict=True):
-        assert ours.dtype == torch.float32, name
+        assert ours.dtype == dtype, name
         theirs = problem.shards.take(theirs, rank, 2)
         scale = max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
         torch.testing.assert_close(
@@ -134,13 +141,18 @@ def compare_with_one_process(problem: Problem, tolerance: float = 1e-5) -> None:
         )  # fmt: skip
 
 
-def compare_problems(problems: Sequence[Problem], own_message_bytes: int | None = None) -> None:
-    """With `own_message_bytes`, rows of a head of that size travel as they do on CUDA."""
-    with patch.dict(
-        exchange._OWN_MESSAGE_BYTES, {} if own_message_bytes is None else {"cpu": own_message_bytes}
-    ):
+def compare_problems(
+    problems: Sequence[Problem],
+    own_message_bytes: int | None = None,
+    tolerance: float = 1e-5,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """With `own_message_bytes`, rows of a head of that size are messages of their own."""
+    least = {} if own_message_bytes is None else {device: own_message_bytes}
+    with patch.dict(exchange._OWN_MESSAGE_BYTES, least):
         for problem in problems:
-            compare_with_one_process(problem)
+            compare_with_one_process(problem, tolerance, dtype, device)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ranks of a gloo group in processes of their own, kept for many calls."""
+"""Ranks of a group in processes of their own, kept for many calls."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class RankError(AssertionError):
         self.of = of
 
 
-def _serve(rank: int, ranks: int, folder: str, timeout_s: float, pipe: Any) -> None:
+def _serve(rank: int, ranks: int, folder: str, timeout_s: float, backend: str, pipe: Any) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(os.path.join(folder, "store"), ranks)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+        backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
     )
     while True:
         call = pipe.recv()
@@ -48,13 +50,13 @@ def _serve(rank: int, ranks: int, folder: str, timeout_s: float, pipe: Any) -> N
 class Ranks:
     """`ranks` processes; `call` runs a function in each of them at once."""
 
-    def __init__(self, ranks: int, timeout_s: float = 60) -> None:
+    def __init__(self, ranks: int, timeout_s: float = 60, backend: str = "gloo") -> None:
         self.ranks = ranks
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = _CONTEXT.Pipe()
-            arguments = (rank, ranks, self._folder.name, timeout_s, theirs)
+            arguments = (rank, ranks, self._folder.name, timeout_s, backend, theirs)
             process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
