@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: builds .venv from requirements/cpu.txt, or reuses it while both are unchanged.
+# Sourced by the scripts beside it: builds .venv from requirements/cpu.txt (of scripts/docs: .venv-docs from
+# requirements/docs.txt), or reuses it while both are unchanged.
 # Sets ROOT and PYTHON (the environment's interpreter). Choose another interpreter for it with SPATTN_PYTHON=python3.12.
 # Where the package index serves torch with CUDA and a CPU build is wanted, name an index that has it in SPATTN_TORCH_INDEX.
 
@@ -38,12 +39,12 @@ build_environment() {
   local base="$1" stamp="$2" started=$SECONDS
   local -a index=()
   [ -n "${SPATTN_TORCH_INDEX:-}" ] && index=(--extra-index-url "$SPATTN_TORCH_INDEX")
-  echo "Building .venv from requirements/cpu.txt (once; a few minutes at most)"
+  echo "Building ${VENV##*/} from requirements/${REQUIREMENTS##*/} (once; a few minutes at most)"
   rm -rf "$VENV"
   "$base" -m venv "$VENV" || stop "$base cannot make a virtual environment." \
     "Debian, Ubuntu: apt-get install python3-venv"
   "$PYTHON" -m pip install -qq --disable-pip-version-check ${index[@]+"${index[@]}"} -r "$REQUIREMENTS" ||
-    stop "the packages of requirements/cpu.txt could not be installed (see pip's message above)."
+    stop "the packages of requirements/${REQUIREMENTS##*/} could not be installed (see pip's message above)."
   echo "$stamp" >"$VENV/spattn-environment"
   echo "Environment ready after $((SECONDS - started)) s"
 }
@@ -60,9 +61,24 @@ digest() {
 }
 
 ensure_environment() {
+  ensure_packages install
+}
+
+# The site is built from the text of the sources: without torch, TVM or a compiler.
+ensure_documentation_environment() {
+  VENV="$ROOT/.venv-docs"
+  PYTHON="$VENV/bin/python"
+  REQUIREMENTS="$ROOT/requirements/docs.txt"
+  ensure_packages
+}
+
+# Packages at their pins; with "install" also this project, editable, and a compiler for its kernels.
+ensure_packages() {
   local base environment_stamp project_stamp
   base="$(find_base_python)" || exit 1
-  check_compiler
+  if [ "${1:-}" = install ]; then
+    check_compiler
+  fi
   # A virtual environment holds absolute paths: a moved checkout builds its own.
   environment_stamp="$( (cat "$REQUIREMENTS" && "$base" -c 'import sys; print(sys.version)' && echo "$ROOT") | digest "$base")"
   project_stamp="$(digest "$base" <"$ROOT/pyproject.toml")"
@@ -73,7 +89,7 @@ ensure_environment() {
   if [ "$(cat "$VENV/spattn-environment" 2>/dev/null)" != "$environment_stamp" ] || ! "$PYTHON" -c '' 2>/dev/null; then
     build_environment "$base" "$environment_stamp"
   fi
-  if [ "$(cat "$VENV/spattn-project" 2>/dev/null)" != "$project_stamp" ]; then
+  if [ "${1:-}" = install ] && [ "$(cat "$VENV/spattn-project" 2>/dev/null)" != "$project_stamp" ]; then
     install_project "$project_stamp"
   fi
   if command -v flock >/dev/null 2>&1; then

@@ -1,7 +1,7 @@
-"""Fill the measured parts of README.md from the reports that measurements left, write docs/performance.md
-with all that was measured, and draw docs/*.png.
+"""Fill the measured parts of README.md and of the pages in docs/ from the reports that measurements left,
+write docs/performance.md with all that was measured, and draw docs/*.png.
 
-A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
+A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
 
 - ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
   from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
@@ -11,7 +11,7 @@ A block of the README between ``<!-- measured: NAME -->`` and ``<!-- end -->`` i
 A block whose measurement is missing stays as it is.
 
     python scripts/update_readme.py            writes README.md and docs/
-    python scripts/update_readme.py --check    only says whether README.md or docs/performance.md would change
+    python scripts/update_readme.py --check    only says whether README.md or a page of docs/ would change
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ LANGUAGE_MODEL = ROOT / "results" / "quickstart" / "byte_lm.json"
 PAGE = "performance.md"
 # Of a table in the README; the page has the rest.
 MOST_ROWS = 10
+# What docs/layouts.md shows.
+PICTURED = [
+    BandLayout.spattention(8, 1024),
+    BandLayout.exclusive(8, 1024),
+    BandLayout.local_only(8, 1024),
+    BandLayout.gapped(8, 1024),
+    BandLayout.equal_area(8, 1024),
+    BandLayout.sliding_window(8, 256, 1024),
+    BandLayout.custom([[(0, 63)]] * 4 + [[(0, 31), (128 * h, 128 * h + 63)] for h in range(1, 5)], 1024),
+]
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -296,26 +307,34 @@ def main() -> None:
     check = parser.parse_args().check
     DOCS.mkdir(exist_ok=True)
     plot_layout(BandLayout.spattention(16, 4096), DOCS / "bands.png")
+    for layout in PICTURED:
+        plot_layout(layout, DOCS / f"layout-{layout.name}.png")
 
-    def fill(match: re.Match[str]) -> Any:
+    def fill(match: re.Match[str], page: Path) -> Any:
         name = match["name"]
         if name not in BLOCKS:
-            raise ValueError(f"README.md has a block {name!r}; known: {', '.join(BLOCKS)}")
+            raise ValueError(f"{page.name} has a block {name!r}; known: {', '.join(BLOCKS)}")
         text = BLOCKS[name]()
         if text is None:
             print(f"{name}: nothing measured, left as it is")
             return match[0]
-        print(f"{name}: filled")
+        print(f"{name}: filled in {page.name}")
+        # Blocks link from the repository's root.
+        text = re.sub(
+            r"\]\((?!\w+:)([^)]+)\)", lambda link: f"]({os.path.relpath(ROOT / link[1], page.parent)})", text
+        )
         return f"{match[1]}{text}\n{match[3]}"
 
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = BLOCK.sub(fill, before)
-    page, path_of_page = performance_page(), DOCS / PAGE
+    pages = {DOCS / PAGE: performance_page()}
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
+        if path not in pages:
+            pages[path] = BLOCK.sub(partial(fill, page=path), path.read_text(encoding="utf-8"))
     if check:
-        sys.exit(int(before != after or not path_of_page.exists() or path_of_page.read_text("utf-8") != page))
-    path.write_text(after, encoding="utf-8")
-    path_of_page.write_text(page, encoding="utf-8")
+        sys.exit(
+            int(any(not path.exists() or path.read_text("utf-8") != text for path, text in pages.items()))
+        )
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

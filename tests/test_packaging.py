@@ -118,12 +118,12 @@ print([name for name in ("tvm", "xgboost", "matplotlib") if name in sys.modules]
     assert {loaded for _, loaded in outputs} == {"[]"}
 
 
-# Extras that scripts/test does not need: they are not in its environment.
+# Extras that scripts/test does not need: they are not in its environment. What builds the site has its own.
 APART = {"docs", "onnx"}
 
 
-def pinned() -> dict[str, list[Requirement]]:
-    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+def pinned(environment: str) -> dict[str, list[Requirement]]:
+    lines = (ROOT / "requirements" / f"{environment}.txt").read_text().splitlines()
     found: dict[str, list[Requirement]] = {}
     for line in lines:
         if line.strip() and not line.startswith("#"):
@@ -132,8 +132,9 @@ def pinned() -> dict[str, list[Requirement]]:
     return found
 
 
-def test_every_pin_is_exact() -> None:
-    for requirements in pinned().values():
+@pytest.mark.parametrize("environment", ["cpu", "docs"])
+def test_every_pin_is_exact(environment: str) -> None:
+    for requirements in pinned(environment).values():
         for requirement in requirements:
             assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(requirement.specifier)), str(requirement)
 
@@ -141,25 +142,19 @@ def test_every_pin_is_exact() -> None:
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_pins_satisfy_the_project_on_each_python(python: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(
-            text
-            for extra, texts in project["optional-dependencies"].items()
-            if extra not in APART
-            for text in texts
-        ),
-    ]
-    pins = pinned()
+    extras = project["optional-dependencies"]
+    needed = [text for extra, texts in extras.items() if extra not in APART for text in texts]
+    wanted = {"cpu": [*project["dependencies"], *needed], "docs": extras["docs"]}
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
-    for requirement in map(Requirement, wanted):
+    for file, text in ((file, text) for file, texts in wanted.items() for text in texts):
+        requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate(environment):
             continue
         if requirement.name == project["name"]:
             assert requirement.extras <= set(project["optional-dependencies"])
             continue
         chosen = [
-            pin for pin in pins[canonicalize_name(requirement.name)]
+            pin for pin in pinned(file)[canonicalize_name(requirement.name)]
             if pin.marker is None or pin.marker.evaluate(environment)
         ]  # fmt: skip
         assert len(chosen) == 1, f"{requirement.name} has {len(chosen)} pins for Python {python}"
@@ -170,7 +165,7 @@ def test_pins_satisfy_the_project_on_each_python(python: str) -> None:
 
 
 def test_this_environment_is_the_pinned_one() -> None:
-    for name, requirements in pinned().items():
+    for name, requirements in pinned("cpu").items():
         applying = [r for r in requirements if r.marker is None or r.marker.evaluate()]
         if not applying:
             continue  # a backport for an older Python
