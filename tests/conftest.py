@@ -1,4 +1,6 @@
-"""What holds for all tests: ``gpu`` ones are skipped without a CUDA device; the longest files come first."""
+"""What holds for all tests: ``gpu`` ones are skipped without a CUDA device, ``published`` ones unless
+``SPATTN_TEST_ALL`` is set; the longest files come first.
+"""
 
 import os
 import random
@@ -20,6 +22,8 @@ settings.load_profile("spattn")
 
 # Processes that share a run take a file at a time: who takes one of these last keeps the others waiting.
 LONGEST_FILES = (
+    "test_documentation.py",
+    "test_examples.py",
     "test_tuning.py",
     "test_compile_export.py",
     "test_cli.py",
@@ -37,6 +41,11 @@ LONGEST_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    if not os.environ.get("SPATTN_TEST_ALL"):
+        skip = pytest.mark.skip(reason="only scripts/test --all runs documentation and examples")
+        for item in items:
+            if "published" in item.keywords:
+                item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason=f"no CUDA device for PyTorch {torch.__version__}")
