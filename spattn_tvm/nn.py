@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -152,7 +152,8 @@ class BandedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = embed_dim // num_heads
-        self.layout = _resolve(layout, num_heads, context_length)
+        self.layout = self._whole_layout = _resolve(layout, num_heads, context_length)
+        self._attend: Callable[..., Tensor] = banded_attention
         if rope_theta is not None and (rope_theta <= 0 or self.head_dim % 2):
             raise ValueError(
                 "rope_theta must be positive and the head dim even, "
@@ -173,8 +174,8 @@ class BandedAttention(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """The layout's spec, as numbers of its letters."""
-        return _to_tensor(self.layout.spec)
+        """The spec of all heads' layout, as numbers of its letters."""
+        return _to_tensor(self._whole_layout.spec)
 
     def set_extra_state(self, state: object) -> None:
         """Compare the layout of a state with the module's own, which stays.
@@ -185,17 +186,17 @@ class BandedAttention(nn.Module):
             The heads of the two see different distances.
         """
         spec = _to_spec(state)
-        if spec is None or spec == self.layout.spec:
+        if spec is None or spec == self._whole_layout.spec:
             return
         try:
-            is_same = BandLayout.from_spec(spec).has_bands_of(self.layout)
+            is_same = BandLayout.from_spec(spec).has_bands_of(self._whole_layout)
         except ValueError:
             is_same = False
         if not is_same:
             raise _LayoutMismatchError(
-                f"these weights belong to the layout {spec!r}, the module has {self.layout.spec!r}: give the "
-                "module that layout, or remove the entry '_extra_state' from the state to load them into "
-                "other bands on purpose"
+                f"these weights belong to the layout {spec!r}, the module has {self._whole_layout.spec!r}: "
+                "give the module that layout, or remove the entry '_extra_state' from the state to load them "
+                "into other bands on purpose"
             )
 
     def _load_from_state_dict(
@@ -216,6 +217,43 @@ class BandedAttention(nn.Module):
         except _LayoutMismatchError as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
         missing_keys += [key for key in missing if key != f"{prefix}_extra_state"]
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        """Attend with one of equal parts of the heads from now on, whose projections' outputs are the only
+        ones that arrive: for tensor parallelism. The state stays that of all heads.
+
+        Parameters
+        ----------
+        part, parts : int
+            Which one, of how many.
+
+        Raises
+        ------
+        ValueError
+            Key/value heads that the parts can't share equally, or a part that is none.
+        """
+        if not 0 <= part < parts:
+            raise ValueError(f"part must be from 0 to parts - 1, got {part} of {parts}")
+        if self.num_kv_heads % parts:
+            raise ValueError(
+                f"{self.num_heads} query and {self.num_kv_heads} key/value heads can't be shared equally by "
+                f"{parts} ranks"
+            )
+        self.num_heads //= parts
+        self.num_kv_heads //= parts
+        self.layout = self.layout.heads(self.num_heads * part, self.num_heads * (part + 1))
+
+    def share_sequence(self, attend: Callable[..., Tensor]) -> None:
+        """Attend by a function in place of ``banded_attention``: for a sequence that ranks share.
+
+        Packed documents are handed on to it; caches and padding are refused.
+
+        Parameters
+        ----------
+        attend : callable
+            Takes q, k, v, the layout, and `cu_seqlens` and `impl` by name.
+        """
+        self._attend = attend
 
     def make_cache(self, batch_size: int, **settings: Any) -> BandedCache:
         """A :class:`BandedCache` for this module: its layout, heads, dtype and device.
@@ -280,6 +318,9 @@ class BandedAttention(nn.Module):
         if cu_seqlens is not None and (cache is not None or key_padding_mask is not None):
             other = "cache" if cache is not None else "key_padding_mask"
             raise ValueError(f"cu_seqlens and {other} exclude one another: packed documents have no padding")
+        if self._attend is not banded_attention and (cache is not None or key_padding_mask is not None):
+            other = "a cache" if cache is not None else "key_padding_mask"
+            raise ValueError(f"a sequence that ranks share goes with cu_seqlens, not with {other}")
         # Heads stay where the projections leave them, (B, N, H, D) in memory: nothing is copied.
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -297,7 +338,7 @@ class BandedAttention(nn.Module):
             places = {"query_offset": offset, "kv_starts": begin, "kv_lengths": end}
             o = banded_attention(q, k, v, self.layout, impl=self.impl, **places)
         else:
-            o = banded_attention(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
+            o = self._attend(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
     def _attend_with_cache(

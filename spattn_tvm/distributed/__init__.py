@@ -2,6 +2,7 @@
 
 ``context_parallel_attention`` is the operator, ``Shards`` says which rows are on which rank (and cuts inputs,
 position ids and labels accordingly), ``plan_ranks`` what a strategy moves, in closed form and without torch.
+``HeadParallel`` and ``ContextParallel`` are styles for ``parallelize_module``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,20 @@ if TYPE_CHECKING:
     from .exchange import gather
     from .planner import plan_ranks
     from .shards import Shards
+    from .styles import ContextParallel, HeadParallel
 
-__all__ = ["Shards", "context_parallel_attention", "gather", "plan_ranks"]
+__all__ = [
+    "ContextParallel",
+    "HeadParallel",
+    "Shards",
+    "context_parallel_attention",
+    "gather",
+    "plan_ranks",
+]
 
 _MODULE_OF = {
+    "ContextParallel": "styles",
+    "HeadParallel": "styles",
     "Shards": "shards",
     "context_parallel_attention": "attention",
     "gather": "exchange",

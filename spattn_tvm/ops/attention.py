@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 from . import flops  # noqa: F401  (registers formulas)
 from .operators import SAME_ROWS, are_plain, attend_by_operator, check_finite, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
+from .sharded import attend_sharded, is_sharded
 from .transforms import attend_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -301,6 +302,12 @@ def banded_attention(
             return outputs
 
     _check_inputs(q, k, v, layout, impl)
+    if is_sharded(q, k, v):
+        by_row = {"query_offset": query_offset, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
+        shared = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "scale": scale, "impl": impl}
+        shared |= {"deterministic": deterministic, "return_lse": return_lse}
+        outputs = attend_sharded(banded_attention, q, k, v, layout, by_row, shared)
+        return cast("Tensor | tuple[Tensor, Tensor]", outputs)
     check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, cu_seqlens_k, q.device)

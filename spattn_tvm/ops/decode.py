@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .attention import check_dense, check_head_dim, check_kinds, check_scale, wi
 from .decode_operator import DECODE, NO_GRADIENT, decode
 from .operators import are_plain, is_watched
 from .repeated_steps import decode_again, remember_step
+from .sharded import attend_sharded, is_sharded
 
 
 def _check_inputs(q: Any, k_cache: Any, v_cache: Any, layout: Any, impl: str) -> None:
@@ -30,6 +31,20 @@ def _check_inputs(q: Any, k_cache: Any, v_cache: Any, layout: Any, impl: str) ->
         )
     check_kinds("q, k_cache and v_cache", q, k_cache, v_cache, layout, impl)
     check_head_dim(q.shape[3], q.dtype, impl)
+
+
+def _check_shards(q: Any, k_cache: Any, v_cache: Any, block_table: Any, ring: Any) -> None:
+    """Raise where a shard of a dimension is no shard of batch rows or heads."""
+    if ring is not None:
+        raise ValueError(
+            "rings of all heads lie in one buffer, which can't be sharded: give each rank its own"
+        )
+    if block_table is not None and any(
+        placement.is_shard(0)
+        for tensor in (q, k_cache, v_cache)
+        for placement in getattr(tensor, "placements", ())
+    ):
+        raise ValueError("pages belong to no batch row: with a block_table only heads can be sharded")
 
 
 def _check_no_gradient(tensors: tuple[Tensor, ...]) -> None:
@@ -164,6 +179,12 @@ def banded_attention_decode(
             return outputs if return_lse else outputs[0]
 
     _check_inputs(q, k_cache, v_cache, layout, impl)
+    if is_sharded(q, k_cache, v_cache):
+        _check_shards(q, k_cache, v_cache, block_table, ring)
+        by_row = {"cache_lengths": cache_lengths, "cache_starts": cache_starts, "block_table": block_table}
+        shared = {"scale": scale, "return_lse": return_lse, "impl": impl}
+        outputs = attend_sharded(banded_attention_decode, q, k_cache, v_cache, layout, by_row, shared)
+        return cast("Tensor | tuple[Tensor, Tensor]", outputs)
     check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
     if scale is None:
         scale = check_scale(q.shape[3] ** -0.5)
