@@ -1,7 +1,8 @@
 """Banded sparse attention (SPAttention) with tuned TVM kernels behind an ordinary PyTorch function.
 
 ``banded_attention(q, k, v, layout)`` is the operator, ``BandLayout`` says which distances each head
-attends to, ``BandedAttention`` is the module and ``reference_attention`` the eager oracle.
+attends to, ``BandedAttention`` is the module and ``reference_attention`` the eager oracle. ``tune``,
+``explain``, ``export_bundle`` and ``benchmark`` are what the ``spattn`` command does.
 Names are imported on first use, so that ``import spattn_tvm`` loads neither torch nor TVM.
 """
 
@@ -15,15 +16,19 @@ if TYPE_CHECKING:
     from .bundle import load_bundle
     from .cache import BandedCache, PagedCache
     from .dispatch import FallbackWarning
+    from .export import export_bundle
     from .nn import BandedAttention
     from .ops.attention import banded_attention
     from .ops.decode import banded_attention_decode
     from .ops.padding import pad, unpad
+    from .problem import AttentionProblem
     from .reference import reference_attention
+    from .workflows import benchmark, explain, tune
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "AttentionProblem",
     "BandLayout",
     "BandedAttention",
     "BandedCache",
@@ -31,14 +36,19 @@ __all__ = [
     "PagedCache",
     "banded_attention",
     "banded_attention_decode",
+    "benchmark",
+    "explain",
+    "export_bundle",
     "load_bundle",
     "pad",
     "reference_attention",
     "register_operators",
+    "tune",
     "unpad",
 ]
 
 _MODULE_OF = {
+    "AttentionProblem": "problem",
     "BandLayout": "bands",
     "BandedAttention": "nn",
     "BandedCache": "cache",
@@ -46,9 +56,13 @@ _MODULE_OF = {
     "PagedCache": "cache",
     "banded_attention": "ops.attention",
     "banded_attention_decode": "ops.decode",
+    "benchmark": "workflows",
+    "explain": "workflows",
+    "export_bundle": "export",
     "load_bundle": "bundle",
     "pad": "ops.padding",
     "reference_attention": "reference",
+    "tune": "workflows",
     "unpad": "ops.padding",
 }
 

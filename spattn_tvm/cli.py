@@ -11,7 +11,6 @@ import json
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +19,8 @@ import typer
 if TYPE_CHECKING:
     from .bands import BandLayout
     from .problem import AttentionProblem
-    from .store import ScheduleRecord
     from .target import MachineTarget
     from .tuning.fleet import Fleet
-    from .tuning.search import TuningResult
-    from .tuning.workers import Workers
 
 app = typer.Typer(
     name="spattn",
@@ -332,11 +328,7 @@ def tune(
     One search for each shape, direction and kernel family that runs on the target; then the best of each are
     compared side by side, the winners go to schedules/ and are checked on random problems.
     """
-    from .tuning.budget import TimePlan
-    from .tuning.log import log_folder
-    from .tuning.search import DefaultFailedError
-    from .tuning.search import tune as search
-    from .tuning.workers import Workers
+    from .workflows import tune as tune_problems
 
     machine, fleet = _target_and_fleet(target, rpc, key)
     name = (dtype or _DEFAULT_DTYPE[machine.kind]).value
@@ -353,135 +345,32 @@ def tune(
             _replace_head_dims(shapes, head_dims), name, named, context, direction.value
         )
     ]
-    strategies = [strategy]
-    if control and strategy is not Strategy.random:
-        strategies.append(Strategy.random)
     trials, minutes = parse_budget(budget)
     if each:
         if minutes is None:
             raise ValueError(f"--each is for a time: trials are of each search anyway, got --budget {budget}")
         minutes *= len(problems)
-    plan = None if minutes is None else TimePlan(60 * minutes, verify * len(problems), distill, control)
-    if minutes is not None:
-        minutes /= len(problems) * len(strategies)
-    reason = machine.can_run_here() if fleet is None else None
-    if reason is not None:
-        raise ValueError(
-            f"a search must run on its target {machine.folder}, or on a fleet's servers: {reason}"
-        )
-
-    records: list[ScheduleRecord] = []
-    failures: list[str] = []
-    with Workers(machine, fleet=fleet) as workers:
-        for position, problem in enumerate(problems):
-            ends = math.inf if plan is None else plan.problem_ends(len(problems) - position)
-            for done, asked in enumerate(strategies):
-                typer.echo(f"{problem.key} on {machine.folder}, {asked.value}")
-                try:
-                    result = search(
-                        problem,
-                        machine,
-                        trials=trials,
-                        minutes=minutes,
-                        seed=seed,
-                        strategy=asked.value,
-                        log_root=log_root,
-                        families=family or None,
-                        workers=workers,
-                        deadline=None if plan is None else plan.search_ends(ends, len(strategies) - done),
-                        schedules=schedules,
-                    )
-                except DefaultFailedError as error:  # the other problems are still tuned
-                    failures.append(f"{problem.key}: {error}")
-                    typer.echo(failures[-1])
-                    break
-                failures += [f"{problem.key}: {text}" for text in result.failures.values()]
-                _print_result(result)
-                if result.ended == "interrupted":
-                    typer.echo("interrupted: the same command goes on from here")
-                    raise typer.Exit(130)
-            else:
-                if control:
-                    left_s = (ends - time.monotonic()) / (2 if distill else 1)
-                    _print_comparisons(
-                        log_folder(log_root, machine, problem, "evolutionary"), workers, left_s
-                    )
-                if distill:
-                    left_s = ends - time.monotonic()
-                    try:
-                        records += _distilled(problem, machine, log_root, schedules, workers, left_s)
-                    except RuntimeError as error:
-                        failures.append(f"{problem.key}: {error}")
-    _print_records(records)
-    if verify and records and machine.can_run_here() is None:
-        failures += _verified(records, machine, verify, seed, math.inf if plan is None else plan.left_s)
-    for failure in failures:
-        typer.echo(failure)
-    if failures:
-        raise typer.Exit(1)
-
-
-def _print_result(result: TuningResult) -> None:
-    found = (
-        "none was correct"
-        if result.kernel is None
-        else f"{result.latency_us:,.1f} us with {result.kernel.family}, {result.kernel.decisions}"
-    )
-    failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
-    typer.echo(f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}")
-
-
-def _print_comparisons(log_dir: Path, workers: Workers, limit_s: float) -> None:
-    from .tuning import write_comparison
-    from .tuning.log import read_run
-
-    sampled = read_run(log_dir / "random")["families"]
-    families = [name for name in read_run(log_dir)["families"] if name in sampled]
-    for family in families:
-        comparison = write_comparison(log_dir, family, workers=workers, limit_s=limit_s / len(families))
-        latencies = comparison["latency_us"]
-        shown = ", ".join(f"{name} {latency_us:,.1f} us" for name, latency_us in latencies.items())
-        typer.echo(f"{family}, timed in turns: {shown}")
-
-
-def _distilled(
-    problem: AttentionProblem,
-    machine: MachineTarget,
-    log_root: Path,
-    schedules: Path | None,
-    workers: Workers,
-    limit_s: float,
-) -> list[ScheduleRecord]:
-    from .tuning.distill import distill as distill_logs
-
-    return distill_logs(
-        log_root,
-        target=machine,
-        problems=[problem],
+    tuning = tune_problems(
+        problems,
+        machine,
+        trials=trials,
+        minutes=minutes,
+        strategy=strategy.value,
+        control=control,
+        families=family or None,
+        fleet=fleet,
+        seed=seed,
+        log_root=log_root,
+        distill=distill,
+        verify_problems=verify,
         schedules=schedules,
         report=typer.echo,
-        workers=workers,
-        limit_s=limit_s,
+        progress=True,
     )
-
-
-def _verified(
-    records: list[ScheduleRecord], machine: MachineTarget, problems: int, seed: int, limit_s: float
-) -> list[str]:
-    from .verify import kernels_of_records
-    from .verify import verify as check
-
-    kernels = kernels_of_records(records)
-    result = check(machine, problems * len(kernels), seed=seed, kernels=kernels, limit_s=limit_s)
-    typer.echo(f"verified on random problems: {result.passed} passed, {len(result.failures)} failed")
-    return result.failures
-
-
-def _print_records(records: list[ScheduleRecord]) -> None:
-    for record in records:
-        spent = f" ({record.resources})" if record.resources else ""
-        kernel = f"{record.kernel.family}, {record.kernel.decisions}"
-        typer.echo(f"{record.problem.key}: {record.latency_us:,.1f} us with {kernel}{spent}")
+    if tuning.interrupted:
+        raise typer.Exit(130)
+    if tuning.failures:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: spattn distill --target cpu")
@@ -495,11 +384,13 @@ def distill(
     """Time the best candidates of each logged search side by side and put the winners into schedules/."""
     from .target import parse_target
     from .tuning.distill import distill as distill_logs
+    from .workflows import described_record
 
     records = distill_logs(
         log_root, target=parse_target(target), schedules=schedules, top=top, rounds=rounds, report=typer.echo
     )
-    _print_records(records)
+    for record in records:
+        typer.echo(described_record(record))
 
 
 @app.command(epilog="Example: spattn verify --target cpu --problems 1000")
@@ -577,9 +468,10 @@ def explain(
     if ranks is not None:
         typer.echo(_plan_of_ranks(problems[0], machine, ranks, sharding))
         return
-    from .dispatch import explain as explanation
+    from .workflows import explain as explain_problem
 
-    typer.echo("\n\n".join(explanation(problem, machine, deterministic) for problem in problems))
+    explained = [explain_problem(problem, machine, deterministic=deterministic) for problem in problems]
+    typer.echo("\n\n".join(map(str, explained)))
 
 
 @app.command(
@@ -605,10 +497,9 @@ def export(
     from .bundle import MANIFEST
     from .export import export_bundle
     from .problem import AttentionProblem
-    from .target import parse_targets
 
     problems = parse_problems(shape, dtype.value, layout, context, direction.value)
-    written = export_bundle(folder, problems, parse_targets(target))
+    written = export_bundle(folder, problems, target)
     manifest = json.loads((written / MANIFEST).read_text(encoding="utf-8"))
     for kernel in manifest["kernels"]:
         key = AttentionProblem.from_json(kernel["problem"]).key
@@ -687,34 +578,25 @@ def bench(
     """Check and time ours and its peers in one run; the report goes to autotune_logs/TARGET/benchmarks/."""
     from rich.console import Console
 
-    from .bench.case import Case
+    from .bench.decode import decode_table, write_decode_report
     from .bench.report import tables, write_report
-    from .bench.run import benchmark
+    from .workflows import benchmark
 
+    timed = _names("--steps", steps)
+    decodes = "decode" in timed
+    if decodes and (timed != ["decode"] or documents != 1):
+        raise ValueError(f"decode is benchmarked alone and unpacked, got --steps {steps}")
     shapes = [_with_kv_heads(text, kv_heads) for text in shape]
-    if "decode" in _names("--steps", steps):
-        if _names("--steps", steps) != ["decode"] or documents != 1:
-            raise ValueError(f"decode is benchmarked alone and unpacked, got --steps {steps}")
-        _bench_decode(
-            parse_problems(shapes, dtype.value, layout, context, "decode"),
-            None if peers is None else _names("--peers", peers),
-            device,
-            rounds,
-            idle_ms,
-            threads,
-            seed,
-            log_root if save else None,
-        )
-        return
-    problems = parse_problems(shapes, dtype.value, layout, context, "forward")
     if ranks is not None:
-        if documents != 1 or deterministic or threads is not None:
-            raise ValueError("--ranks goes with neither --documents nor --deterministic nor --threads")
+        if decodes or documents != 1 or deterministic or threads is not None:
+            raise ValueError(
+                "--ranks goes with neither --steps decode nor --documents nor --deterministic nor --threads"
+            )
         _bench_ranks(
-            problems,
+            parse_problems(shapes, dtype.value, layout, context, "forward"),
             ranks,
             sharding.value,
-            _names("--steps", steps),
+            timed,
             None if peers is None else _names("--peers", peers),
             device,
             rounds,
@@ -722,13 +604,13 @@ def bench(
             log_root if save else None,
         )
         return
-    cases = [Case.packed(problem, documents, deterministic) for problem in problems]
-    # Not a terminal: a file or a log, where a table may be as wide as it is.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    direction = "decode" if decodes else "forward"
     with Console(stderr=True).status("starting") as status:
         report = benchmark(
-            cases,
-            steps=_names("--steps", steps),
+            parse_problems(shapes, dtype.value, layout, context, direction),
+            steps=timed,
+            documents=documents,
+            deterministic=deterministic,
             peers=None if peers is None else _names("--peers", peers),
             device=device,
             rounds=rounds,
@@ -738,14 +620,17 @@ def bench(
             seed=seed,
             report=status.update,
         )
-    for table in tables(report):
+    # Not a terminal: a file or a log, where a table may be as wide as it is.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in [decode_table(report)] if decodes else tables(report):
         console.print(table)
-    for result in report["results"]:
-        for direction, chosen in result["schedule"].items():
-            text = f"{result['shape']} {direction}: {chosen['status']}, {chosen['reason']}"
+    for result in [] if decodes else report["results"]:
+        for step, chosen in result["schedule"].items():
+            text = f"{result['shape']} {step}: {chosen['status']}, {chosen['reason']}"
             console.print(text, markup=False, highlight=False)
     if save:
-        console.print(f"written: {write_report(report, log_root)}", markup=False, highlight=False)
+        path = (write_decode_report if decodes else write_report)(report, log_root)
+        console.print(f"written: {path}", markup=False, highlight=False)
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
     if any(entry["status"] != "ok" for entry in ours):
         raise typer.Exit(1)
@@ -758,44 +643,6 @@ def _with_kv_heads(shape: str, kv_heads: int | None) -> str:
     if kv_heads is None or "/" in heads:
         return shape
     return f"{batch}{comma}{heads}/{kv_heads}{second_comma}{rows}"
-
-
-def _bench_decode(
-    problems: list[AttentionProblem],
-    peers: list[str] | None,
-    device: str,
-    rounds: int,
-    idle_ms: float,
-    threads: int | None,
-    seed: int | None,
-    log_root: Path | None,
-) -> None:
-    """`bench` of steps of decoding, which are memory-bound: another table, another report."""
-    import random
-
-    from rich.console import Console
-
-    from .bench.decode import benchmark_decode, decode_table, write_decode_report
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    with Console(stderr=True).status("starting") as status:
-        report = benchmark_decode(
-            problems,
-            peers=peers,
-            device=device,
-            rounds=rounds,
-            idle_ms=idle_ms,
-            threads=threads,
-            seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
-            report=status.update,
-        )
-    console.print(decode_table(report))
-    if log_root is not None:
-        path = write_decode_report(report, log_root)
-        console.print(f"written: {path}", markup=False, highlight=False)
-    ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
-    if any(entry["status"] != "ok" for entry in ours):
-        raise typer.Exit(1)
 
 
 def _bench_ranks(
@@ -846,47 +693,90 @@ def _names(option: str, text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+Heads = Annotated[int, typer.Option(min=1, max=1024, help="Query heads.")]
+DrawnContext = Annotated[int, typer.Option(min=1, help="Context length.")]
+DrawnLength = Annotated[int | None, typer.Option(min=1, help="Sequence length; the context by default.")]
+
+
+@app.command("layout", epilog="Example: spattn layout --layout equal_area --heads 16 --context 4096 --json")
+def describe_layout(
+    layout: LayoutOption = "spattention",
+    heads: Heads = 16,
+    context: DrawnContext = 4096,
+    length: DrawnLength = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
+) -> None:
+    """A layout's bands, pairs and load for each head, its work and coverage; `plot layout` draws them."""
+    bands = parse_layout(layout, heads, context)
+    bands.check_length(length or context)
+    if as_json:
+        typer.echo(json.dumps(_layout_facts(bands, length or context), indent=1))
+    else:
+        _print_layout(bands, length or context)
+
+
+def _layout_facts(layout: BandLayout, length: int) -> dict[str, Any]:
+    """A layout's numbers at a length, JSON-ready."""
+    coverage, pairs = layout.coverage(length), layout.pairs(length)
+    per_head = zip(layout.bands(length), layout.pairs_per_head(length), layout.load(length), strict=True)
+    return {
+        "layout": layout.spec,
+        "length": length,
+        "pairs": pairs,
+        "of_dense_causal": pairs / (layout.num_heads * length * (length + 1) // 2),
+        "is_autoregressive": layout.is_autoregressive,
+        "coverage": {
+            "distances": coverage.distances,
+            "seen": coverage.seen,
+            "seen_once": coverage.seen_once,
+        },
+        "heads": [
+            {"head": head, "bands": [list(band) for band in intervals], "pairs": count, "load": load}
+            for head, (intervals, count, load) in enumerate(per_head)
+        ],
+    }
+
+
+def _print_layout(layout: BandLayout, length: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = _layout_facts(layout, length)
+    table = Table(title=facts["layout"])
+    for title in ("head", "near", "far", "pairs", "load"):
+        table.add_column(title, justify="right")
+    for head in facts["heads"]:
+        near, far = (*(f"{lo}-{hi}" for lo, hi in head["bands"]), "", "")[:2]
+        table.add_row(str(head["head"]), near, far, f"{head['pairs']:,}", f"{head['load']:.1%}")
+    console = Console()
+    console.print(table)
+    coverage = facts["coverage"]
+    console.print(
+        f"{facts['pairs']:,} pairs, {facts['of_dense_causal']:.3f} of dense causal; "
+        f"of {coverage['distances']:,} distances {coverage['seen']:,} are seen, "
+        f"{coverage['seen_once']:,} by exactly one head",
+        highlight=False,
+    )
+
+
 @plot_app.command(
     "layout",
     epilog="Example: spattn plot layout --layout spattention --heads 16 --context 4096 --out bands.png",
 )
 def plot_layout(
     layout: LayoutOption = "spattention",
-    heads: Annotated[int, typer.Option(min=1, max=1024, help="Query heads.")] = 16,
-    context: Annotated[int, typer.Option(min=1, help="Context length.")] = 4096,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length; the context by default.")
-    ] = None,
+    heads: Heads = 16,
+    context: DrawnContext = 4096,
+    length: DrawnLength = None,
     out: Annotated[Path, typer.Option(help="PNG, SVG or PDF to write.")] = Path("layout.png"),
 ) -> None:
     """Draw a layout's bands and per-head load, and print its work and coverage."""
-    from rich.console import Console
-    from rich.table import Table
-
     from . import plotting
 
     bands = parse_layout(layout, heads, context)
-    size = length or context
-    path = plotting.plot_layout(bands, out, size)
-    table = Table(title=bands.spec)
-    for title in ("head", "near", "far", "pairs", "load"):
-        table.add_column(title, justify="right")
-    for head, (intervals, pairs, load) in enumerate(
-        zip(bands.bands(size), bands.pairs_per_head(size), bands.load(size), strict=True)
-    ):
-        near, far = (*(f"{lo}-{hi}" for lo, hi in intervals), "", "")[:2]
-        table.add_row(str(head), near, far, f"{pairs:,}", f"{load:.1%}")
-    console = Console()
-    console.print(table)
-    coverage = bands.coverage(size)
-    dense = bands.num_heads * size * (size + 1) // 2
-    console.print(
-        f"{bands.pairs(size):,} pairs, {bands.pairs(size) / dense:.3f} of dense causal; "
-        f"of {coverage.distances:,} distances {coverage.seen:,} are seen, "
-        f"{coverage.seen_once:,} by exactly one head",
-        highlight=False,
-    )
-    console.print(f"written: {path}", highlight=False)
+    path = plotting.plot_layout(bands, out, length or context)
+    _print_layout(bands, length or context)
+    typer.echo(f"written: {path}")
 
 
 @plot_app.command(
@@ -900,20 +790,20 @@ def plot_tuning(
 ) -> None:
     """Draw best-so-far latency over trials, of a search and its random control."""
     from . import plotting
+    from .problem import AttentionProblem
     from .tuning import curve, find_logs
     from .tuning.log import read_run
 
-    series = []
+    searches = []
     for root in logs:
         for folder in find_logs(root):
             run = read_run(folder)
-            trials, best_us = curve(folder)
-            if trials:
-                label = f"{run['problem']['direction']} {run['strategy']}"
-                series.append((label, list(zip(trials, best_us, strict=True))))
-    if not series:
+            points = list(zip(*curve(folder), strict=True))
+            if points:
+                searches.append((AttentionProblem.from_json(run["problem"]), run["strategy"], points))
+    if not searches:
         raise ValueError(f"no measurements under {', '.join(map(str, logs))}")
-    typer.echo(f"written: {plotting.plot_tuning_curve(series, out)}")
+    typer.echo(f"written: {plotting.plot_searches(searches, out)}")
 
 
 @plot_app.command(

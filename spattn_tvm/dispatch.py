@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -397,8 +397,42 @@ def find_kernel(
     return kernel
 
 
-def explain(problem: AttentionProblem, target: MachineTarget, deterministic: bool = False) -> str:
-    """Which kernel would serve a problem on a target and why, as lines of text. Compiles and loads nothing.
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel would serve a problem, and why; as text the lines that ``spattn explain`` prints.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    target : MachineTarget
+    family : str
+        The kernel family, or ``"reference"``.
+    status : {"tuned", "nearest", "untuned", "reference"}
+    reason : str
+        One sentence: why this one.
+    decisions : dict
+        Of the kernel; empty for the reference.
+    latency_us : float or None
+        As measured for the record that serves, on what ``facts`` names; None without one.
+    facts : tuple of (str, str)
+        All that is known, as topics and texts.
+    """
+
+    problem: AttentionProblem
+    target: MachineTarget
+    family: str
+    status: str
+    reason: str
+    decisions: dict[str, int]
+    latency_us: float | None
+    facts: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return _aligned(self.facts)
+
+
+def explain(problem: AttentionProblem, target: MachineTarget, deterministic: bool = False) -> Explanation:
+    """Which kernel would serve a problem on a target and why. Compiles and loads nothing.
 
     Parameters
     ----------
@@ -409,42 +443,51 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
         As in :func:`find_kernel`.
     """
     obstacle = target.can_run_here()
-    lines = [("problem", problem.key), ("target", target.folder)]
-    lines.append(("here", "runs on this machine" if obstacle is None else f"does not run here: {obstacle}"))
+    facts = [("problem", problem.key), ("target", target.folder)]
+    facts.append(("here", "runs on this machine" if obstacle is None else f"does not run here: {obstacle}"))
+
+    def explained(
+        kernel: KernelSpec | None, status: str, reason: str, latency_us: float | None = None
+    ) -> Explanation:
+        family, decisions = ("reference", {}) if kernel is None else (kernel.family, dict(kernel.decisions))
+        return Explanation(problem, target, family, status, reason, decisions, latency_us, tuple(facts))
+
     for bundle in _bundles_in_use() if obstacle is None else []:
         entry = bundle.nearest(problem, target, families_for(target), deterministic)
         if entry is not None:
             status, reason = _bundled_status(problem, bundle, entry)
-            lines += [
+            facts += [
                 ("family", entry.kernel.family),
                 ("status", status),
                 ("reason", reason),
                 ("bundle", str(bundle.path)),
                 ("decisions", str(entry.kernel.decisions)),
             ]
-            return _aligned(lines)
+            return explained(entry.kernel, status, reason)
     try:
         choice = find_schedule(problem, target, deterministic=deterministic)
     except NoKernelError as error:
-        return _aligned([*lines, ("family", "reference (slow, eager)"), ("reason", str(error))])
-    lines += [
+        facts += [("family", "reference (slow, eager)"), ("reason", str(error))]
+        return explained(None, "reference", str(error))
+    facts += [
         ("family", choice.kernel.family),
         ("status", choice.status),
         ("reason", choice.reason),
         ("decisions", str(choice.kernel.decisions)),
     ]
-    if choice.record is not None:
-        record = choice.record
-        lines.append(("measured", f"{record.latency_us:.1f} us on {record.device}, {record.date}"))
-        lines.append(("log", record.source_log))
+    record = choice.record
+    if record is not None:
+        facts.append(("measured", f"{record.latency_us:.1f} us on {record.device}, {record.date}"))
+        facts.append(("log", record.source_log))
         if record.resources:
-            lines.append(("ptxas", record.resources))
+            facts.append(("ptxas", record.resources))
     missing = compile_obstacle(target)
     if missing is not None:
-        lines.append(("compiler", missing))
-    return _aligned(lines)
+        facts.append(("compiler", missing))
+    latency_us = None if record is None else record.latency_us
+    return explained(choice.kernel, choice.status, choice.reason, latency_us)
 
 
-def _aligned(lines: list[tuple[str, str]]) -> str:
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .families import families_for, find_space, has_space
 from .problem import AttentionProblem
 from .provenance import installed_versions
 from .runtime import CUDA_RUNTIME_LIBRARY, RUNTIME_LIBRARY, runtime_folder
-from .target import MachineTarget, detect_cpu
+from .target import MachineTarget, detect_cpu, parse_targets
 
 
 def _holds_only_a_bundle(folder: Path) -> bool:
@@ -33,8 +33,10 @@ def _holds_only_a_bundle(folder: Path) -> bool:
 
 def export_bundle(
     path: str | os.PathLike[str],
-    problems: Iterable[AttentionProblem],
-    targets: MachineTarget | Iterable[MachineTarget],
+    problems: AttentionProblem | Iterable[AttentionProblem],
+    targets: MachineTarget | str | Iterable[MachineTarget] = "cpu",
+    *,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Compile the kernels of some problems and write them as a bundle.
 
@@ -42,19 +44,23 @@ def export_bundle(
     ----------
     path : path-like
         Folder to write: a new one, an empty one, or an older bundle, which is replaced.
-    problems : iterable of AttentionProblem
+    problems : AttentionProblem or iterable of them
         Each gets the kernel that dispatch would choose on each target, and, where that one's gradients are
         not bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout
         of its direction, dtype and head dim; where another is chosen for much wider or narrower bands, that
         one is exported too. A training run needs both directions.
-    targets : MachineTarget or iterable of MachineTarget
-        This machine's or any others that this machine can compile for. Where the bundle runs, a call takes
+    targets : MachineTarget, str or iterable of MachineTarget
+        This machine's or any others that this machine can compile for; a text names them as the command line
+        does, such as ``"sm_80,sm_90a"``. Where the bundle runs, a call takes
         the kernel of the target that is nearest to its device.
+
+    report : callable
+        Called with a line of progress before each kernel is compiled.
 
     Returns
     -------
     Path
-        The folder.
+        The folder; :func:`~spattn_tvm.bundle.load_bundle` reads what is in it.
 
     Raises
     ------
@@ -64,6 +70,8 @@ def export_bundle(
     RuntimeError
         When a compiler or TVM's runtime library is missing.
     """
+    if isinstance(targets, str):
+        targets = parse_targets(targets)
     targets = tuple(dict.fromkeys((targets,) if isinstance(targets, MachineTarget) else targets))
     if not targets:
         raise ValueError("a bundle needs at least one target, got none")
@@ -73,7 +81,7 @@ def export_bundle(
                 f"a bundle for {target.folder} needs TVM's runtime library for {target.arch}; the one here "
                 f"is for {detect_cpu().arch}: export it on such a machine"
             )
-    problems = list(dict.fromkeys(problems))
+    problems = [problems] if isinstance(problems, AttentionProblem) else list(dict.fromkeys(problems))
     if not problems:
         raise ValueError("a bundle needs at least one problem, got none")
     folder = Path(path)
@@ -87,7 +95,10 @@ def export_bundle(
         build = Path(scratch) / "bundle"
         build.mkdir(mode=0o755)
         entries = [
-            entry for target in targets for problem in problems for entry in _export(problem, target, build)
+            entry
+            for target in targets
+            for problem in problems
+            for entry in _export(problem, target, build, report)
         ]
         names = [RUNTIME_LIBRARY] + (
             [CUDA_RUNTIME_LIBRARY] if any(target.kind == "cuda" for target in targets) else []
@@ -129,7 +140,9 @@ def _of_other_widths(problem: AttentionProblem, target: MachineTarget) -> Iterat
             yield replace(problem, layout=layout, length=int(length), kv_length=None)
 
 
-def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> list[dict[str, Any]]:
+def _export(
+    problem: AttentionProblem, target: MachineTarget, folder: Path, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Compile a problem's kernels into a folder; their entries in the manifest."""
     from .build.label import label_library
     from .build.library_cache import compile_kernel
@@ -148,6 +161,7 @@ def _export(problem: AttentionProblem, target: MachineTarget, folder: Path) -> l
             choices.append((other, choice))
     entries = []
     for served, choice in choices:
+        report(f"{target.folder}, {served.key}: {choice.kernel.family}")
         library = compile_kernel(choice.kernel, target)
         if not (folder / library.name).exists():
             shutil.copyfile(library, folder / library.name)

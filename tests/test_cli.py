@@ -15,7 +15,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
 
-COMMANDS = ["tune", "distill", "verify", "explain", "export", "bench", "doctor"]
+COMMANDS = ["tune", "distill", "verify", "explain", "export", "bench", "layout", "doctor"]
 PLOTS = ["layout", "tuning", "bench"]
 
 
@@ -436,6 +436,25 @@ def test_explain_plans_ranks() -> None:
     text = invoke("explain", *shape, "--ranks", "8", "--sharding", "head_tail")
     assert "strategy  bands" in text
     assert "6 copies of key/value heads" in text
+
+
+def test_layout_prints_a_table_or_the_same_as_json() -> None:
+    arguments = ("layout", "--layout", "gapped", "--heads", "3", "--context", "48", "--length", "41")
+    layout = BandLayout.gapped(3, 48)
+    facts = json.loads(invoke(*arguments, "--json"))
+    heads = facts.pop("heads")
+    assert [head["bands"] for head in heads] == [[list(band) for band in head] for head in layout.bands(41)]
+    assert [head["pairs"] for head in heads] == list(layout.pairs_per_head(41))
+    assert [head["load"] for head in heads] == pytest.approx(list(layout.load(41)))
+    assert facts["pairs"] == layout.pairs(41)
+    assert facts["of_dense_causal"] == pytest.approx(layout.pairs(41) / (3 * 41 * 42 / 2))
+    assert facts["coverage"]["seen"] == layout.coverage(41).seen < 41
+    assert (facts["layout"], facts["length"]) == (layout.spec, 41)
+    text = invoke(*arguments)
+    assert f"{layout.pairs(41):,} pairs" in text
+    assert all(f"{pairs:,}" in text for pairs in layout.pairs_per_head(41))
+    with pytest.raises(ValueError, match="longer"):
+        CliRunner().invoke(cli.app, ["layout", "--context", "8", "--length", "9"], catch_exceptions=False)
 
 
 def test_plot_layout_prints_work_and_writes_a_picture(tmp_path: Path) -> None:

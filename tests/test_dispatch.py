@@ -182,17 +182,17 @@ def test_the_table_of_known_calls_stays_small(monkeypatch: pytest.MonkeyPatch) -
 
 def test_explain_says_what_why_and_where() -> None:
     target = detect_cpu()
-    text = explain(PROBLEM, target)
+    text = str(explain(PROBLEM, target))
     for part in (PROBLEM.key, target.folder, "runs on this machine", "untuned", "no record", "query_rows="):
         assert part in text
     save_records([tuned_record()])
-    text = explain(PROBLEM, target)
+    text = str(explain(PROBLEM, target))
     for part in ("tuned", "12.5 us on this chip, 2026-11-24", "a/log"):
         assert part in text
     far = MachineTarget("cpu", "aarch64") if target.arch != "aarch64" else parse_target("cpu-x86-64-v4")
-    assert "does not run here" in explain(PROBLEM, far)
+    assert "does not run here" in str(explain(PROBLEM, far))
     unserved = dataclasses.replace(PROBLEM, head_dim=20)
-    assert "reference (slow, eager)" in explain(unserved, target)
+    assert "reference (slow, eager)" in str(explain(unserved, target))
 
 
 def test_a_call_with_a_compiled_kernel_imports_neither_tvm_nor_xgboost() -> None:

@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nn",),
     ("verify", "tuning", "distributed", "integrations"),
     ("bench",),
-    ("plotting", "doctor"),
+    ("plotting", "doctor", "workflows"),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -118,13 +118,38 @@ class _Interrupt:
             signal.signal(signal.SIGINT, previous)
 
 
-class _Progress:
-    """A line with trials done, best so far and time left; silent when told so."""
+@dataclass(frozen=True)
+class SearchProgress:
+    """How far a search is.
 
-    def __init__(self, shown: bool) -> None:
+    Attributes
+    ----------
+    search : str
+        Direction and kernel family.
+    done, total : float
+        Trials, or seconds where the budget is a time.
+    trials : str
+        Trials done, in words.
+    best_us : float or None
+        Latency of the best so far in microseconds.
+    """
+
+    search: str
+    done: float
+    total: float
+    trials: str
+    best_us: float | None
+
+
+class _Progress:
+    """A line with trials done, best so far and time left, or a function that is told; silent when told so."""
+
+    def __init__(self, shown: bool | Callable[[SearchProgress], None]) -> None:
         self._bar: Any = None
         self._task: Any = None
-        if shown:
+        self._tell = None if isinstance(shown, bool) else shown
+        self._search, self._total = "", 0.0
+        if shown is True:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.table import Column
 
@@ -146,10 +171,13 @@ class _Progress:
             self._bar.stop()
 
     def begin(self, description: str, total: float, done: float) -> None:
+        self._search, self._total = description, total
         if self._bar is not None:
             self._task = self._bar.add_task(description, total=total, completed=done, trials="0", best="—")
 
     def update(self, done: float, trials: str, best_us: float | None) -> None:
+        if self._tell is not None:
+            self._tell(SearchProgress(self._search, done, self._total, trials, best_us))
         if self._bar is not None:
             best = "—" if best_us is None else f"{best_us:,.1f} us"
             self._bar.update(self._task, completed=done, trials=trials, best=best)
@@ -351,7 +379,7 @@ def tune(
     strategy: str = "evolutionary",
     log_root: Path = Path("autotune_logs"),
     families: Sequence[str] | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[SearchProgress], None] = True,
     workers: Workers | None = None,
     deadline: Deadline | None = None,
     schedules: Path | None = None,
@@ -382,8 +410,8 @@ def tune(
     families : sequence of str, optional
         Kernel families to search, all that apply by default. ``module:ATTRIBUTE`` names a
         :class:`~spattn_tvm.families.family.Family` outside this package, which is then registered.
-    progress : bool
-        Whether to show a progress bar.
+    progress : bool or callable
+        Whether to show a progress bar; or what is told how far the search is.
     workers : Workers, optional
         Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
         fleet.
@@ -414,7 +442,7 @@ def tune(
     if reason is not None:
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
     spaces = _supporting_spaces(problem, target, families)
-    missing = missing_packages("tvm", "xgboost", *(("rich",) if progress else ()))
+    missing = missing_packages("tvm", "xgboost", *(("rich",) if progress is True else ()))
     if missing:
         raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
 
