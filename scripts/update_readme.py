@@ -30,7 +30,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.bench.peers import OURS, is_ours
 from spattn_tvm.bench.report import plan_text
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_tuning_curve
+from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_searches
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import parse_target
 from spattn_tvm.tuning.log import curve, read_measurements, read_run
@@ -234,10 +234,10 @@ def search_block() -> str | None:
             # Times of different searches don't compare on a shared machine.
             rows[-1].append("")
             for label, log in zip(("cost model", "random"), logs.values(), strict=True):
-                series.append((f"{problem.direction} {label}", list(zip(*curve(log), strict=True))))
+                series.append((problem, label, list(zip(*curve(log), strict=True))))
     if not rows:
         return None
-    plot_tuning_curve(series[:4], DOCS / "tuning.png", title="Best so far", relative=True)
+    plot_searches(series[:4], DOCS / "tuning.png", relative=True)
     titles = [
         "target",
         "problem",

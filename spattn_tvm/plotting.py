@@ -8,6 +8,7 @@ display nor a global backend is involved. The ending of the file name says the f
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .bands import BandLayout
+from .bench.case import Case
 from .bench.peers import is_ours
 from .extras import install_hint
+from .problem import AttentionProblem
 
 Points = Sequence[tuple[float, float]]
 Series = Iterable[tuple[str, Points]]
@@ -26,6 +29,8 @@ _MUTED = "#6e7781"
 _GRID = "#e6e8eb"
 _SHARED = "#9aa3ad"
 _LINES = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#8a6d00", "#c2255c")
+# Pixels between a text and the edge of its axes.
+_MARGIN = 4.0
 _OURS, _PEER = "#0b6bcb", "#b3bcc6"
 _STYLE = {
     "font.size": 9.5,
@@ -68,8 +73,53 @@ def _save(figure: Any, path: str | PathLike[str]) -> Path:
             f"got {str(path)!r}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    _fit_texts(figure)
     figure.savefig(path)
     return path
+
+
+def _fit_texts(figure: Any) -> None:
+    """Break titles and legends, shorten labels or make room for them, where they would leave their place."""
+    from matplotlib.text import Annotation
+
+    # Before the first layout, which would give a long one the axes' room.
+    for axes in figure.axes:
+        for title in (axes.title, axes._left_title, axes._right_title):
+            _break(title, title.get_window_extent().x0 + axes.get_window_extent().width)
+        if axes.get_legend() is not None:
+            axes.get_legend().set_in_layout(False)
+    for title in figure.texts:
+        _break(title, figure.bbox.x1)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        right = axes.get_xlim()[1]
+        for text in axes.texts:
+            extent = text.get_window_extent()
+            if extent.x1 > box.x1 and isinstance(text, Annotation):
+                # It stands behind a bar, whose end moves with the limit.
+                shown = (text.xy[0] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+                room = box.width - (extent.x1 - box.x0 - shown * box.width) - _MARGIN
+                right = max(right, text.xy[0] * box.width / max(room, 0.25 * box.width))
+            elif extent.x1 > box.x1:
+                kept = int(len(text.get_text()) * (box.x1 - extent.x0 - _MARGIN) / extent.width) - 1
+                text.set_text(text.get_text()[: max(0, kept)].rstrip() + "…")
+        if right > axes.get_xlim()[1]:
+            axes.set_xlim(right=right)
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend is not None else ():
+            _break(text, legend.get_window_extent().x0 + box.width - _MARGIN)
+
+
+def _break(text: Any, edge: float) -> None:
+    """Break a text's lines that reach beyond an edge, in pixels."""
+    extent = text.get_window_extent()
+    if not text.get_text() or extent.x1 <= edge:
+        return
+    longest = max(map(len, text.get_text().split("\n")))
+    width = max(8, int(longest * (edge - extent.x0) / extent.width) - 1)
+    lines = [part for line in text.get_text().split("\n") for part in textwrap.wrap(line, width)]
+    text.set_text("\n".join(lines))
 
 
 def _head_colours(num_heads: int) -> list[Any]:
@@ -206,9 +256,15 @@ def _draw_series(axes: Any, series: Sequence[tuple[str, Points]], *, steps: bool
             drawstyle="steps-post" if steps else "default",
             marker="o" if len(points) == 1 else None,
         )  # fmt: skip
+    defaults = [points[0] for _, points in series if points[0][0] == 1] if steps else []
+    if defaults:
+        axes.scatter(
+            *zip(*defaults, strict=True),
+            marker="D", s=26, facecolors="white", edgecolors=_TEXT, zorder=3, label="untuned default",
+        )  # fmt: skip
     axes.grid(color=_GRID)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.85, edgecolor="none")
 
 
 def _filled(series: Series) -> list[tuple[str, Points]]:
@@ -221,7 +277,8 @@ def _filled(series: Series) -> list[tuple[str, Points]]:
 def plot_tuning_curve(
     series: Series, path: str | PathLike[str], *, title: str = "Tuning", relative: bool = False
 ) -> Path:
-    """Draw best-so-far latency over trials.
+    """Draw best-so-far latency over trials; the first one, which a search begins with, is marked as the
+    untuned default.
 
     Parameters
     ----------
@@ -269,6 +326,39 @@ def plot_tuning_curve(
     elif not relative:
         axes.set_ylim(bottom=0)
     return _save(figure, path)
+
+
+def plot_searches(
+    searches: Sequence[tuple[AttentionProblem, str, Points]],
+    path: str | PathLike[str],
+    *,
+    relative: bool = False,
+) -> Path:
+    """Draw tuning curves with their problems: what all have in common stands in the title, what one has alone
+    in its label.
+
+    Parameters
+    ----------
+    searches : sequence of (problem, strategy, points)
+        Points as :func:`plot_tuning_curve` takes them, from :func:`spattn_tvm.tuning.curve`.
+    path, relative
+        As there.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is missing; names the extra that installs it.
+    ValueError
+        No search has a point.
+    """
+    shapes = [Case(problem).describe() for problem, _, _ in searches]
+    common = len(set(shapes)) == 1
+    series = [
+        (" ".join([*([] if common else [shape]), problem.direction, strategy]), points)
+        for shape, (problem, strategy, points) in zip(shapes, searches, strict=True)
+    ]
+    title = f"{shapes[0]}: best so far" if common else "Best so far"
+    return plot_tuning_curve(series, path, title=title, relative=relative)
 
 
 def plot_loss_curves(
@@ -339,12 +429,13 @@ def _read_report(path: Path) -> Any:
 
 
 def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    longest = max((row["median_ms"] for row in rows if row["median_ms"] is not None), default=1.0)
+    ends = [row.get(name) for row in rows for name in ("median_ms", "p75_ms")]
+    longest = max((end for end in ends if end is not None), default=1.0)
     for position, row in enumerate(rows):
         median = row["median_ms"]
         if median is None:
             axes.text(0.01 * longest, position, row.get("status", "not available"), va="center",
-                      fontsize=8.5, color=_MUTED, style="italic")  # fmt: skip
+                      fontsize=8.5, color=_MUTED, style="italic", in_layout=False)  # fmt: skip
             continue
         axes.barh(position, median, height=0.7, color=_OURS if is_ours(row.get("peer", "")) else _PEER)
         end = median
@@ -354,8 +445,9 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         ratio = row.get("ratio_to_dense")
         text = f"{median:.3g} ms" + (f"  ({ratio:.2f} of dense)" if ratio and ratio != 1 else "")
         axes.annotate(
-            text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
-        )
+            text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5,
+            in_layout=False,
+        )  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.get("title", row.get("peer", "")) for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=_TEXT)
     axes.set(xlim=(0, 1.45 * longest), ylim=(len(rows) - 0.45, -0.55))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import subprocess
 import sys
 
@@ -10,9 +12,19 @@ import pytest
 
 from spattn_tvm import plotting
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_loss_curves, plot_tuning_curve
+from spattn_tvm.plotting import (
+    plot_benchmark,
+    plot_layout,
+    plot_lengths,
+    plot_loss_curves,
+    plot_searches,
+    plot_tuning_curve,
+)
+from spattn_tvm.problem import AttentionProblem
 
 pytest.importorskip("matplotlib")
+
+from matplotlib.text import Text
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 LAYOUTS = [
@@ -108,7 +120,12 @@ def test_tuning_curve_shows_the_points_and_the_best(figure_of):
         [[1, 800], [9, 500]],
     ]
     assert {line.get_drawstyle() for line in axes.lines} == {"steps-post"}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["model: 400 µs", "random: 500 µs"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "model: 400 µs",
+        "random: 500 µs",
+        "untuned default",
+    ]
+    assert axes.collections[0].get_offsets().tolist() == [[1, 900], [1, 800]]
     assert axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
 
 
@@ -229,3 +246,76 @@ def test_plotting_needs_neither_pyplot_nor_torch(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_searches_are_named_by_what_they_don_t_have_in_common(figure_of):
+    forward = AttentionProblem("forward", "float32", 1, 16, 4, 4096, 64, BandLayout.spattention(16))
+    backward = dataclasses.replace(forward, direction="backward")
+    points = [(1, 900.0), (5, 400.0)]
+    searches = [(forward, "evolutionary", points), (backward, "random", points)]
+    axes = figure_of(plot_searches, searches, ...).axes[0]
+    assert axes.get_title(loc="left") == "(1,16/4,4096,64) float32 spattention: best so far"
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[:2] == ["forward evolutionary: 400 µs", "backward random: 400 µs"]
+    longer = dataclasses.replace(forward, length=8192)
+    axes = figure_of(plot_searches, [*searches, (longer, "random", points[1:])], ..., relative=True).axes[0]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[2] == "(1,16/4,8192,64) float32 spattention forward random: 1 of untuned"
+    assert len(axes.collections[0].get_offsets()) == 2  # the third's first trial is not its first success
+
+
+def outside(figure):
+    """Texts that leave the figure, or those inside axes that leave them."""
+    figure.draw_without_rendering()
+    found = []
+    beyond = []  # labels of ticks beyond the limits, which are not drawn
+    for axes in figure.axes:
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not min(limits) <= tick.get_loc() <= max(limits):
+                    beyond += [tick.label1, tick.label2]
+    for text in figure.findobj(Text):
+        if not text.get_visible() or not text.get_text().strip() or text in beyond:
+            continue
+        axes = text.axes
+        own = axes is not None and text in axes.texts
+        box = (axes if own else figure).get_window_extent()
+        extent = text.get_window_extent()
+        sides = (box.x0 - extent.x0, extent.x1 - box.x1, box.y0 - extent.y0, extent.y1 - box.y1)
+        if max(sides) > 1:
+            found.append((text.get_text(), sides))
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        if legend is not None and legend.get_window_extent().width > axes.bbox.width + 1:
+            found.append(("legend", axes.get_title(loc="left")))
+    return found
+
+
+def crowded_report(text):
+    entries = [
+        entry("ours", "forward", 1e-3, ratio_to_dense=0.017),
+        entry("sdpa", "forward", 12345.6, p25_ms=9000.0, p75_ms=20000.0, ratio_to_dense=1.01),
+        {**entry("flex", "forward", None), "title": text[:40], "status": text},
+        entry("ours", "backward", 1.0),
+        entry("sdpa", "backward", 1.0, ratio_to_dense=0.99),
+    ]
+    return {"results": [{"shape": f"(1,16,4096,64) float32 {text}", "entries": entries}]}
+
+
+@pytest.mark.parametrize("words", [1, 30])
+def test_no_text_leaves_its_place(figure_of, words):
+    rng = random.Random(words)
+    text = " ".join("".join(rng.choices("abcmw,_", k=rng.randrange(3, 9))) for _ in range(words))
+    assert outside(figure_of(plot_benchmark, crowded_report(text), ...)) == []
+    bands = BandLayout.custom([[(0, 2), (5, 6)]] * 7, 24)
+    assert outside(figure_of(plot_layout, bands, ...)) == []
+    assert outside(figure_of(plot_layout, BandLayout.spattention(64, 131072).heads(3, 60), ...)) == []
+    curves = [(f"{text} {index}", [(1, 900.0), (5, 4.0 + index)]) for index in range(2)]
+    assert outside(figure_of(plot_tuning_curve, curves[:words], ..., title=text)) == []
+    assert outside(figure_of(plot_loss_curves, curves, ..., title=text, y_label="loss")) == []
+
+
+def test_a_text_that_leaves_its_axes_is_seen(figure_of, monkeypatch):
+    monkeypatch.setattr(plotting, "_fit_texts", lambda figure: None)
+    found = outside(figure_of(plot_benchmark, crowded_report("word " * 30), ...))
+    assert len(found) >= 2
