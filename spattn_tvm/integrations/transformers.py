@@ -43,6 +43,8 @@ PACKING_KEY = "spattn_packing"
 # By spec, for `torch.compile`, which reads a dictionary and would trace the parsing of a text.
 _layouts: dict[str, BandLayout] = {}
 _names: list[str] = []
+# Of a layout, a rank's part with so many heads.
+_parts: dict[tuple[str, int, int], BandLayout] = {}
 
 
 # --- layouts in a configuration ---------------------------------------------------------------------------
@@ -69,6 +71,27 @@ def _layout_of(module: nn.Module) -> BandLayout:
     if spec not in _layouts:
         _parse([spec])
     return _layouts[spec]
+
+
+def _heads_of_rank(module: nn.Module, heads: int, layout: BandLayout) -> BandLayout:
+    """The part of a layer's layout for the query heads that arrive, which are fewer than the layer's under a
+    ``tp_plan``: of the ranks among which a projection's rows are sharded each has an equal part, in order.
+    """
+    for parameter in module.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            continue
+        for axis, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+            if placement.is_shard(0) and mesh.size(axis) * heads == layout.num_heads:
+                key = (layout.spec, mesh.get_local_rank(axis), heads)
+                if key not in _parts:
+                    _parts[key] = layout.heads(key[1] * heads, (key[1] + 1) * heads)
+                return _parts[key]
+    raise ValueError(
+        f"{type(module).__name__} attends with {heads} of {layout.num_heads} query heads, and which ones "
+        "does not follow from its parameters: give it a tp_plan that shards projections by columns into "
+        "equal parts of whole heads"
+    )
 
 
 def set_layout(
@@ -397,7 +420,11 @@ def banded_attention_forward(
     """
     _check_arguments(module, dropout, is_causal, others)
     layout = _layout_of(module)
-    batch, _, queries, _ = query.shape
+    batch, heads, queries, _ = query.shape
+    if heads != layout.num_heads:
+        if band_cache is not None:
+            _refuse("banded cache of a part of the heads: generate with a cache of transformers' own")
+        layout = _heads_of_rank(module, heads, layout)
     _check_places(attention_mask)
     assert attention_mask is not None
     is_padded = attention_mask.shape[2] == 2
