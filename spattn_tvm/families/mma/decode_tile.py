@@ -463,19 +463,39 @@ class DecodeTile:
 
     @T.inline
     def mask(self, scores, at):
-        """Behind a tile's keys, where there are zeros, may be those of another range: of another tile."""
+        """Most tiles are attended to as a whole by each row, or by the only one, and need none.
+
+        Behind a tile's keys, where there are zeros, may be those of another range: of another tile.
+        """
         key0: T.int32 = self.words[at]
         end: T.int32 = self.words[at + 1]
-        for n in T.unroll(self.keys // BLOCK):
-            for t in T.unroll(2):
-                for e in T.unroll(2):
-                    key: T.int32 = key0 + n * BLOCK + self.blocks.column(self.lane, t, e, transposed=True)
-                    for r in T.unroll(2):
-                        i: T.let = n * 8 + 4 * t + 2 * r + e
-                        scores[i] = T.Select(
-                            T.And(key < end, T.Or(self.is_in(4 * r, key), self.is_in(4 * r + 2, key))),
-                            scores[i] * self.sign, T.float32(-INF),
-                        )  # fmt: skip
+        for i in T.unroll(self.keys // 2):
+            scores[i] = scores[i] * self.sign
+        is_whole: T.bool = T.And(
+            end - key0 == self.keys, T.And(self.sees_whole(0, key0), self.sees_whole(1, key0))
+        )
+        if T.cuda.any_sync(T.uint32(ALL_LANES), T.Not(is_whole)) != 0:
+            for n in T.unroll(self.keys // BLOCK):
+                for t in T.unroll(2):
+                    for e in T.unroll(2):
+                        key: T.int32 = key0 + n * BLOCK + self.blocks.column(self.lane, t, e, transposed=True)
+                        for r in T.unroll(2):
+                            i: T.let = n * 8 + 4 * t + 2 * r + e
+                            scores[i] = T.Select(
+                                T.And(key < end, T.Or(self.is_in(4 * r, key), self.is_in(4 * r + 2, key))),
+                                scores[i], T.float32(-INF),
+                            )  # fmt: skip
+
+    def sees_whole(self, r: int, key0: Any) -> Any:
+        """Whether one span of a row holds a tile; whatever those see that the block doesn't have."""
+        last = key0 + (self.keys - 1)
+        return T.Or(
+            self.lane // 4 + 8 * r >= self.rows,
+            T.Or(
+                T.And(self.is_in(4 * r, key0), self.is_in(4 * r, last)),
+                T.And(self.is_in(4 * r + 2, key0), self.is_in(4 * r + 2, last)),
+            ),
+        )
 
     def is_in(self, span: Any, key: Any) -> Any:
         """Whether a key is in the span that begins at ``spans[span]``."""
@@ -609,10 +629,12 @@ class DecodeTile:
 
     @T.inline
     def arrive(self):
-        """How many of the parts that are merged together were here before."""
+        """How many of the parts that are merged together were here before.
+
+        One thread releases and acquires for all, between two barriers.
+        """
         self.first = self.index // FAN * FAN
         self.count = T.min(self.parts - self.first, FAN)
-        T.ptx["fence.acq_rel.gpu"]()
         T.cuda.cta_sync()
         if self.thread == 0:
             ticket = T.alloc_local((1,), "int32")
@@ -625,7 +647,6 @@ class DecodeTile:
                     self.call.arrived[place] = 0  # as the next call needs it
             self.words[self.word.ticket] = ticket[0]
         T.cuda.cta_sync()
-        T.ptx["fence.acq_rel.gpu"]()
 
     @T.inline
     def climb(self):
