@@ -198,6 +198,14 @@ def closure(names: Iterable[str]) -> set[str]:
     return found
 
 
+def test_the_version_is_one() -> None:
+    code = "import spattn_tvm; print(spattn_tvm.__version__)"
+    (version,) = run_python(code, ROOT, PYTHONPATH=str(ROOT)).splitlines()
+    newest = re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert version == project()["version"] == newest[1]
+
+
 def base() -> set[str]:
     return closure(Requirement(text).name for text in project()["dependencies"])
 
