@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts/pretrain"
 CONFIGS = sorted(path for path in SCRIPTS.rglob("*.toml"))
 COMPUTED = ("loss", "gradient_norm", "learning_rate", "held_out", "copies")
-KILLS = int(os.environ.get("SPATTN_SWEEP", "1"))
+# Ten kills, and runs of two processes, take minutes.
+KILLS = min(10, int(os.environ.get("SPATTN_SWEEP", "1")))
 
 TINY = """
 [model]
@@ -272,6 +274,37 @@ def test_experts_run_in_autocasts_dtype(recipe: SimpleNamespace, tiny: Path) -> 
             assert 0 < (mine - theirs).norm() < 0.1 * mine.norm(), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", ["separate", "joined"])
+def test_each_attention_on_the_gpu(recipe: SimpleNamespace, tiny: Path, documents: str) -> None:
+    """In autocast, by kernels and FlexAttention, near eager attention with a mask."""
+    torch.use_deterministic_algorithms(False)
+    for name in recipe.config.ATTENTIONS:
+        where = (f"attention.name={name}", f"data.documents={documents}", "data.context=300")
+        found = []
+        for implementation in ("auto", "eager", "flex") if name != "bound" else ("auto", "auto"):
+            config, model = _make(recipe, tiny, *where, f"attention.implementation={implementation}")
+            if not found:
+                batch = tuple(part.cuda() for part in _batch(recipe, config))
+            with torch.autocast("cuda", torch.bfloat16):
+                found.append(_loss_and_gradients(model.cuda(), batch))
+        for other in found[1:]:
+            assert abs(found[0][0] - other[0]) < 5e-3, name
+            for mine, theirs in zip(found[0][1:], other[1:], strict=True):
+                assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-4, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_a_run_on_the_gpu(recipe: SimpleNamespace, tiny: Path, tmp_path: Path, precision: str) -> None:
+    settings = [f"train.precision={precision}", "train.steps=30", "train.learning_rate=0.01"]
+    recipe.train.train(recipe.config.load(tiny, [*settings, "train.peak_tflops=989"]), tmp_path / "run")
+    lines = recipe.tables.read_lines(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30 and statistics.mean(losses[-5:]) < 0.8 * losses[0]
+    assert all(0 < line["mfu"] < 1 for line in lines if "mfu" in line)
+
+
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +333,7 @@ def _losses(out: Path) -> dict[int, list[Any]]:
 def test_a_killed_run_goes_on_as_if_nothing_happened(
     recipe: SimpleNamespace, tiny: Path, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
     config = recipe.config.load(tiny)
     recipe.train.train(config, whole)
     expected = _losses(whole)
@@ -308,8 +341,8 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert kept == ["step-00000009.pt", "step-00000010.pt"]
     assert len(expected[4]) == 2 and "held_out_by_position" in expected[4][1]
-    for _ in range(KILLS):
-        at = random.randrange(1, 10)
+    for number in range(KILLS):
+        killed, at = tmp_path / f"killed-{number}", random.randrange(1, 10)
         command = [sys.executable, str(SCRIPTS / "train.py"), str(tiny), "--out", str(killed)]
         process = subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)
         while process.poll() is None:
@@ -319,12 +352,75 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(
                 break
             time.sleep(0.005)
         assert process.wait() in (0, -signal.SIGKILL)
-    assert _losses(killed)
-    recipe.train.train(config, killed)
-    assert _losses(killed) == expected
+        assert _losses(killed)
+        recipe.train.train(config, killed)
+        assert _losses(killed) == expected, at
     other = recipe.config.load(tiny, ["train.learning_rate=1", "train.log_every=3"])
     with pytest.raises(recipe.config.ConfigError, match=r"\(train.learning_rate was 0.001, is 1\)"):
         recipe.train.train(other, killed)
+
+
+def test_copies_stand_at_their_distance(recipe: SimpleNamespace, tiny: Path, folder: Path) -> None:
+    """A model that says each token's number as its loss: of a copy and of its original it is the same."""
+    config = recipe.config.load(tiny, ["data.context=600"])
+    seen = []
+
+    def loss_of(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[None, torch.Tensor]:
+        seen.append(tokens)
+        return None, tokens[:, 1:].float()
+
+    place = recipe.train.Place(0, 1, torch.device("cpu"))
+    held_out = recipe.data.Tokens(folder, "held_out", 600)
+    run = recipe.train.Run(config, place, loss_of, None, None, held_out)
+    found = recipe.train.probe_copies(run)["copies_by_distance"]
+    assert list(found) == ["64", "128", "256", "512"]
+    original, *copies = seen
+    for (distance, losses), copied in zip(found.items(), copies, strict=True):
+        assert losses["copy"] == pytest.approx(losses["original"])
+        assert losses["copy"] == pytest.approx(copied[:, -48:].double().mean().item())
+        end = 601 - int(distance)
+        assert torch.equal(copied[:, -64:], original[:, end - 64 : end])
+        assert torch.equal(copied[:, :-64], original[:, :-64])
+
+
+def _free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
+@pytest.mark.skipif(KILLS < 2, reason="takes a minute; SPATTN_SWEEP=2 runs it")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_make_the_steps_of_one(
+    recipe: SimpleNamespace, tiny: Path, tmp_path: Path, parallel: str
+) -> None:
+    """Losses and gradient norms of all steps, and again from a checkpoint of the middle."""
+    settings = ["train.micro_batch=1", "train.steps=6", f"train.parallel={parallel}"]
+    recipe.train.train(recipe.config.load(tiny, settings), tmp_path / "one")
+    arguments = [str(tiny), "--out", str(tmp_path / "two"), *(f"--set={setting}" for setting in settings)]
+    found = []
+    for _ in range(2):
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": _free_port()}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPTS / "train.py"), *arguments],
+                env=_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.DEVNULL,
+            )
+            for rank in range(2)
+        ]
+        assert [process.wait(120) for process in processes] == [0, 0]
+        found.append(_losses(tmp_path / "two"))
+        (tmp_path / "two/checkpoints/step-00000006.pt").unlink()
+    assert all(one == found[0] for one in found)
+    expected = _losses(tmp_path / "one")
+    assert found[0].keys() == expected.keys()
+    for step, lines in expected.items():
+        for mine, theirs in zip(found[0][step], lines, strict=True):
+            by_position = mine.pop("held_out_by_position", {})
+            assert by_position == pytest.approx(theirs.pop("held_out_by_position", {}), rel=1e-5)
+            assert mine.pop("copies_by_distance", {}) == theirs.pop("copies_by_distance", {}) == {}
+            assert mine == pytest.approx(theirs, rel=1e-5), step
 
 
 def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path, tmp_path: Path) -> None:
@@ -352,6 +448,8 @@ def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path,
     again = json.loads(json.dumps(lines))
     again[0]["run"]["config"]["train"]["seed"] = 1
     again[-1]["held_out_loss"] += 1
+    with pytest.raises(recipe.tables.TableError, match="b is a second run of spattention with seed 0"):
+        recipe.tables.quality({"a": lines, "b": lines})
     table = recipe.tables.quality({"a": lines, "b": again})
     mean = end["held_out_loss"] + 0.5
     assert f"| spattention | 2 | {mean:.4f} ± {0.5**0.5:.4f} |" in table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,11 @@ class Config:
 
     @property
     def label(self) -> str:
-        """How tables call this attention."""
-        name = self.attention.name
-        label = name if isinstance(name, str) else "+".join(dict.fromkeys(name))
+        """How tables call this attention; other attentions have other labels."""
+        runs = [(name, len(list(group))) for name, group in itertools.groupby(self.names)]
+        label = runs[0][0] if len(runs) == 1 else " + ".join(f"{count} {name}" for name, count in runs)
+        if self.attention.window is not None:
+            label += f" of {self.attention.window}"
         implementation = self.attention.implementation
         return label if implementation == "auto" else f"{label} ({implementation})"
 

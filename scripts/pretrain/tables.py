@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from config import FREE_ON_RESUME
+
 from spattn_tvm.plotting import plot_loss_curves
 
 Line = dict[str, Any]
@@ -57,10 +59,11 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def _comparable(run: Line) -> Line:
     """What runs of one table have in common."""
     config = run["config"]
-    train = {
-        name: value for name, value in config["train"].items() if name not in ("seed", "log_every", "device")
-    }
-    data = {name: value for name, value in config["data"].items() if name != "folder"}
+    free = FREE_ON_RESUME | {"train.seed", "train.device"}
+    train, data = (
+        {name: value for name, value in config[section].items() if f"{section}.{name}" not in free}
+        for section in ("train", "data")
+    )
     return {"model": config["model"], "data": data | {"sha256": run["data"]["sha256"]}, "train": train}
 
 
@@ -81,7 +84,7 @@ def quality(logs: dict[str, list[Line]]) -> str:
     Raises
     ------
     TableError
-        Runs that differ in more than attention and seed, or have not come to their end.
+        Runs that differ in more than attention and seed, are the same, or have not come to their end.
     """
     rows: dict[str, list[tuple[Line, Line, list[Line]]]] = {}
     common: tuple[str, Line] | None = None
@@ -97,6 +100,9 @@ def quality(logs: dict[str, list[Line]]) -> str:
         end = lines[-1]
         if end.get("step") != run["config"]["train"]["steps"] or "held_out_loss" not in end:
             raise TableError(f"{name} ended at step {end.get('step')} of {run['config']['train']['steps']}")
+        seed = run["config"]["train"]["seed"]
+        if any(other["config"]["train"]["seed"] == seed for other, _, _ in rows.get(run["label"], [])):
+            raise TableError(f"{name} is a second run of {run['label']} with seed {seed}")
         rates = [line for line in lines if "tokens_per_second" in line]
         rows.setdefault(run["label"], []).append((run, end, rates))
 
@@ -125,11 +131,12 @@ def quality(logs: dict[str, list[Line]]) -> str:
             ]
         )
     run, _, rates = ranked[0][1][0]
+    devices = sorted({one["device"]["name"] for _, runs in ranked for one, _, _ in runs})
     header = ("attention", "seeds", "held-out nats/token", "bits/byte", "tokens/s", "MFU", "peak GiB")
     caption = (
         f"{run['parameters'] / 1e6:,.1f} M parameters, context {run['config']['data']['context']:,}, "
         f"{rates[-1]['tokens'] / 1e6:,.1f} M tokens a run, "
-        f"{run['device'].get('gpu') or run['device'].get('cpu') or 'unknown device'}"
+        f"{', '.join(devices)}"
     )
     parts = [caption, markdown(header, table)]
     for title, name, pick in (

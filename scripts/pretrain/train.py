@@ -193,7 +193,7 @@ def load_checkpoint(
     ConfigError
         The run was another one: names the settings that differ.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     was, now = _flat(state["config"]), _flat(config.as_dict())
     differing = [name for name in now if name not in FREE_ON_RESUME and was.get(name) != now[name]]
     if differing or len(state["random"]) != place.world:
