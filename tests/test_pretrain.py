@@ -455,8 +455,45 @@ def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path,
     assert f"| spattention | 2 | {mean:.4f} ± {0.5**0.5:.4f} |" in table
     with pytest.raises(recipe.tables.TableError, match="ended at step 29 of 30"):
         recipe.tables.quality({"a": [line for line in lines if line.get("step", 0) < 30]})
+    _check_saved_model(recipe, config, lines[-1]["held_out_loss"], out / "model")
     recipe.tables.plot({"a": lines}, tmp_path / "losses.png", 5)
     assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+def _check_saved_model(recipe: SimpleNamespace, config: Any, held_out_loss: float, folder: Path) -> None:
+    """What transformers loads has the loss of the run's end, and generates."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config._attn_implementation == "spattn"
+    tokens = recipe.data.Tokens(Path(config.data.folder), "held_out", config.data.context)
+    windows = tokens.first(config.train.evaluate_sequences)
+    with torch.no_grad():
+        logits = model(
+            torch.from_numpy(windows[:, :-1]), position_ids=torch.from_numpy(tokens.positions(windows))
+        ).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(windows[:, 1:]).flatten())
+    assert loss.item() == pytest.approx(held_out_loss, rel=1e-5)
+    start = torch.tensor([[model.config.bos_token_id, *b"the "]])
+    assert model.generate(start, max_new_tokens=3, do_sample=False).shape[1] > start.shape[1]
+
+
+@pytest.mark.parametrize("names", ["dense", '["dense", "exclusive"]', '["dense", "reformer"]'])
+def test_saved_models_are_those_of_the_run(
+    recipe: SimpleNamespace, tiny: Path, tmp_path: Path, names: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, model = _make(recipe, tiny, f"attention.name={names}", "data.documents=joined")
+    saved = recipe.model.save_model(config, 257, model.state_dict(), tmp_path / "model", 256)
+    assert saved == ("reformer" not in names)
+    if saved:
+        tokens, positions = _batch(recipe, config)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert hasattr(loaded.config, "spattn_layouts") == ("exclusive" in names)
+        logits = loaded(tokens[:, :-1]).logits
+        found = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+        torch.testing.assert_close(found.detach(), model(tokens, positions)[1], rtol=1e-4, atol=1e-5)
 
 
 def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -316,6 +317,45 @@ class LanguageModel(nn.Module):
             balance = load_balancing_loss_func(outputs.router_logits, shape.experts, shape.experts_per_token)
             loss = loss + shape.router_loss * balance
         return loss, nats.detach().view(tokens.shape[0], -1)
+
+
+def save_model(
+    config: Config, vocabulary: int, weights: dict[str, Tensor], folder: Path, separator: int
+) -> bool:
+    """Write a model that ``from_pretrained`` and ``generate`` take, its bands in its configuration.
+
+    Parameters
+    ----------
+    config : Config
+    vocabulary : int
+        Of the tokenizer.
+    weights : dict of str to Tensor
+        State of a `LanguageModel`.
+    folder : Path
+    separator : int
+        The token that documents begin with.
+
+    Returns
+    -------
+    bool
+        False, and nothing is written, where a layer has a mask that transformers does not know.
+    """
+    layouts = [layer.layout for layer in layers_of(config)]
+    if None in layouts or "bound" in config.names:
+        return False
+    with torch.device("meta"):
+        model = LanguageModel(config, vocabulary).model
+    if set(config.names) == {"dense"}:
+        delattr(model.config, LAYOUTS_KEY)
+    else:
+        set_layout(model, layouts)
+    model.config.use_cache = model.generation_config.use_cache = True
+    for entries in (model.config, model.generation_config):
+        entries.bos_token_id = entries.eos_token_id = separator
+    model.save_pretrained(
+        folder, state_dict={name.removeprefix("model."): weight for name, weight in weights.items()}
+    )
+    return True
 
 
 # --- work -------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     python scripts/pretrain/train.py scripts/pretrain/configs/smoke.toml --out results/pretrain/smoke
     torchrun --nproc-per-node 8 scripts/pretrain/train.py CONFIG --out FOLDER --set train.parallel=fsdp2
 
-The folder gets ``log.jsonl``, TensorBoard's events if it is installed, and the last two checkpoints. A run
-that was killed goes on from the last one when the same command is given again: with the same batches and, on
-a CPU with as many threads, bitwise the same losses.
+The folder gets ``log.jsonl``, TensorBoard's events if it is installed, the last two checkpoints and, at the
+end, ``model``, which transformers loads. A run that was killed goes on from the last checkpoint when the same
+command is given again: with the same batches and, on a CPU with as many threads, bitwise the same losses.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from config import FREE_ON_RESUME, Config, ConfigError, load
-from data import DataError, Tokens
-from model import LanguageModel, attention_flops, document_lengths, matmul_flops_per_token
+from data import SEPARATOR, DataError, Tokens
+from model import LanguageModel, attention_flops, document_lengths, matmul_flops_per_token, save_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -463,6 +468,19 @@ def _steps_of(run: Run) -> list[dict[str, Any]]:
     return lines
 
 
+def export(run: Run, weights: dict[str, Any], folder: Path) -> None:
+    """Write the trained model, and its tokenizer, for transformers."""
+    meta, data = run.training.meta, Path(run.config.data.folder)
+    if not save_model(run.config, meta["vocabulary"], weights, folder, meta["separator"]):
+        return
+    if meta["tokenizer"] == "bpe":
+        from transformers import PreTrainedTokenizerFast
+
+        PreTrainedTokenizerFast(
+            tokenizer_file=str(data / "tokenizer.json"), bos_token=SEPARATOR, eos_token=SEPARATOR
+        ).save_pretrained(folder)
+
+
 def train(config: Config, out: Path) -> None:
     """Train to the last step, from the last checkpoint in `out` if there is one."""
     settings = config.train
@@ -517,6 +535,9 @@ def train(config: Config, out: Path) -> None:
             began, made, flops = time.perf_counter(), 0, 0
         if log is not None:
             log.close()
+        weights = get_model_state_dict(run.model, options=_options(run.model))
+        if place.is_first:
+            export(run, weights, out / "model")
 
 
 def main() -> None:
