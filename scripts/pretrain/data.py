@@ -58,6 +58,8 @@ COMMON_WORDS = frozenset(
     ]
 )
 BYTES_SEPARATOR = 256
+# Of man pages, by their names in roff.
+SIGNS = {"em": "--", "en": "-", "aq": "'", "Aq": "'", "bu": "*", "lq": '"', "rq": '"', "oq": "'", "cq": "'"}
 SEPARATOR = "<|document|>"
 
 
@@ -109,30 +111,27 @@ def plain_man(text: str) -> str:
     for line in text.splitlines():
         if line.startswith((".", "'")):
             macro, _, rest = line[1:].strip().partition(" ")
-            if macro not in (
-                "SH",
-                "SS",
-                "B",
-                "I",
-                "BR",
-                "IR",
-                "BI",
-                "RB",
-                "RI",
-                "IB",
-                "Nm",
-                "Sh",
-                "Ss",
-                "Nd",
-            ):
+            if not re.fullmatch("S[HShs]|[BIR]{1,2}|N[md]", macro):
                 continue
             line = rest.replace('"', "")
         line = re.sub(r"\\f(\[\w*\]|\(..|.)|\\s[+-]?\d|\\[&|^/,:]", "", line)
-        line = re.sub(
-            r"\\\((..)|\\\[(\w+)\]", lambda m: {"em": "--", "aq": "'", "bu": "*"}.get(m[1] or m[2], ""), line
-        )
+        line = re.sub(r"\\f(\[\w*\]|\(..|.)|\\s[+-]?\d|\\[&|^/,:]", "", line)
+        line = re.sub(r"\\\*?\((..)|\\\[(\w+)\]", lambda m: SIGNS.get(m[1] or m[2], ""), line)
         lines.append(line.replace("\\-", "-").replace("\\e", "\\"))
     return "\n".join(lines)
+
+
+def plain_pod(text: str) -> str:
+    """Perl's documentation without its commands, formats and code."""
+    parts = re.split(r"^=(\w+)[ \t]*(.*)$", text, flags=re.MULTILINE)
+    shown = []
+    for command, heading, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if command.startswith(("head", "item")):
+            shown.append(heading)
+        if command not in ("cut", "for", "begin", "encoding"):
+            shown.append(body.strip("\n"))
+    plain = re.sub(r"[XZ]<[^<>]*>", "", "\n\n".join(filter(None, shown)))
+    return re.sub(r"[BCFILS]<+ ?([^<>]*?) ?>+", r"\1", plain)
 
 
 def _read_text(path: Path) -> str | None:
@@ -171,7 +170,7 @@ def _distribution(root: Path) -> Iterator[Document]:
         "usr/share/doc": plain_html,
         "usr/share/gtk-doc": plain_html,
         "usr/share/info": None,
-        "usr/share/perl": None,
+        "usr/share/perl": plain_pod,
         "usr/share/dictd": None,
         "usr/share/games/fortunes": None,
         "usr/share/bible": None,
@@ -192,7 +191,9 @@ def _distribution(root: Path) -> Iterator[Document]:
             text = _read_text(path)
             if text is None:
                 continue
-            if plain is plain_man or (plain is plain_html and re.search(r"\.(html?|xml)$", name)):
+            if plain in (plain_man, plain_pod) or (
+                plain is plain_html and re.search(r"\.(html?|xml)$", name)
+            ):
                 text = plain(text)
             inside = path.relative_to(root).parts
             owner = owners.get("/" + "/".join(inside)) or (inside[3] if folder.endswith("doc") else folder)

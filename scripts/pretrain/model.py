@@ -49,6 +49,8 @@ DENSE_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Whose heads all see the same keys: one mask serves them.
+ALIKE = ("dense", "sliding_window", "longformer", "bigbird")
 RULE_ROWS = 256  # queries whose pairs are counted at a time
 
 
@@ -74,6 +76,7 @@ class Layer:
     layout: BandLayout | None
 
 
+@cache
 def layers_of(config: Config) -> tuple[Layer, ...]:
     """The layers of a configuration."""
     heads, context = config.model.heads, config.data.context
@@ -132,14 +135,15 @@ def _within_documents(rule: Rule, positions: Tensor) -> Callable[..., Tensor]:
 
 
 def _make_mask(layer: Layer, heads: int, context: int, positions: Tensor) -> Tensor | BlockMask:
-    """FlexAttention's blocks on CUDA; bool ``(B, H, N, N)`` elsewhere, and for eager attention."""
+    """FlexAttention's blocks on CUDA; bool ``(B, H or 1, N, N)`` elsewhere, and for eager attention."""
     batch, length = positions.shape
     device = positions.device
+    masks = 1 if layer.name in ALIKE else heads
     sees = _within_documents(rule_of(layer, heads, context, device), positions)
     if layer.means == "flex" and device.type == "cuda":
-        return create_block_mask(sees, batch, heads, length, length, device=device, _compile=True)
+        return create_block_mask(sees, batch, masks, length, length, device=device, _compile=True)
     place = torch.arange(length, device=device)
-    head = torch.arange(heads, device=device)[:, None, None]
+    head = torch.arange(masks, device=device)[:, None, None]
     return sees(torch.arange(batch, device=device)[:, None, None, None], head, place[:, None], place)
 
 
@@ -367,13 +371,15 @@ def _pairs_up_to(layer: Layer, heads: int, context: int) -> Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rule, key = rule_of(layer, heads, context, device), torch.arange(context, device=device)
     counts = torch.zeros(context + 1, dtype=torch.int64)
-    for head in torch.arange(heads, device=device):
+    masks = 1 if layer.name in ALIKE else heads
+    for head in torch.arange(masks, device=device):
         for first in range(0, context, RULE_ROWS):
             rows = key[first : first + RULE_ROWS, None]
             counts[first + 1 : first + 1 + len(rows)] += rule(head, rows, key).sum(1).cpu()
-    return counts.cumsum(0)
+    return counts.cumsum(0) * (heads // masks)
 
 
+@cache
 def pairs(layer: Layer, heads: int, context: int, length: int) -> int:
     """(query, key) pairs that all heads attend to in a document of `length`; of the bound none."""
     if layer.means == "bound":
