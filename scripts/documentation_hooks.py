@@ -3,6 +3,7 @@
 
 Such a link works where the pages are read in the repository. In the site it leads to a copy of the file, so
 that no address of the repository has to be known; a link to a file that does not exist is a warning.
+Roles of reStructuredText in docstrings (``:func:`~module.name```) become the name alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(\.\./([^)#\s]+)")
+ROLE = re.compile(r":(?:func|class|attr|meth|mod):<code>(?:~(?:\w+\.)*)?([\w.]+)</code>")
 FOLDER = "repository"
 
 
@@ -38,3 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"]({FOLDER}/{name}{text}"
 
     return LINK.sub(replaced, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    return ROLE.sub(r"<code>\1</code>", html)
