@@ -1,9 +1,12 @@
 """Strategy ``"bands"``: each rank keeps its queries and fetches the key rows that their bands touch.
 
-Keys in a query's own chunk are attended where they are, while the earlier ones of its document travel. These
-lie together in one buffer a chunk: a head's pieces side by side, whatever lay between them left out. Since
-distances are all that bands compare, each band is shifted by what its piece was moved; one call attends all
-heads. Both results merge by lse.
+Heads travel in groups. The earlier keys of a chunk's document lie together in one buffer: a head's pieces
+side by side, whatever lay between them left out. Since distances are all that bands compare, each band is
+shifted by what its piece was moved; one call attends all heads of a group.
+
+The first group's keys in a query's own chunk are attended where they are, while the earlier ones travel, and
+both results merge by lse. The other groups travel meanwhile: their own keys are copied behind the earlier
+ones, and one call attends both. To merge outputs takes more memory traffic than to copy keys.
 """
 
 from __future__ import annotations
@@ -37,31 +40,33 @@ class _LocalCall:
 
 @dataclass(frozen=True)
 class _RemoteCall:
-    """Queries of a chunk and the earlier keys of their document, in a buffer."""
+    """Queries of a chunk and the earlier keys of their document, in a buffer; behind them maybe their own."""
 
     rows: Rows  # of the rank
     layout: BandLayout
     keys: int
+    offset: int  # of the queries' first: how many keys are earlier
 
 
 @dataclass(frozen=True)
 class _HeadGroup:
     """Key/value heads that travel together, with the calls of their query heads.
 
-    Tensors `2 * i` and `2 * i + 1` of the route's receiving end are the keys and values of call i.
+    Tensors `2 * i` and `2 * i + 1` of the route's receiving end are the keys and values of remote call i.
     """
 
     kv_heads: tuple[int, int]  # from the first to before the last
+    is_joined: bool  # whether own keys are copied behind the earlier ones
+    local: tuple[_LocalCall, ...]  # if joined, for the rows that no remote call has
     route: Route
     keys: Landing
-    calls: tuple[_RemoteCall, ...]
+    remote: tuple[_RemoteCall, ...]
 
 
 @dataclass(frozen=True)
 class BandCalls:
     """What a rank fetches, and its calls."""
 
-    local: tuple[_LocalCall, ...]
     groups: tuple[_HeadGroup, ...]
     gradients: Landing  # of the rank's rows of k and v
 
@@ -128,8 +133,12 @@ def _place(part: RemotePart) -> tuple[int, tuple[tuple[tuple[int, int, int], ...
     return size, tuple(placed)
 
 
-def _shifted(layout: BandLayout, part: RemotePart) -> BandLayout:
-    """The bands as distances from query row r, at position ``size + r``, to a row of the buffer."""
+def _shifted(layout: BandLayout, part: RemotePart, is_joined: bool) -> BandLayout:
+    """The bands as distances from query row r, at position ``size + r``, to a row of the buffer.
+
+    A band that reaches into the queries' chunk ends a piece there, which is not moved: so it fits the own
+    keys too, where they are joined behind.
+    """
     size, placed = _place(part)
     first, last = part.queries
     group = layout.num_heads // len(placed)
@@ -137,6 +146,8 @@ def _shifted(layout: BandLayout, part: RemotePart) -> BandLayout:
     for head, bands in enumerate(layout.bands(part.document[1] - part.document[0])):
         moved = []
         for lo, hi in bands:
+            if is_joined and hi == 0:
+                moved.append((0, 0))
             farthest, nearest = max(part.document[0], first - hi), min(first - 1, last - 1 - lo)
             for begin, end, row in placed[head // group]:
                 if begin <= farthest <= nearest < end:
@@ -177,15 +188,32 @@ def _deliveries(
     ]
 
 
+def _own_keys(
+    shards: Shards, parts: Sequence[RemotePart], first_head: int, kv_heads: int, rank: int
+) -> list[tuple[int, Piece, tuple[Piece, ...]]]:
+    """As `_deliveries`: the keys of the parts' queries, from the rank to itself, behind the earlier ones."""
+    taken = tuple(range(kv_heads))
+    found: list[tuple[int, Piece, tuple[Piece, ...]]] = []
+    for index, part in enumerate(parts):
+        begin, end = part.queries
+        at = next(at for first, at, _ in shards.placed(rank) if first == begin)
+        for tensor in (0, 1):
+            source = Piece(tensor, tuple(first_head + head for head in taken), at, end - begin)
+            found.append((rank, source, (Piece(2 * index + tensor, taken, _place(part)[0], end - begin),)))
+    return found
+
+
 def _head_group(
     layout: BandLayout,
     kv_heads: int,
     span: tuple[int, int],
     shards: Shards,
     documents: tuple[Rows, ...],
+    is_packed: bool,
     rank: int,
 ) -> _HeadGroup:
     first, last = span
+    is_joined = first > 0
     size = layout.num_heads // kv_heads
     own = layout if span == (0, kv_heads) else layout.heads(range(first * size, last * size))
     parts = [
@@ -197,6 +225,8 @@ def _head_group(
         for each in range(shards.ranks)
     ]
     deliveries = [_deliveries(shards, each, first, last - first) for each in parts]
+    if is_joined:
+        deliveries[rank] += _own_keys(shards, parts[rank], first, last - first, rank)
     route = Route(
         tuple(tuple((source,) for owner, source, _ in each if owner == rank) for each in deliveries),
         tuple(
@@ -204,13 +234,21 @@ def _head_group(
             for sender in range(shards.ranks)
         ),
     )
-    shift = {begin: at - begin for begin, at, _ in shards.placed(rank)}
-    calls = []
-    for part in parts[rank]:
-        moved = shift[part.queries[0]]
-        queries = (part.queries[0] + moved, part.queries[1] + moved)
-        calls.append(_RemoteCall(queries, _shifted(own, part), _place(part)[0]))
-    return _HeadGroup(span, route, Landing.of([route.receives], max(2 * len(calls), 1)), tuple(calls))
+    part_of = {part.queries[0]: part for part in parts[rank]}
+    local: list[_LocalCall] = []
+    remote = []
+    for begin, at, rows in shards.placed(rank):
+        done = 0
+        if begin in part_of:
+            part = part_of[begin]
+            earlier, queries = _place(part)[0], part.queries[1] - begin
+            done = queries if is_joined else 0
+            shifted = _shifted(own, part, is_joined)
+            remote.append(_RemoteCall((at, at + queries), shifted, earlier + done, earlier))
+        if done < rows:
+            local += _local_calls(own, (begin + done, begin + rows), at + done, documents, is_packed)
+    keys = Landing.of([route.receives], max(2 * len(remote), 1))
+    return _HeadGroup(span, is_joined, tuple(local), route, keys, tuple(remote))
 
 
 @lru_cache(maxsize=64)
@@ -225,11 +263,10 @@ def plan_calls(
 ) -> BandCalls:
     """What `rank` sends, fetches and calls, in closed form; key/value heads travel in `groups` groups."""
     edges = [kv_heads * index // groups for index in range(groups + 1)]
-    each = tuple(_head_group(layout, kv_heads, span, shards, documents, rank) for span in pairwise(edges))
-    local: list[_LocalCall] = []
-    for begin, at, rows in shards.placed(rank):
-        local += _local_calls(layout, (begin, begin + rows), at, documents, is_packed)
-    return BandCalls(tuple(local), each, Landing.of((group.route.sends for group in each), 2))
+    each = tuple(
+        _head_group(layout, kv_heads, span, shards, documents, is_packed, rank) for span in pairwise(edges)
+    )
+    return BandCalls(each, Landing.of((group.route.sends for group in each), 2))
 
 
 # --- the calls --------------------------------------------------------------------------------------------
@@ -240,31 +277,19 @@ def _rows(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def _attend_local(
-    q: Tensor, k: Tensor, v: Tensor, calls: Sequence[_LocalCall], options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, call: _LocalCall, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of all rows of the rank, each with the keys of its own chunk."""
-    outputs, sums = [], []
-    for call in calls:
-        q_rows, k_rows, v_rows = (_rows(tensor, call.rows) for tensor in (q, k, v))
-        if call.layout is None:
-            # A gradient of zeros, rather than none at all.
-            o = q_rows.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            lse = torch.full(o.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-        else:
-            packed: dict[str, Any] = {}
-            if call.boundaries is not None:
-                packed["cu_seqlens"] = torch.tensor(call.boundaries, dtype=torch.int32, device=q.device)
-            o, lse = banded_attention(
-                q_rows, k_rows, v_rows, call.layout, return_lse=True, **packed, **options
-            )
-        outputs.append(o)
-        sums.append(lse)
-    if not calls:
-        return q, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    if len(calls) == 1:
-        return outputs[0], sums[0]
-    return torch.cat(outputs, 2), torch.cat(sums, 2)
+    """o and lse of a call's rows, with the keys of their own chunk."""
+    q_rows, k_rows, v_rows = (_rows(tensor, call.rows) for tensor in (q, k, v))
+    if call.layout is None:
+        # A gradient of zeros, rather than none at all.
+        o = q_rows.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return o, torch.full(o.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    packed: dict[str, Any] = {}
+    if call.boundaries is not None:
+        packed["cu_seqlens"] = torch.tensor(call.boundaries, dtype=torch.int32, device=q.device)
+    return banded_attention(q_rows, k_rows, v_rows, call.layout, return_lse=True, **packed, **options)
 
 
 def _merge(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> Tensor:
@@ -278,6 +303,42 @@ def _merge(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> Tensor
     return merged.to(o.dtype)
 
 
+def _attend_group(
+    q: Tensor,
+    local: Sequence[tuple[Rows, Tensor, Tensor]],
+    arrived: Sequence[Tensor],
+    part: _HeadGroup,
+    options: dict[str, Any],
+) -> Tensor:
+    """o of a group's heads, from what its local calls gave (rows, o, lse) and the keys that arrived."""
+    found: list[tuple[int, Tensor]] = []
+    if part.is_joined:
+        found += [(rows[0], o) for rows, o, _ in local]
+        for index, call in enumerate(part.remote):
+            k, v = arrived[2 * index : 2 * index + 2]
+            o = banded_attention(_rows(q, call.rows), k, v, call.layout, query_offset=call.offset, **options)
+            found.append((call.rows[0], o))
+    else:
+        whole = _join([o for _, o, _ in local], 2) if local else q
+        sums = _join([lse for _, _, lse in local], 2) if local else None
+        reached = 0
+        for index, call in enumerate(part.remote):
+            assert sums is not None
+            k, v = arrived[2 * index : 2 * index + 2]
+            o, lse = banded_attention(
+                _rows(q, call.rows), k, v, call.layout, query_offset=call.offset, return_lse=True, **options
+            )
+            found.append((reached, _rows(whole, (reached, call.rows[0]))))
+            merged = _merge(_rows(whole, call.rows), _rows(sums, call.rows), o, lse)
+            found.append((call.rows[0], merged))
+            reached = call.rows[1]
+        found.append((reached, _rows(whole, (reached, whole.shape[2]))))
+    outputs = [o for _, o in sorted(found, key=lambda entry: entry[0]) if o.shape[2]]
+    # No rows, but what connects the rank's q and its way back.
+    ends = () if part.remote else (q[:, :, :0], *arrived)
+    return _join([*outputs, *ends], 2)
+
+
 def attend_by_bands(
     q: Tensor,
     k: Tensor,
@@ -288,9 +349,8 @@ def attend_by_bands(
 ) -> Tensor:
     """This rank's rows of o; `options` are those of ``banded_attention``.
 
-    All remote keys set out before the local ones are attended; those of a group of heads are attended while
-    the next groups' are on their way. Backward, gradients of a group's keys set out while the groups before
-    it, and at last the local keys, are attended.
+    All groups of heads set out at once. While one is attended the next ones are on their way; backward,
+    gradients of a group's keys set out while the groups before it are attended.
     """
     batch, heads, _, head_dim = q.shape
     size = heads // k.shape[1]
@@ -301,35 +361,19 @@ def attend_by_bands(
         # A rank that fetches nothing still takes part in the way back: what connects it is a tensor of no
         # rows.
         shapes = [
-            (batch, last - first, call.keys, head_dim) for call in part.calls for _ in ("k", "v")
+            (batch, last - first, call.keys, head_dim) for call in part.remote for _ in ("k", "v")
         ] or [(batch, (last - first) * size, 0, head_dim)]  # fmt: skip
         journeys.append(Journey(part.route, group, home, Place(shapes, part.keys)))
     departed = depart(journeys, k, v)
-    o, lse = _attend_local(q, k, v, calls.local, options)
-    merged = []
+    outputs = []
     for index, part in enumerate(calls.groups):
         first, last = part.kv_heads
-        own = slice(first * size, last * size)
+        own = (q[:, first * size : last * size], k[:, first:last], v[:, first:last])
+        # Before the wait for what is remote.
+        local = [(call.rows, *_attend_local(*own, call, options)) for call in part.local]
         arrived = arrive(journeys[index : index + 1], departed[index : index + 1])
-        outputs, reached = [], 0
-        for number, call in enumerate(part.calls):
-            begin, end = call.rows
-            other, other_lse = banded_attention(
-                q[:, own, begin:end],
-                arrived[2 * number],
-                arrived[2 * number + 1],
-                call.layout,
-                query_offset=call.keys,
-                return_lse=True,
-                **options,
-            )
-            outputs.append(o[:, own, reached:begin])
-            outputs.append(_merge(o[:, own, begin:end], lse[:, own, begin:end], other, other_lse))
-            reached = end
-        outputs.append(o[:, own, reached:])
-        outputs += [] if part.calls else arrived
-        merged.append(_join([piece for piece in outputs if piece.shape[2] or not part.calls], 2))
-    return _join(merged, 1)
+        outputs.append(_attend_group(own[0], local, arrived, part, options))
+    return _join(outputs, 1)
 
 
 def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
