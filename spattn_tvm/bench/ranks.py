@@ -143,7 +143,6 @@ def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
 
     if task.device == "cpu":
         raise PeerUnavailable("PyTorch's ring attention has no kernel for CPUs")
@@ -156,9 +155,10 @@ def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Looked up in the call: the context replaces it in its module.
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    # The context shards its buffers and patches SDPA; our shards are of the sizes that it expects.
+    # The context shards its buffers as our head-tail shards, and patches SDPA.
     position = torch.zeros(task.problem.length, device=task.device)
     with (
         context_parallel(mesh, buffers=[position], buffer_seq_dims=[0]),
@@ -238,6 +238,7 @@ class _Rank:
         self.device = torch.device(task.device, self.rank) if task.device == "cuda" else torch.device("cpu")
         problem = task.problem
         self.shards = getattr(Shards, task.sharding)(problem.length, task.ranks)
+        self.head_tail = Shards.head_tail(problem.length, task.ranks)
         self.inputs = Inputs.random(problem, self.device, task.seed)
         self.plans = {
             strategy: plan_ranks(
@@ -256,7 +257,8 @@ class _Rank:
         inputs = self.inputs
         whole = [inputs.q, inputs.k, inputs.v, inputs.grad]
         if peer != "one":
-            whole = [self.shards.take(tensor, self.rank, 2).contiguous() for tensor in whole]
+            shards = self.head_tail if peer == "ring" else self.shards
+            whole = [shards.take(tensor, self.rank, 2).contiguous() for tensor in whole]
         return [tensor.detach() for tensor in whole]
 
     def everywhere(self, value: Any) -> list[Any]:
@@ -276,6 +278,16 @@ class _Rank:
         o = banded_attention(q, k, v, self.task.problem.layout)
         found = [o.detach(), *torch.autograd.grad(o, (q, k, v), self.inputs.grad)]
         return [self.shards.take(tensor, self.rank, 2).clone() for tensor in found]
+
+    def _dense(self) -> torch.Tensor:
+        """Causal o over all heads of the rows that the ring gives this rank."""
+        import torch
+
+        q, k, v = self.inputs.q, self.inputs.k, self.inputs.v
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head_tail.take(o, self.rank, 2)
 
     def _wait(self) -> None:
         import torch
@@ -306,6 +318,8 @@ class _Rank:
         task = self.task
         q, k, v, grad = self.tensors_of(peer)
         leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        # Before SDPA is patched.
+        dense = self._dense() if peer == "ring" and self.device.type == "cuda" else None
         with _attention_of(peer, task, self.inputs, self.shards) as attend:
             # Twice: a first call compiles, and the ranks compare their arguments.
             for _ in range(2):
@@ -321,6 +335,8 @@ class _Rank:
                         ("o", "dq", "dk", "dv"), (o.detach(), *gradients), expected, strict=True
                     )
                 }
+            if dense is not None:
+                errors = {"o": _relative(o.detach(), dense)}
             errors = {name: max(each[name] for each in self.everywhere(errors)) for name in errors}
             entries = []
             for step_name in task.steps:
