@@ -192,7 +192,8 @@ def _promoted(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` under a bool mask that broadcasts to the scores; k and v have the heads of q."""
     has_key = mask.any(-1)
     # A query without keys takes no part, and whatever arrives for its results stops at the masked_fill that
     # made them.
@@ -439,9 +440,9 @@ def reference_attention(
         keys, values = k[:, :, first_key:last_key], v[:, :, first_key:last_key]
         inputs = (q[:, :, first:last], keys, values, mask, scale)
         if recompute:
-            o, lse = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            o, lse = checkpoint(attend_masked, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            o, lse = _attend(*inputs)
+            o, lse = attend_masked(*inputs)
         outputs.append(o)
         sums.append(lse)
     # Rows of no document. A sum over nothing keeps q, k and v in the graph where there is no other.
@@ -536,7 +537,7 @@ def reference_decode(
             _promoted(rows_of).masked_fill(~used, 0.0).repeat_interleave(heads // kv_heads, 0)
             for rows_of in (k, v)
         )
-        o, lse = _attend(q[row], k, v, mask, scale)
+        o, lse = attend_masked(q[row], k, v, mask, scale)
         outputs.append(o)
         sums.append(lse)
     if not outputs:

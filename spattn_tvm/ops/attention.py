@@ -16,6 +16,7 @@ from . import flops  # noqa: F401  (registers formulas)
 from .operators import SAME_ROWS, are_plain, attend_by_operator, check_finite, is_watched
 from .repeated_calls import attend_again, attend_eagerly, remember
 from .sharded import attend_sharded, is_sharded
+from .standard_graph import attend_by_standard_operators, writes_standard_graph
 from .transforms import attend_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -323,6 +324,8 @@ def banded_attention(
         o, lse = attend_eagerly(q, k, v, places, settings)
         if cu_seqlens is None and is_usual:
             remember(q, k, v, layout.spec, impl)
+    elif writes_standard_graph():
+        o, lse = attend_by_standard_operators(q, k, v, places, layout, scale, offset)
     elif torch.compiler.is_dynamo_compiling() or not is_differentiated():
         o, lse = attend_by_operator(q, k, v, places, settings)
     else:
