@@ -142,7 +142,7 @@ def _mesh_checkpoint_and_autocast(problem: Problem) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("context",))
     q, k, v, do = (problem.shards.take(t, rank, 2).clone() for t in draw_tensors(problem))
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    options = {"strategy": problem.strategy, "shards": problem.shards}
+    options = {"strategy": problem.strategy, "shards": problem.shards, "parts": problem.parts}
     plain = context_parallel_attention(*inputs, problem.layout, None, **options)
     expected = torch.autograd.grad(plain, inputs, do, retain_graph=True)
     # A second backward pass of the same graph.
@@ -177,9 +177,13 @@ def _mesh_checkpoint_and_autocast(problem: Problem) -> None:
         context_parallel_attention(*inputs, problem.layout, mesh, **options).sum().backward()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("strategy", ["heads", "bands"])
-def test_meshes_checkpoints_compile_autocast_and_second_backwards(two: Ranks, strategy: str) -> None:
-    two.call(_mesh_checkpoint_and_autocast, simple(strategy, shards=Shards.head_tail(64, 2)))
+def test_meshes_checkpoints_compile_autocast_and_second_backwards(
+    two: Ranks, strategy: str, parts: int
+) -> None:
+    problem = simple(strategy, shards=Shards.head_tail(64, 2), parts=parts, kv_heads=4)
+    two.call(_mesh_checkpoint_and_autocast, problem)
 
 
 def _equal_shards_by_default() -> None:
