@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import os
@@ -143,6 +144,20 @@ def test_documents_are_collected_once_and_split(recipe: SimpleNamespace, tmp_pat
         assert both.count(line) == (0 if 40 <= place < 50 else 1), place
     assert all(line not in both for line in lines[130:150])
     assert all(word not in both for word in ("hidden", "Abst", "TH", "\\f", "print", "over 4", "B<"))
+
+
+def test_books_are_several_documents(recipe: SimpleNamespace, tmp_path: Path) -> None:
+    """All of a book, cut at empty lines."""
+    folder = tmp_path / "usr/share/dictd"
+    folder.mkdir(parents=True)
+    entries = [_words(100, seed) for seed in range(1000)]
+    # Of an old dictionary: a byte is of another encoding.
+    with gzip.open(folder / "words.dict.dz", "wb") as file:
+        file.write(b"\x92" + "\n\n".join(entries).encode())
+    (folder / "words.index.gz").write_bytes(gzip.compress("größer ".encode("latin-1") * 999))
+    pieces = list(recipe.data.collect(tmp_path))
+    assert len(pieces) == 3 and all(len(piece.text) < 210_000 for piece in pieces)
+    assert [entry for piece in pieces for entry in piece.text.split("\n\n")] == entries
 
 
 def test_files_of_each_kind(recipe: SimpleNamespace, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import ast
 import gzip
 import hashlib
 import html.parser
+import itertools
 import json
 import math
 import random
 import re
+import subprocess
 import sys
 import sysconfig
 import zlib
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 
 RUN_LINES = 3  # so many lines in a row that stood in an earlier document are left out
 SHORTEST = 200  # characters of a document
+LONGEST = 200_000  # characters of a document of the distribution: books and dictionaries are several
 LARGEST_BYTES = 64 << 20  # of a file of the distribution
 COMMON_WORDS = frozenset(
     [
@@ -135,16 +138,17 @@ def plain_pod(text: str) -> str:
 
 
 def _read_text(path: Path) -> str | None:
-    """A file's text; None where it is none."""
+    """A file's text; None where it is none. A byte in a thousand that is no UTF-8 is left out."""
     try:
         if path.stat().st_size > LARGEST_BYTES:
             return None
         raw = path.read_bytes()
         if path.name.endswith((".gz", ".dz")):
             raw = gzip.decompress(raw)
-        return raw.decode("utf-8").replace("\r\n", "\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+    except (OSError, EOFError, zlib.error):
         return None
+    text = raw.decode(errors="ignore")
+    return text.replace("\r\n", "\n") if len(text.encode()) >= 0.999 * len(raw) and "\0" not in text else None
 
 
 def is_english(text: str) -> bool:
@@ -173,7 +177,6 @@ def _distribution(root: Path) -> Iterator[Document]:
         "usr/share/perl": plain_pod,
         "usr/share/dictd": None,
         "usr/share/games/fortunes": None,
-        "usr/share/bible": None,
         **{f"usr/share/man/man{section}": plain_man for section in range(1, 10)},
     }
     for folder, plain in folders.items():
@@ -217,12 +220,35 @@ def _python() -> Iterator[Document]:
         yield Document("\n\n".join(filter(None, strings)), "python")
 
 
+def _king_james(root: Path) -> Iterator[Document]:
+    """Debian's bible-kjv, whose text its program reads."""
+    program, folder = root / "usr/bin/bible", root / "usr/lib"
+    if program.exists() and (folder / "bible.data").exists():
+        command = [str(program), "-p", str(folder), "gen1:1-rev22:21"]
+        printed = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        yield Document(printed.stdout, "bible-kjv-text")
+
+
+def _pieces(document: Document) -> Iterator[Document]:
+    """A document, cut at empty lines where it is longer than `LONGEST`."""
+    part: list[str] = []
+    length = 0
+    for paragraph in re.split(r"\n\s*\n", document.text):
+        part.append(paragraph)
+        length += len(paragraph)
+        if length > LONGEST:
+            yield Document("\n\n".join(part), document.source)
+            part, length = [], 0
+    yield Document("\n\n".join(part), document.source)
+
+
 def collect(root: Path) -> Iterator[Document]:
     """English documents below a file system's root, and of the running Python where that is ``/``."""
-    documents = _distribution(root)
-    yield from (document for document in documents if is_english(document.text))
-    if root == Path("/"):
-        yield from (document for document in _python() if is_english(document.text))
+    sources = [_distribution(root), _king_james(root), _python() if root == Path("/") else ()]
+    for document in itertools.chain(*sources):
+        yield from (piece for piece in _pieces(document) if is_english(piece.text))
 
 
 def _licence(package: str, root: Path) -> str:
