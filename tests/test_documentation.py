@@ -1,12 +1,13 @@
 """What README.md and docs/ show runs, where it says so; what they link to exists.
 
 A page's blocks of ``python`` and ``sh`` run in their order, in one folder and one interpreter. A block whose
-title begins with "needs" (a GPU, a network, a corpus) is not run, nor are other languages (``text`` is
-output). Searches and checks are cut short by `SHORTER`: two trials of a small problem where a page says ten
-minutes.
+title begins with "needs" (a GPU, a network, a corpus) is not run, one that needs an extra where that is
+installed, and other languages never (``text`` is output). Searches and checks are cut short by `SHORTER`: two
+trials of a small problem where a page says ten minutes.
 """
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +17,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -61,8 +68,20 @@ def blocks_of(path: Path) -> list[tuple[str, int, str, str]]:
     return found
 
 
+def is_installed(extra: str) -> bool:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    try:
+        for text in project["optional-dependencies"][extra]:
+            importlib.metadata.version(Requirement(text).name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def runs(kind: str, title: str) -> bool:
-    return kind in ("python", "sh") and not title.startswith("needs ")
+    extra = re.fullmatch(r"needs the extra (\w+)", title)
+    lacks = title.startswith("needs ") if extra is None else not is_installed(extra[1])
+    return kind in ("python", "sh") and not lacks
 
 
 @pytest.fixture
@@ -134,16 +153,15 @@ def test_blocks_run(page: Path, checkout: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_blocks_say_what_they_are(page: Path) -> None:
-    """No command hides in a block without a language, and only a lack of hardware keeps one from running."""
+    """No command hides in a block without a language; only what a machine lacks keeps one from running."""
     fences = len(re.findall(r"^ *```", page.read_text(encoding="utf-8"), re.MULTILINE))
     found = blocks_of(page)
     assert fences == 2 * len(found)
     for kind, line, title, _ in found:
         assert kind in ("python", "sh", "text", "toml"), f"{page.name}:{line}: ```{kind}"
         if title.startswith("needs "):
-            assert re.search(r"needs (a GPU|GPUs|a network|other machines|a corpus)", title), (
-                f"{page.name}:{line}"
-            )
+            known = r"needs (a GPU|GPUs|a network|other machines|a corpus|the extra \w+$)"
+            assert re.match(known, title), f"{page.name}:{line}: {title}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
