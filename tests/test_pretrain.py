@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import statistics
@@ -352,7 +353,7 @@ def _losses(out: Path) -> dict[int, list[Any]]:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_happened(
-    recipe: SimpleNamespace, tiny: Path, tmp_path: Path
+    recipe: SimpleNamespace, folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
     config = recipe.config.load(tiny)
@@ -379,6 +380,15 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(
     other = recipe.config.load(tiny, ["train.learning_rate=1", "train.log_every=3"])
     with pytest.raises(recipe.config.ConfigError, match=r"\(train.learning_rate was 0.001, is 1\)"):
         recipe.train.train(other, killed)
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    same = recipe.config.load(tiny, [f"data.folder={moved}"])
+    recipe.train.train(same, killed)
+    assert _losses(killed) == expected
+    meta = json.loads((moved / "meta.json").read_text())
+    (moved / "meta.json").write_text(json.dumps(meta | {"sha256": "0"}))
+    with pytest.raises(recipe.config.ConfigError, match="moved holds other tokens than then"):
+        recipe.train.train(same, killed)
 
 
 def test_copies_stand_at_their_distance(recipe: SimpleNamespace, tiny: Path, folder: Path) -> None:

@@ -148,11 +148,10 @@ def _options(model: nn.Module) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=is_sharded, broadcast_from_rank0=is_sharded)
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, place: Place
-) -> None:
+def save_checkpoint(folder: Path, step: int, run: Run) -> None:
     """Write ``step-N.pt`` under another name first; older ones but the last two go."""
-    weights, moments = get_state_dict(model, optimizer, options=_options(model))
+    place = run.place
+    weights, moments = get_state_dict(run.model, run.optimizer, options=_options(run.model))
     random: list[Any] = [None] * place.world
     mine = {"cpu": torch.get_rng_state()}
     if place.device.type == "cuda":
@@ -168,7 +167,8 @@ def save_checkpoint(
             "model": weights,
             "optimizer": moments,
             "random": random,
-            "config": config.as_dict(),
+            "config": run.config.as_dict(),
+            "data": run.training.meta["sha256"],
         }
         partial = folder / "partial"
         with partial.open("wb") as file:
@@ -188,9 +188,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, place: Place
-) -> int:
+def load_checkpoint(path: Path, run: Run) -> int:
     """Continue from a checkpoint; returns the number of steps that were made.
 
     Raises
@@ -198,22 +196,25 @@ def load_checkpoint(
     ConfigError
         The run was another one: names the settings that differ.
     """
+    config, place = run.config, run.place
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     was, now = _flat(state["config"]), _flat(config.as_dict())
     differing = [name for name in now if name not in FREE_ON_RESUME and was.get(name) != now[name]]
-    if differing or len(state["random"]) != place.world:
-        changes = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differing]
-        if len(state["random"]) != place.world:
-            changes.append(f"{len(state['random'])} processes, now {place.world}")
+    changes = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differing]
+    if len(state["random"]) != place.world:
+        changes.append(f"it had {len(state['random'])} processes, now {place.world}")
+    if state["data"] != run.training.meta["sha256"]:
+        changes.append(f"{config.data.folder} holds other tokens than then")
+    if changes:
         raise ConfigError(
             f"{path} is of another run ({'; '.join(changes)}): resume it as it was, or give another --out"
         )
     set_state_dict(
-        model,
-        optimizer,
+        run.model,
+        run.optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
-        options=_options(model),
+        options=_options(run.model),
     )
     mine = state["random"][place.rank]
     torch.set_rng_state(mine["cpu"])
@@ -487,7 +488,7 @@ def train(config: Config, out: Path) -> None:
     with placed(config) as place:
         run = start(config, place)
         known = _checkpoints(out / "checkpoints")
-        done = load_checkpoint(known[-1], run.model, run.optimizer, config, place) if known else 0
+        done = load_checkpoint(known[-1], run) if known else 0
         log = Log(out, done) if place.is_first else None
         if log is not None and not done:
             header = {
@@ -531,7 +532,7 @@ def train(config: Config, out: Path) -> None:
                     loss=f"{lines[0]['loss']:.3f}", tokens_per_s=f"{made * tokens / seconds:,.0f}"
                 )
             if saves:
-                save_checkpoint(out / "checkpoints", step + 1, run.model, run.optimizer, config, place)
+                save_checkpoint(out / "checkpoints", step + 1, run)
             began, made, flops = time.perf_counter(), 0, 0
         if log is not None:
             log.close()
