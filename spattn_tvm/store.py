@@ -356,7 +356,9 @@ def _items_to_keep(path: Path) -> list[Any]:
         _text({"records": items})
         return items
     except _FutureFormatError as error:
-        raise ValueError(f"{path} is not replaced: {error}; update spattn-tvm, or save elsewhere") from error
+        raise ValueError(
+            f"{path} is not replaced: {error}; install a newer spattn-tvm, or save elsewhere"
+        ) from error
     except FileNotFoundError:
         if not path.is_symlink():
             return []

@@ -178,6 +178,34 @@ is_capturing: Callable[[], bool] = _find_or(
 cuda_sleep: Callable[[int], None] = _find_or("cuda._sleep", lambda cycles: None)
 
 
+def _assert_now(condition: Tensor, message: str) -> None:
+    if not bool(condition):
+        raise RuntimeError(message)
+
+
+# On a GPU the host does not wait for the answer.
+assert_async: Callable[[Tensor, str], object] = _find_or("_assert_async", _assert_now)
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Tell compiled functions, whose modules this does not import before, that a tensor stays where it is."""
+    try:
+        from torch._dynamo import mark_static_address
+    except ImportError:
+        return
+    mark_static_address(tensor)
+
+
+def send_keys_round() -> bool:
+    """Let PyTorch's context parallelism send keys from rank to rank; False where that can't be asked for."""
+    try:
+        from torch.distributed.tensor.experimental._attention import set_rotate_method
+    except ImportError:
+        return False
+    set_rotate_method("alltoall")
+    return True
+
+
 def forbid_donated_buffers() -> None:
     """Let compiled functions keep their graph, so that a backward pass can be run again and again."""
     try:

@@ -143,9 +143,9 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
     launch_backward(recorder.kernel, q, k, v, q, lse, q, lse, DOMAIN, scale)
     assert recorder.arguments[scratch + 1] is first[scratch + 1]
     assert recorder.arguments[scratch] is not first[scratch]
-    sums = arguments[scratch + 2 : -2]
-    shapes = [(s.shape, s.dtype) for s in sums]  # type: ignore[attr-defined]
-    assert shapes == [((2, 4, 7, 64), torch.float32)] * one_pass
+    others = [(s.shape, s.dtype) for s in arguments[scratch + 2 : -2]]  # type: ignore[attr-defined]
+    sums_and_progress = [((2, 4, 7, 64), torch.float32), ((3 + 2 * 2,), torch.int32)]
+    assert others == (sums_and_progress if one_pass else [])
     sign = 1.0 if scale > 0 else math.copysign(1.0, scale) if scale else 0.0
     assert arguments[-2:] == (abs(scale) or 1.0, torch.get_num_threads())
     assert torch.equal(arguments[0], q * sign)  # type: ignore[arg-type]

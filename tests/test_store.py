@@ -239,9 +239,11 @@ def test_a_file_of_a_later_format_is_skipped_and_never_replaced(tmp_path: Path) 
     choice, said = warnings_of(lambda: find_schedule(BASE, HERE, root=tmp_path))
     assert choice.status == "untuned"
     assert (
-        len(said) == 1 and f"its format is {store.FORMAT + 1}" in said[0] and "update spattn-tvm" in said[0]
+        len(said) == 1
+        and f"its format is {store.FORMAT + 1}" in said[0]
+        and "install a newer spattn-tvm" in said[0]
     )
-    with pytest.raises(ValueError, match=rf"format is {store.FORMAT + 1}.*update spattn-tvm"):
+    with pytest.raises(ValueError, match=rf"format is {store.FORMAT + 1}.*install a newer spattn-tvm"):
         save_records([record()], tmp_path)
     assert path.read_text(encoding="utf-8") == text
 

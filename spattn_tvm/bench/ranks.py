@@ -141,15 +141,17 @@ def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from spattn_tvm.torch_private import send_keys_round
 
     if task.device == "cpu":
         raise PeerUnavailable("PyTorch's ring attention has no kernel for CPUs")
     if task.problem.dtype not in ("float16", "bfloat16"):
         raise PeerUnavailable("flash attention takes float16 and bfloat16")
+    if not send_keys_round():
+        raise PeerUnavailable("this PyTorch has no way to ask for a ring")
     mesh = init_device_mesh(task.device, (task.ranks,))
-    set_rotate_method("alltoall")
     group = task.problem.query_heads // task.problem.kv_heads
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

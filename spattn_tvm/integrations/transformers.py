@@ -24,6 +24,7 @@ from spattn_tvm.extras import install_hint
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.decode import banded_attention_decode
 from spattn_tvm.problem import MAX_DECODE_QUERIES
+from spattn_tvm.torch_private import assert_async, keep_address
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -241,7 +242,7 @@ def banded_mask(
         begin, is_whole = _first_tokens(attention_mask[:, :kv_length])
         # A step of decoding waits for nothing. Longer calls do, once for all layers, as transformers' own.
         if is_tracing or (q_length == 1 and attention_mask.is_cuda):
-            torch._assert_async(is_whole, _HOLES)
+            assert_async(is_whole, _HOLES)
         elif not is_whole:
             raise ValueError(_HOLES)
         elif q_length > 1 and is_all and bool(attention_mask.all()):
@@ -285,7 +286,7 @@ def _check_padded_positions(position_ids: Tensor, begin: Tensor) -> None:
     place = torch.arange(position_ids.shape[1], device=position_ids.device)
     starts_again = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 1) & (place[:-1] > begin[:, None])
     if _is_compiling():
-        torch._assert_async(~starts_again.any(), _PACKED_AND_PADDED)
+        assert_async(~starts_again.any(), _PACKED_AND_PADDED)
     elif bool(starts_again.any()):
         raise ValueError(_PACKED_AND_PADDED)
 
@@ -313,7 +314,7 @@ def _is_same(boundaries: Tensor, others: Tensor | None) -> bool:
 def _packing(position_ids: Tensor, places: Tensor, may_pack: bool) -> tuple[Tensor | None, bool]:
     """`_documents`, found by the first of the layers that are given the same positions."""
     if not may_pack and _is_compiling() and places.shape[2] == 1:
-        torch._assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED)
+        assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED)
         return None, False
     batch, is_padded = places.shape[0], places.shape[2] == 2
     known = None if _is_compiling() else getattr(position_ids, "_spattn_packing", None)
@@ -528,7 +529,7 @@ class _Layer(CacheLayerMixin):
         )
         if self.is_compileable:
             for tensor in (self.cache.keys, self.cache.values, self.cache.lengths):
-                torch._dynamo.mark_static_address(tensor)
+                keep_address(tensor)
         self.is_initialized = True
 
     def update(
