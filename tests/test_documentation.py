@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from shown_programs import run_program
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -138,14 +139,13 @@ def test_blocks_run(page: Path, checkout: Path) -> None:
         "SPATTN_TRAIN_MINUTES": "0.1",
     }
     environment.pop("SPATTN_BUNDLE", None)
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, "-c", RUN, page.name],
         input=json.dumps(blocks),
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         timeout=380,
     )
     assert done.returncode == 0, done.stdout[-6000:]

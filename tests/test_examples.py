@@ -1,11 +1,11 @@
 """Each file of examples/ runs, in less than a minute, as a reader would run it."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from shown_programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -19,13 +19,8 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # Twice the minute that it may take: the machine does something else besides.
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+    done = run_program(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, timeout=120
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     assert done.stdout.strip(), "an example says what it found"
