@@ -13,9 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# One import for all ranks.
+# One import for all ranks; what is not installed is left out.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["spattn_tvm.distributed.attention", "rank_problems"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "rank_problems",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.olmoe.modeling_olmoe",
+        "spattn_tvm.integrations.transformers",
+    ]
+)
 
 
 class RankError(AssertionError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import os
 import random
@@ -16,18 +15,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from training_recipe import SCRIPTS, imported_recipe
 
 from spattn_tvm.bench.peer_masks import bigbird_mask, longformer_mask, reformer_mask
 
 pytest.importorskip("transformers", minversion="5.24")
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts/pretrain"
 CONFIGS = sorted(path for path in SCRIPTS.rglob("*.toml"))
 COMPUTED = ("loss", "gradient_norm", "learning_rate", "held_out", "copies")
 # Ten kills, and runs of two processes, take minutes.
@@ -62,16 +61,8 @@ checkpoint_every = 3
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[SimpleNamespace]:
-    """The scripts' modules, which import one another by their bare names."""
-    names = ("config", "data", "model", "train", "tables")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
-        yield SimpleNamespace(**modules)
-    for name in names:
-        del sys.modules[name]
-    torch.use_deterministic_algorithms(deterministic)
+    with imported_recipe() as modules:
+        yield modules
 
 
 def _words(count: int, seed: int) -> str:

@@ -6,6 +6,7 @@ command line (``--set train.seed=1``). What is unknown, of the wrong type or imp
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import itertools
@@ -20,6 +21,9 @@ BANDED = ("spattention", "exclusive", "local_only", "gapped", "equal_area", "sli
 MASKED = ("longformer", "bigbird", "reformer")
 ATTENTIONS = (*BANDED, "dense", *MASKED, "bound")
 """Attention by name; ``bound`` is ``q + repeat(k) + repeat(v)`` in its place, for the throughput table."""
+
+SHAREABLE = tuple(name for name in ATTENTIONS if name not in MASKED)
+"""Attentions of sequences that several processes share."""
 
 IMPLEMENTATIONS = ("auto", "flex", "eager")
 
@@ -81,6 +85,7 @@ class Train:
     seed: int = 0
     precision: str = "autocast"  # bfloat16 over float32 weights; "bfloat16": weights too; "float32"
     parallel: str = "ddp"  # or "fsdp2"
+    context_parallel: int = 1  # processes that share the sequences of a micro batch
     activation_checkpointing: bool = False
     loss_chunk: int = 2048  # tokens whose logits exist at a time
     deterministic: bool = False  # always on the CPU
@@ -184,6 +189,26 @@ def _section(name: str, kind: type, entries: Any) -> Any:
     return kind(**values)
 
 
+def _check_context_parallel(config: Config) -> None:
+    ranks, context = config.train.context_parallel, config.data.context
+    masked = sorted(set(config.names) & set(MASKED))
+    if masked:
+        raise ConfigError(
+            f"train.context_parallel ({ranks}) shares sequences by bands, and {', '.join(masked)} has a mask "
+            f"of another kind, which runs with train.context_parallel=1; names that can be shared: "
+            f"{', '.join(SHAREABLE)}"
+        )
+    if config.attention.implementation != "auto":
+        raise ConfigError(
+            f"train.context_parallel ({ranks}) goes with attention.implementation=auto, "
+            f"got {config.attention.implementation!r}"
+        )
+    if context < 2 * ranks:
+        raise ConfigError(
+            f"data.context ({context}) is at least two tokens for each of train.context_parallel ({ranks})"
+        )
+
+
 def _check(config: Config) -> None:
     model, attention, data, train = config.model, config.attention, config.data, config.train
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -216,6 +241,8 @@ def _check(config: Config) -> None:
         )
     if model.experts_per_token > model.experts:
         raise ConfigError(f"{model.experts_per_token} experts a token of {model.experts}")
+    if train.context_parallel > 1:
+        _check_context_parallel(config)
     if train.batch % train.micro_batch:
         raise ConfigError(
             f"train.batch ({train.batch}) is a multiple of train.micro_batch ({train.micro_batch})"
@@ -268,3 +295,23 @@ def load(path: Path, settings: typing.Sequence[str] = ()) -> Config:
     config = Config(**{name: _section(name, sections[name], entries) for name, entries in values.items()})
     _check(config)
     return config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a command takes to name its configuration."""
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        metavar="P",
+        help="P processes share each sequence: a name for --set train.context_parallel=P",
+    )
+
+
+def load_arguments(arguments: argparse.Namespace) -> Config:
+    """The configuration that a command line names; raises as `load`."""
+    settings = list(arguments.set)
+    if arguments.context_parallel is not None:
+        settings.append(f"train.context_parallel={arguments.context_parallel}")
+    return load(arguments.config, settings)

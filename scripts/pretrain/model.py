@@ -2,20 +2,23 @@
 
 Layers that are all banded run through ``spattn_tvm.integrations.transformers``, as any model with
 ``set_layout`` does. Others go through an attention function of this file: SDPA (cuDNN first) for dense
-attention over joined documents, FlexAttention for the rest, which the CPU computes with SDPA and a mask.
+attention over joined documents, FlexAttention for the rest, which the CPU computes with SDPA and a mask; and
+all of them where ranks share the sequences, dense ones then as causal bands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from config import BANDED, Config
+from context import SharedBatch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -94,7 +97,7 @@ def layers_of(config: Config) -> tuple[Layer, ...]:
             means = "bound"
         elif wanted != "auto":
             means = wanted
-        elif name in BANDED:
+        elif name in BANDED or config.train.context_parallel > 1:
             means = "bands"
         else:
             means = "sdpa" if name == "dense" and config.data.documents == "joined" else "flex"
@@ -160,19 +163,25 @@ def peer_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     peers: dict[int, tuple[Layer, Tensor | BlockMask | None]] | None = None,
+    shared: SharedBatch | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, in transformers' form, of models with a layer that is not banded."""
+    """The attention function, in transformers' form, of models with a layer that is not banded, and of ranks
+    that share a batch's sequences.
+    """
     if peers is None:
         raise ValueError("attention by name runs inside of LanguageModel, which hands it the layers' masks")
     layer, mask = peers[module.layer_idx]
-    if layer.means == "bands":
+    if layer.means == "bands" and shared is None:
         return banded_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     # Autocast leaves queries and keys in float32 behind their norms, and casts for PyTorch's operators only.
     query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     if layer.means == "bound":
         o = query + key.repeat_interleave(groups, 1) + value.repeat_interleave(groups, 1)
+    elif shared is not None:
+        assert layer.layout is not None
+        o = shared.attend(query, key, value, layer.layout, scaling)
     elif layer.means == "sdpa":
         with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
             o = F.scaled_dot_product_attention(
@@ -239,11 +248,15 @@ def nats_in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) 
 
 
 class LanguageModel(nn.Module):
-    """A causal language model whose forward pass is its loss, so that DDP and FSDP2 wrap all of it."""
+    """A causal language model whose forward pass is its loss, so that DDP and FSDP2 wrap all of it.
 
-    def __init__(self, config: Config, vocabulary: int) -> None:
+    With a group it computes some rows of each sequence, and the group's other ranks the rest.
+    """
+
+    def __init__(self, config: Config, vocabulary: int, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         _register()
+        self.group = group
         self.config = config
         self.layers = layers_of(config)
         self.all_banded = all(layer.means == "bands" for layer in self.layers)
@@ -270,7 +283,7 @@ class LanguageModel(nn.Module):
             self.model: Any = OlmoeForCausalLM(OlmoeConfig(**sizes, experts_implementation=experts))
         else:
             self.model = LlamaForCausalLM(LlamaConfig(**sizes))
-        if self.all_banded:
+        if self.all_banded and group is None:
             set_layout(self.model, [layer.layout for layer in self.layers])
         else:
             bands = [layer.layout.spec if layer.means == "bands" else None for layer in self.layers]
@@ -296,31 +309,50 @@ class LanguageModel(nn.Module):
         Parameters
         ----------
         tokens : Tensor
-            int64 ``(B, C + 1)``.
+            int64 ``(B, C + 1)``; the same for all ranks of a group.
         positions : Tensor
             int64 ``(B, C)``: of the inputs, within their documents.
 
         Returns
         -------
         loss : Tensor
-            Scalar, to minimize: mean cross-entropy in nats a token, and of experts the balancing loss.
+            Scalar, to minimize: mean cross-entropy in nats a token, and of experts the balancing loss. Of a
+            group's rank what its rows add to it, times the number of ranks.
         nats : Tensor
             float32 ``(B, C)``: cross-entropy of each token, without gradient.
         """
-        if self.config.data.documents == "joined":
+        is_joined = self.config.data.documents == "joined"
+        shared = None if self.group is None else SharedBatch.of(positions, is_joined, self.group)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if is_joined:
             positions = torch.arange(positions.shape[1], device=positions.device)[None]
-        arguments: dict[str, Any] = {} if self.all_banded else {"peers": self._peers(positions)}
-        if self.config.model.kind == "olmoe":
-            arguments["output_router_logits"] = True
-        outputs = self.model.model(input_ids=tokens[:, :-1], position_ids=positions, **arguments)
-        hidden, targets = outputs.last_hidden_state.flatten(0, 1), tokens[:, 1:].flatten()
-        nats = nats_in_chunks(hidden, self.model.lm_head.weight, targets, self.config.train.loss_chunk)
-        loss = nats.mean()
+        arguments: dict[str, Any] = {}
+        if shared is not None:
+            positions = positions.expand(inputs.shape)
+            inputs, targets, positions = (shared.own(rows) for rows in (inputs, targets, positions))
+            arguments = {"shared": shared, "peers": dict(enumerate((layer, None) for layer in self.layers))}
+        elif not self.all_banded:
+            arguments["peers"] = self._peers(positions)
         shape = self.config.model
+        if shape.kind == "olmoe":
+            arguments["output_router_logits"] = True
+        outputs = self.model.model(input_ids=inputs, position_ids=positions, **arguments)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        nats = nats_in_chunks(
+            hidden, self.model.lm_head.weight, targets.flatten(), self.config.train.loss_chunk
+        )
+        router = None
         if shape.kind == "olmoe" and shape.router_loss:
-            balance = load_balancing_loss_func(outputs.router_logits, shape.experts, shape.experts_per_token)
-            loss = loss + shape.router_loss * balance
-        return loss, nats.detach().view(tokens.shape[0], -1)
+            router = (outputs.router_logits, shape.experts, shape.experts_per_token)
+        if shared is None:
+            loss = nats.mean()
+            if router is not None:
+                loss = loss + shape.router_loss * load_balancing_loss_func(*router)
+            return loss, nats.detach().view(targets.shape)
+        loss = nats.sum() / tokens[:, 1:].numel()
+        if router is not None:
+            loss = loss + shape.router_loss * shared.balancing_loss(*router)
+        return shared.ranks * loss, shared.whole(nats.detach().view(targets.shape))
 
 
 def save_model(
@@ -347,6 +379,8 @@ def save_model(
     layouts = [layer.layout for layer in layers_of(config)]
     if None in layouts or "bound" in config.names:
         return False
+    # Whoever loads it has the whole sequences.
+    config = replace(config, train=replace(config.train, context_parallel=1))
     with torch.device("meta"):
         model = LanguageModel(config, vocabulary).model
     if set(config.names) == {"dense"}:

@@ -163,14 +163,14 @@ def quality(logs: dict[str, list[Line]]) -> str:
 def throughput(lines: Sequence[Line]) -> str:
     """The throughput table; of equal measurements the last one counts.
 
-    Ratios are to dense attention at the same length.
+    Ratios are to dense attention at the same length on as many processes.
     """
-    latest = {(line["context"], line["label"]): line for line in lines}
+    latest = {(line["context"], line.get("processes", 1), line["label"]): line for line in lines}
     table = []
-    for context, label in sorted(latest):
-        line = latest[context, label]
-        dense = latest.get((context, "dense"))
-        cells = [f"{context:,}", label]
+    for context, processes, label in sorted(latest):
+        line = latest[context, processes, label]
+        dense = latest.get((context, processes, "dense"))
+        cells = [f"{context:,}", label if processes == 1 else f"{label}, {processes} processes"]
         for what in ("forward_backward", "with_optimizer"):
             rate = line[what]["tokens_per_second"]
             ratio = f" ({rate / dense[what]['tokens_per_second']:.2f}x)" if dense else ""

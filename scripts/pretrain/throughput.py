@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import Config, ConfigError, load
+from config import Config, ConfigError, add_arguments, load_arguments
 from model import LanguageModel, attention_flops, matmul_flops_per_token
 from train import autocast, make_optimizer, peak_flops, peak_memory_bytes, placed, wrap
 
@@ -43,18 +44,19 @@ def _median_seconds(work: Callable[[], None], device: torch.device, warmup: int,
 
 
 def measure(config: Config, vocabulary: int, warmup: int, repeats: int) -> dict[str, Any]:
-    """Tokens a second, MFU and peak memory of one process.
+    """Tokens a second and MFU of all processes, and peak memory of this one.
 
     Parameters
     ----------
     config : Config
-        Its ``train.micro_batch`` sequences of ``data.context`` random tokens make a step, one document each.
+        Its ``train.micro_batch`` sequences of ``data.context`` random tokens, one document each, make a step
+        of a process, or of ``train.context_parallel`` processes that share them.
     vocabulary, warmup, repeats : int
     """
     with placed(config) as place:
         torch.manual_seed(config.train.seed)
         with place.device:
-            model = LanguageModel(config, vocabulary)
+            model = LanguageModel(config, vocabulary, place.group)
         wrapped = wrap(model, config, place)
         optimizer = make_optimizer(wrapped, config)
         batch, context = config.train.micro_batch, config.data.context
@@ -72,22 +74,24 @@ def measure(config: Config, vocabulary: int, warmup: int, repeats: int) -> dict[
             torch.nn.utils.clip_grad_norm_(wrapped.parameters(), config.train.clip)
             optimizer.step()
 
-        flops = batch * context * matmul_flops_per_token(config, vocabulary)
-        flops += attention_flops(config, [context] * batch)
+        tokens_of_all = place.batches * batch * context
+        flops = tokens_of_all * matmul_flops_per_token(config, vocabulary)
+        flops += place.batches * attention_flops(config, [context] * batch)
         peak = peak_flops(config, place.device)
         found: dict[str, Any] = {}
         for name, work in (("forward_backward", forward_backward), ("with_optimizer", with_optimizer)):
             seconds = _median_seconds(work, place.device, warmup, repeats)
             found[name] = {
                 "seconds": seconds,
-                "tokens_per_second": batch * context / seconds,
-                "mfu": flops / seconds / peak if peak else None,
+                "tokens_per_second": tokens_of_all / seconds,
+                "mfu": flops / seconds / (peak * place.world) if peak else None,
             }
         facts = device_facts(place.device)
         return found | {
             "label": config.label,
             "context": context,
             "layers": config.model.layers,
+            "processes": place.world,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "peak_memory_bytes": peak_memory_bytes(place.device),
             "device": facts["name"],
@@ -101,18 +105,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file, which is appended to")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     try:
-        config = load(arguments.config, arguments.set)
+        config = load_arguments(arguments)
         line = measure(config, arguments.vocabulary, arguments.warmup, arguments.repeats)
     except ConfigError as error:
         sys.exit(str(error))
+    if int(os.environ.get("RANK", 0)):
+        return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -2,6 +2,7 @@
 
     python scripts/pretrain/train.py scripts/pretrain/configs/smoke.toml --out results/pretrain/smoke
     torchrun --nproc-per-node 8 scripts/pretrain/train.py CONFIG --out FOLDER --set train.parallel=fsdp2
+    torchrun --nproc-per-node 8 scripts/pretrain/train.py CONFIG --out FOLDER --context-parallel 4
 
 The folder gets ``log.jsonl``, TensorBoard's events if it is installed, the last two checkpoints and, at the
 end, ``model``, which transformers loads. A run that was killed goes on from the last checkpoint when the same
@@ -25,10 +26,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from config import FREE_ON_RESUME, Config, ConfigError, load
+from config import FREE_ON_RESUME, Config, ConfigError, add_arguments, load_arguments
 from data import SEPARATOR, DataError, Tokens
 from model import LanguageModel, attention_flops, document_lengths, matmul_flops_per_token, save_model
 from torch import Tensor, nn
+from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,20 +54,60 @@ PROBE_TOKENS, PROBE_CUE = 64, 16
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all of a run."""
+    """This process among all of a run.
+
+    Attributes
+    ----------
+    rank, world : int
+        Of all processes.
+    device : torch.device
+    group : ProcessGroup or None
+        Those that share sequences with this one: consecutive ranks.
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sharers(self) -> int:
+        """How many processes work on one batch of sequences."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def batches(self) -> int:
+        """How many micro batches all processes work on at a time."""
+        return self.world // self.sharers
+
+    @property
+    def batch(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.sharers
+
+
+def make_place(config: Config, rank: int, world: int, device: torch.device) -> Place:
+    """A process of a run, on a mesh of data and context if sequences are shared."""
+    sharers = config.train.context_parallel
+    if sharers == 1:
+        return Place(rank, world, device)
+    mesh = init_device_mesh(device.type, (world // sharers, sharers), mesh_dim_names=("data", "context"))
+    return Place(rank, world, device, mesh["context"].get_group())
+
 
 @contextlib.contextmanager
 def placed(config: Config) -> Iterator[Place]:
-    """Joins the processes of a run, if torchrun started several."""
+    """Joins the processes of a run, if torchrun started several.
+
+    Raises
+    ------
+    ConfigError
+        A device that is not there, or a number of processes that can't be shared out.
+    """
     kind = config.train.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,10 +117,15 @@ def placed(config: Config) -> Iterator[Place]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world % config.train.context_parallel:
+        raise ConfigError(
+            f"train.context_parallel ({config.train.context_parallel}) does not divide the number of "
+            f"processes ({world}): start them with torchrun --nproc-per-node"
+        )
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Place(int(os.environ.get("RANK", 0)), world, device)
+        yield make_place(config, int(os.environ.get("RANK", 0)), world, device)
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -198,9 +245,10 @@ def load_checkpoint(path: Path, run: Run) -> int:
     """
     config, place = run.config, run.place
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    was, now = _flat(state["config"]), _flat(config.as_dict())
-    differing = [name for name in now if name not in FREE_ON_RESUME and was.get(name) != now[name]]
-    changes = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in differing]
+    # Settings that there were not yet had the effect of their defaults.
+    was, now = _flat(Config().as_dict()) | _flat(state["config"]), _flat(config.as_dict())
+    differing = [name for name in now if name not in FREE_ON_RESUME and was[name] != now[name]]
+    changes = [f"{name} was {was[name]!r}, is {now[name]!r}" for name in differing]
     if len(state["random"]) != place.world:
         changes.append(f"it had {len(state['random'])} processes, now {place.world}")
     if state["data"] != run.training.meta["sha256"]:
@@ -316,15 +364,16 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Held-out loss in nats a token, in bits a byte, and by position within the document."""
     place, settings = run.place, run.config.train
     windows = run.held_out.first(settings.evaluate_sequences)
-    each = len(windows) // place.world
+    each = len(windows) // place.batches
     if not each:
-        raise DataError(f"{len(windows)} held-out sequences for {place.world} processes")
-    windows = windows[place.rank * each : (place.rank + 1) * each]
+        raise DataError(f"{len(windows)} held-out sequences for {place.batches} processes or groups of them")
+    windows = windows[place.batch * each : (place.batch + 1) * each]
     positions = torch.from_numpy(run.held_out.positions(windows))
     nats = _nats(run, torch.from_numpy(windows), positions)
     # Positions 0, 1, 2-3, 4-7, ...
     octave = torch.log2(positions.double().clamp(min=0.5)).floor().long() + 1
     octaves = int(run.config.data.context - 1).bit_length() + 1
+    # Processes that share a batch count all of it: that is the same factor in both.
     sums = torch.bincount(octave.flatten(), nats.flatten(), octaves)
     counts = torch.bincount(octave.flatten(), minlength=octaves).double()
     sums, counts = _over_all(torch.stack([sums, counts]), place)
@@ -349,8 +398,8 @@ def probe_copies(run: Run) -> dict[str, Any]:
     """
     context, place = run.config.data.context, run.place
     windows = run.held_out.first(run.config.train.evaluate_sequences)
-    each = len(windows) // place.world
-    original = torch.from_numpy(windows[place.rank * each : (place.rank + 1) * each])
+    each = len(windows) // place.batches
+    original = torch.from_numpy(windows[place.batch * each : (place.batch + 1) * each])
     positions = torch.arange(context).expand(len(original), context)
     first = _nats(run, original, positions)
     found = {}
@@ -396,10 +445,11 @@ def start(config: Config, place: Place) -> Run:
         No data.
     """
     settings = config.train
-    shared = settings.micro_batch * place.world
-    if settings.batch % shared:
+    at_a_time = settings.micro_batch * place.batches
+    if settings.batch % at_a_time:
         raise ConfigError(
-            f"train.batch ({settings.batch}) is no multiple of micro_batch x processes ({shared})"
+            f"train.batch ({settings.batch}) is no multiple of micro_batch x processes / context_parallel "
+            f"({at_a_time})"
         )
     if settings.deterministic or place.device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -409,22 +459,31 @@ def start(config: Config, place: Place) -> Run:
     held_out = Tokens(folder, "held_out", config.data.context)
     torch.manual_seed(settings.seed)
     with place.device:
-        model = LanguageModel(config, training.meta["vocabulary"])
+        model = LanguageModel(config, training.meta["vocabulary"], place.group)
     wrapped = wrap(model, config, place)
     return Run(config, place, wrapped, make_optimizer(wrapped, config), training, held_out)
+
+
+def _backward(run: Run, windows: Tensor, positions: Tensor, batches: int) -> Tensor:
+    """Add to the gradients those of one of so many micro batches; returns its tokens' losses."""
+    device = run.place.device
+    with autocast(run.config, run.place):
+        loss, nats = run.model(windows.to(device), positions.to(device))
+    (loss / batches).backward()
+    return nats
 
 
 def make_step(run: Run, step: int) -> int:
     """One step of all processes; returns the floating-point operations of all."""
     config, place, settings = run.config, run.place, run.config.train
-    accumulated = settings.batch // (settings.micro_batch * place.world)
+    accumulated = settings.batch // (settings.micro_batch * place.batches)
     rate = learning_rate_at(step, config)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     losses = torch.zeros((), device=place.device)
     flops = 0
     for part in range(accumulated):
-        begin = step * settings.batch + (part * place.world + place.rank) * settings.micro_batch
+        begin = step * settings.batch + (part * place.batches + place.batch) * settings.micro_batch
         windows = run.training.at(begin, settings.micro_batch)
         positions = torch.from_numpy(run.training.positions(windows))
         flops += attention_flops(config, document_lengths(config, positions))
@@ -435,9 +494,7 @@ def make_step(run: Run, step: int) -> int:
         elif hasattr(run.model, "set_requires_gradient_sync"):
             run.model.set_requires_gradient_sync(is_last)
         with waiting:
-            with autocast(config, place):
-                loss, nats = run.model(torch.from_numpy(windows).to(place.device), positions.to(place.device))
-            (loss / accumulated).backward()
+            nats = _backward(run, torch.from_numpy(windows), positions, accumulated)
         losses += nats.mean() / accumulated
     norm: Any = nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -445,8 +502,8 @@ def make_step(run: Run, step: int) -> int:
     run.optimizer.zero_grad(set_to_none=True)
     run.pending.append((step + 1, losses, norm.detach(), rate))
     tokens = settings.batch * config.data.context
-    # Documents of the other processes are about as long.
-    return flops * place.world + tokens * matmul_flops_per_token(config, run.training.meta["vocabulary"])
+    # Documents of the other batches are about as long.
+    return flops * place.batches + tokens * matmul_flops_per_token(config, run.training.meta["vocabulary"])
 
 
 def _steps_of(run: Run) -> list[dict[str, Any]]:
@@ -497,6 +554,7 @@ def train(config: Config, out: Path) -> None:
                 "parameters": sum(weight.numel() for weight in run.model.parameters()),
                 "data": run.training.meta,
                 "processes": place.world,
+                "batches_at_a_time": place.batches,
                 "threads": torch.get_num_threads(),
                 "device": device_facts(place.device),
                 "versions": installed_versions(("torch", "transformers", "spattn-tvm", "apache-tvm")),
@@ -545,12 +603,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of this run; resumed if it has begun")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        train(load(arguments.config, arguments.set), arguments.out)
+        train(load_arguments(arguments), arguments.out)
     except (ConfigError, DataError) as error:
         sys.exit(str(error))
 
