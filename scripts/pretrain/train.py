@@ -257,6 +257,12 @@ def load_checkpoint(path: Path, run: Run) -> int:
         raise ConfigError(
             f"{path} is of another run ({'; '.join(changes)}): resume it as it was, or give another --out"
         )
+    if isinstance(run.model, DistributedDataParallel):
+        # Its first backward pass says in which order gradients travel from then on, and that order is the one
+        # in which more than two processes' gradients are summed.
+        windows = run.training.at(0, config.train.micro_batch)
+        _backward(run, torch.from_numpy(windows), torch.from_numpy(run.training.positions(windows)), 1)
+        run.optimizer.zero_grad(set_to_none=True)
     set_state_dict(
         run.model,
         run.optimizer,
