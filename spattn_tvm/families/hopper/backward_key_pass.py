@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
@@ -39,6 +40,8 @@ from .parts import (
     issue_sum,
     mask_queries,
     pass_rest,
+    rows_map,
+    statistics_map,
     wgmma,
 )
 
@@ -61,6 +64,17 @@ def key_plan(
         streamed=("q", "do"),
         head_dim=head_dim,
         **differences,
+    )
+
+
+def key_pass_maps(t: SimpleNamespace, key_rows: int, queries: int) -> SimpleNamespace:
+    """TMA maps of a pass over tiles of ``key_rows`` keys, with chunks of ``queries``."""
+    return SimpleNamespace(
+        k=rows_map(t.k, key_rows),
+        v=rows_map(t.v, key_rows),
+        q=rows_map(t.q, queries),
+        do=rows_map(t.do, queries),
+        stats=statistics_map(t.stats, queries),
     )
 
 

@@ -66,7 +66,7 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
-from .backward_key_pass import key_plan, produce_for_keys, store_gradients
+from .backward_key_pass import key_pass_maps, key_plan, produce_for_keys, store_gradients
 from .backward_producers import init_rings
 from .backward_sizes import (
     BARRIER_BYTES,
@@ -102,8 +102,6 @@ from .parts import (
     match_tensors,
     matrix,
     row_step,
-    rows_map,
-    statistics_map,
     wait_count,
     wgmma,
 )
@@ -194,9 +192,9 @@ def clear_items(t: SimpleNamespace, together: int, warpgroups: int) -> Any:
     return pairs * t.group * warpgroups * item_blocks(t)
 
 
-def sums_of(t: SimpleNamespace, b: Any, h: Any, w: Any, row: Any, warpgroups: int, span: int) -> Any:
-    """Global address of the sums of a row, in a warpgroup's columns."""
-    of_head = T.Cast("int64", (b * t.query_heads + h) * warpgroups + w) * T.Cast("int64", t.queries)
+def sums_of(t: SimpleNamespace, head: Any, w: Any, row: Any, warpgroups: int, span: int) -> Any:
+    """Global address of the sums of a row, in a warpgroup's columns; ``head`` counts b * Hq + h."""
+    of_head = T.Cast("int64", head * warpgroups + w) * T.Cast("int64", t.queries)
     return T.reinterpret("uint64", t.dq_sum.data) + T.Cast(
         "uint64", of_head + T.Cast("int64", row)
     ) * T.uint64(span * 4)
@@ -247,10 +245,8 @@ def store_sums(plan, at, lane, t, span):
                         if lane == 0:
                             arrive(at("empty", stage, BARRIER_BYTES))
                     if lane == 0:
-                        of_head: T.int64 = T.Cast("int64", head * warpgroups + w) * T.Cast("int64", t.queries)
                         T.ptx[REDUCE](
-                            T.reinterpret("uint64", t.dq_sum.data)
-                            + T.Cast("uint64", of_head + T.Cast("int64", first)) * T.uint64(span * 4),
+                            sums_of(t, head, w, first, warpgroups, span),
                             at("sum", w, sum_bytes) + T.Cast("uint32", (first - row) * (span * 4)),
                             T.Cast("uint32", count * (span * 4)),
                         )  # fmt: skip
@@ -306,7 +302,7 @@ def clear_sums(t, lane, together, warpgroups, span):
         locate_item(t, item[0], warpgroups, together, b, h, w, row)
         piece: T.int32 = lane
         pieces: T.int32 = T.min(t.queries - row, ITEM_ROWS) * (span // 4)
-        start: T.uint64 = sums_of(t, b, h, w, row, warpgroups, span)
+        start: T.uint64 = sums_of(t, b * t.query_heads + h, w, row, warpgroups, span)
         while piece < pieces:
             T.ptx["st.global.v4.f32"](
                 start + T.Cast("uint64", piece * 16), T.float32(0), T.float32(0), T.float32(0), T.float32(0)
@@ -343,7 +339,9 @@ def convert_sums(t, lane, scale, warpgroups, span, convert_instruction, ahead):
                 )
             wait_count(t.progress, ROWS_DONE + b * t.kv_heads + T.truncdiv(h, t.group), keys)
         T.cuda.warp_sync()
-        source: T.uint64 = sums_of(t, b, h, w, row, warpgroups, span) + T.Cast("uint64", own * 32)
+        source: T.uint64 = sums_of(t, b * t.query_heads + h, w, row, warpgroups, span) + T.Cast(
+            "uint64", own * 32
+        )
         row = row + own // lanes
         target: T.uint64 = element(
             t.dq, b, h, row, w * span + (own % lanes // 2 ^ (row % 2)) * 16 + own % 2 * 4
@@ -634,15 +632,7 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
                 stats=stats, next_tile=next_tile, dq_sum=dq_sum, progress=progress,
             )
         )  # fmt: skip
-        maps = T.meta_var(
-            SimpleNamespace(
-                k=rows_map(t.k, ROWS),
-                v=rows_map(t.v, ROWS),
-                q=rows_map(t.q, ONE_PASS_QUERIES),
-                do=rows_map(t.do, ONE_PASS_QUERIES),
-                stats=statistics_map(t.stats, ONE_PASS_QUERIES),
-            )
-        )
+        maps = T.meta_var(key_pass_maps(t, ROWS, ONE_PASS_QUERIES))
         with T.attr({"tirx.device_entry": True}):
             prepare(t, scale)
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):

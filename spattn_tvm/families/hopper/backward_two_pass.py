@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import tvm
 from tvm.script import tirx as T
 
-from .backward_key_pass import key_pass
+from .backward_key_pass import key_pass, key_pass_maps
 from .backward_query_pass import query_pass
 from .backward_sizes import WARPGROUP_ROWS
-from .parts import INF, match_tensors, rows_map, statistics_map
+from .parts import INF, match_tensors, rows_map
 
 RESET_THREADS = 128
 
@@ -77,15 +77,7 @@ def build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
                 v=rows_map(t.v, decisions["dq_keys"]),
             )
         )
-        of_keys = T.meta_var(
-            SimpleNamespace(
-                k=rows_map(t.k, KEY_ROWS),
-                v=rows_map(t.v, KEY_ROWS),
-                q=rows_map(t.q, decisions["dkv_queries"]),
-                do=rows_map(t.do, decisions["dkv_queries"]),
-                stats=statistics_map(t.stats, decisions["dkv_queries"]),
-            )
-        )
+        of_keys = T.meta_var(key_pass_maps(t, KEY_ROWS, decisions["dkv_queries"]))
         with T.attr({"tirx.device_entry": True}):
             reset(t)
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):

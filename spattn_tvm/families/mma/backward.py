@@ -135,7 +135,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
 
     from .backward_pass import TilePass
     from .backward_rows import cast_sum, make_delta
-    from .blocks import StridedTensor, flatten
+    from .blocks import match_rows
 
     one_pass = bool(decisions["one_pass"])
     *of_dq, dkv_sizes = passes(decisions, head_dim, dtype)
@@ -163,15 +163,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     ):
         B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
-        of_queries, of_keys = T.meta_var((B, HQ, N, head_dim)), T.meta_var((B, HKV, NK, head_dim))
-        q = T.meta_var(StridedTensor(q_handle, of_queries, dtype))
-        k = T.meta_var(StridedTensor(k_handle, of_keys, dtype))
-        v = T.meta_var(StridedTensor(v_handle, of_keys, dtype))
-        o = T.meta_var(StridedTensor(o_handle, of_queries, dtype))
-        do = T.meta_var(StridedTensor(do_handle, of_queries, dtype))
-        dq = T.meta_var(StridedTensor(dq_handle, of_queries, dtype))
-        dk = T.meta_var(StridedTensor(dk_handle, of_keys, dtype))
-        dv = T.meta_var(StridedTensor(dv_handle, of_keys, dtype))
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
         dlse = T.match_buffer(dlse_handle, (B, HQ, N), "float32", align=4)
         delta = T.match_buffer(delta_handle, (B, HQ, N), "float32", align=4)
@@ -180,7 +171,13 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32", align=4)
         key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32", align=4)
         key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
-        flatten(q, k, v, o, do, dq, dk, dv)
+        of_queries, of_keys = T.meta_var((B, HQ, N)), T.meta_var((B, HKV, NK))
+        rows = T.meta_var(
+            match_rows(
+                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle,
+                do=do_handle, dq=dq_handle, dk=dk_handle, dv=dv_handle,
+            )
+        )  # fmt: skip
         flat_lse = T.decl_buffer((B * HQ * N,), "float32", data=lse.data)
         flat_delta = T.decl_buffer((B * HQ * N,), "float32", data=delta.data)
         # In two passes there is none, and nobody looks at this one.
@@ -198,17 +195,16 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         num_ranges: T.let[T.int32] = T.cast(RANGES, "int32")
         call = T.meta_var(
             SimpleNamespace(
-                q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, lse=flat_lse, delta=flat_delta, dq_sum=flat_sum,
-                bands=flat_bands, boundaries=boundaries, key_boundaries=key_boundaries,
-                key_ranges=key_ranges, scale=scale, batches=batches, length=length, key_length=key_length,
-                query_heads=query_heads, kv_heads=kv_heads, documents=documents, tables=tables,
-                num_ranges=num_ranges, length64=N,
+                **vars(rows), lse=flat_lse, delta=flat_delta, dq_sum=flat_sum, bands=flat_bands,
+                boundaries=boundaries, key_boundaries=key_boundaries, key_ranges=key_ranges, scale=scale,
+                batches=batches, length=length, key_length=key_length, query_heads=query_heads,
+                kv_heads=kv_heads, documents=documents, tables=tables, num_ranges=num_ranges, length64=N,
             )
         )  # fmt: skip
         shape = T.meta_var((batches, query_heads, length))
 
         with T.attr({"tirx.device_entry": True}):
-            make_delta(o, do, dlse, delta, dq_sum if one_pass else None, shape, head_dim, dtype)
+            make_delta(rows.o, rows.do, dlse, delta, dq_sum if one_pass else None, shape, head_dim, dtype)
         if not one_pass:
             dq_sizes = T.meta_var(of_dq[0])
             with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": dq_sizes.blocks}):
@@ -219,7 +215,7 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
             dkv_pass.run()
         if one_pass:
             with T.attr({"tirx.device_entry": True}):
-                cast_sum(dq_sum, dq, scale, shape, head_dim, dtype)
+                cast_sum(dq_sum, rows.dq, scale, shape, head_dim, dtype)
 
     if not one_pass:
         kept = [param for param in backward.params if param.name != "dq_sum"]

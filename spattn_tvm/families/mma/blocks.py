@@ -8,7 +8,8 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
 - `locate_macro`: from a tile's number to its document, head, first row and bands.
 - `scalar`: a variable of a kernel that is written as a class with inline parts.
 - `wait_macro`: waits at an mbarrier.
-- `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start.
+- `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start; `match_rows`: those of a
+  function.
 - `row_loader_macro`: rows of such a tensor to shared memory by ``cp.async``.
 - `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, the product, and the
   way of an accumulator's rows to global memory.
@@ -25,7 +26,8 @@ sums off rather than round them, which long chains of additions would turn into 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from spattn_tvm.target import is_before_hopper
@@ -129,6 +131,23 @@ def wait_macro(arch: str) -> Callable[..., None]:
     return spin if is_before_hopper(arch) else sleep
 
 
+def check_buildable(
+    conflict: Callable[[Mapping[str, int], int, str, str], str | None],
+    decisions: Mapping[str, int],
+    head_dim: int,
+    dtype: str,
+    arch: str,
+) -> None:
+    """ValueError when the head dim, the dtype or the decisions, by a kernel's `conflict`, can't work."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype must be 'bfloat16', 'float16' or 'float32', got {dtype!r}")
+    if head_dim % BLOCK:
+        raise ValueError(f"head_dim must be a multiple of {BLOCK}, got {head_dim}")
+    reason = conflict(decisions, head_dim, dtype, arch)
+    if reason is not None:
+        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
+
+
 class StridedTensor:
     """A (B, H, N, D) argument of the function that is being parsed; its last dimension is contiguous.
 
@@ -171,10 +190,31 @@ class StridedTensor:
         return self.origin(batch, head) + self._T.cast(row, "int64") * self.strides[2]
 
 
-def flatten(*tensors: StridedTensor) -> None:
-    """Declare their `flat` buffers: behind all arguments of the function."""
-    for tensor in tensors:
+def match_rows(
+    dtype: str,
+    head_dim: int,
+    of_queries: tuple[Any, Any, Any],
+    of_keys: tuple[Any, Any, Any],
+    **handles: Any,
+) -> SimpleNamespace:
+    """The (B, H, N, D) arguments of a function, by name; behind all its other arguments, because their `flat`
+    buffers are declared here.
+
+    Parameters
+    ----------
+    dtype : str
+    head_dim : int
+    of_queries, of_keys : B, H and N (int64 variables or expressions)
+    handles
+        The arguments; ``k, v, dk, dv`` are rows of keys, others of queries.
+    """
+    tensors = {}
+    for name, handle in handles.items():
+        shape = of_keys if name in ("k", "v", "dk", "dv") else of_queries
+        tensors[name] = StridedTensor(handle, (*shape, head_dim), dtype)
+    for tensor in tensors.values():
         tensor.flatten()
+    return SimpleNamespace(**tensors)
 
 
 def row_loader_macro(

@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .blocks import BLOCK
+from .blocks import BLOCK, check_buildable, match_rows
 from .decode_sizes import conflict
 
 if TYPE_CHECKING:
@@ -90,16 +90,9 @@ def build_mma_decode(decisions: Mapping[str, int], head_dim: int, dtype: str, ar
     from tvm import IRModule
     from tvm.script import tirx as T
 
-    from .blocks import StridedTensor, flatten
     from .decode_tile import DecodeTile
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype must be 'bfloat16', 'float16' or 'float32', got {dtype!r}")
-    if head_dim % BLOCK:
-        raise ValueError(f"head_dim must be a multiple of {BLOCK}, got {head_dim}")
-    reason = conflict(decisions, head_dim, dtype, arch)
-    if reason is not None:
-        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
+    check_buildable(conflict, decisions, head_dim, dtype, arch)
     blocks = decisions["blocks_per_multiprocessor"] * decisions["waves"]
 
     @T.prim_func
@@ -123,20 +116,21 @@ def build_mma_decode(decisions: Mapping[str, int], head_dim: int, dtype: str, ar
         T.func_attr({"global_symbol": "decode"})
         B, HQ, NQ, BLOCKS, HEADS, ROWS = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         TABLES, PAGES, RINGS, PARTS, PART_ROWS = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        q = T.meta_var(StridedTensor(q_handle, (B, HQ, NQ, head_dim), dtype))
-        k = T.meta_var(StridedTensor(k_handle, (BLOCKS, HEADS, ROWS, head_dim), dtype))
-        v = T.meta_var(StridedTensor(v_handle, (BLOCKS, HEADS, ROWS, head_dim), dtype))
         bands = T.match_buffer(bands_handle, (1, HQ, 4), "int32")
         lengths = T.match_buffer(lengths_handle, (B,), "int32")
         starts = T.match_buffer(starts_handle, (B,), "int32")
         block_table = T.match_buffer(table_handle, (TABLES, PAGES), "int32")
         ring = T.match_buffer(ring_handle, (RINGS, 2), "int32")
-        o = T.meta_var(StridedTensor(o_handle, (B, HQ, NQ, head_dim), dtype))
         lse = T.match_buffer(lse_handle, (B, HQ, NQ), "float32")
         partial_o = T.match_buffer(partial_handle, (PARTS, PART_ROWS, head_dim), "float32", align=16)
         partial_sums = T.match_buffer(sums_handle, (PARTS, PART_ROWS, 4), "float32", align=8)
         arrived = T.match_buffer(arrived_handle, (PARTS,), "int32")
-        flatten(q, k, v, o)
+        of_queries, of_keys = T.meta_var((B, HQ, NQ)), T.meta_var((BLOCKS, HEADS, ROWS))
+        rows = T.meta_var(
+            match_rows(
+                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle
+            )
+        )  # fmt: skip
         query_heads: T.let[T.int32] = T.cast(HQ, "int32")
         queries: T.let[T.int32] = T.cast(NQ, "int32")
         kv_heads: T.let[T.int32] = T.cast(T.Select(RINGS > 0, RINGS, HEADS), "int32")
@@ -145,7 +139,7 @@ def build_mma_decode(decisions: Mapping[str, int], head_dim: int, dtype: str, ar
         splits: T.let[T.int32] = T.max(T.truncdiv(T.min(blocks * workers, T.cast(PARTS, "int32")), items), 1)
         call = T.meta_var(
             SimpleNamespace(
-                q=q, k=k, v=v, o=o, lse=lse, bands=bands, lengths=lengths, starts=starts,
+                **vars(rows), lse=lse, bands=bands, lengths=lengths, starts=starts,
                 block_table=block_table, ring=ring, partial_o=partial_o, partial_sums=partial_sums,
                 arrived=arrived, scale=scale, query_heads=query_heads, kv_heads=kv_heads, queries=queries,
                 blocks=T.cast(BLOCKS, "int32"), rows=T.cast(ROWS, "int32"), pages=T.cast(PAGES, "int32"),

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 
 from spattn_tvm.target import registers_most, shared_bytes_most
 
-from .blocks import BLOCK, LOCATION_BYTES, element_bytes, row_pitch
+from .blocks import BLOCK, LOCATION_BYTES, check_buildable, element_bytes, match_rows, row_pitch
 
 if TYPE_CHECKING:
     import tvm
@@ -134,16 +134,9 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
     from tvm import IRModule
     from tvm.script import tirx as T
 
-    from .blocks import StridedTensor, flatten
     from .forward_tile import ForwardTile
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype must be 'bfloat16', 'float16' or 'float32', got {dtype!r}")
-    if head_dim % BLOCK:
-        raise ValueError(f"head_dim must be a multiple of {BLOCK}, got {head_dim}")
-    reason = conflict(decisions, head_dim, dtype, arch)
-    if reason is not None:
-        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
+    check_buildable(conflict, decisions, head_dim, dtype, arch)
 
     @T.prim_func
     def forward(
@@ -162,19 +155,20 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
         T.func_attr({"global_symbol": "forward"})
         B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
-        q = T.meta_var(StridedTensor(q_handle, (B, HQ, N, head_dim), dtype))
-        k = T.meta_var(StridedTensor(k_handle, (B, HKV, NK, head_dim), dtype))
-        v = T.meta_var(StridedTensor(v_handle, (B, HKV, NK, head_dim), dtype))
         bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
         boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32")
         key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32")
         key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32")
-        o = T.meta_var(StridedTensor(o_handle, (B, HQ, N, head_dim), dtype))
         lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
-        flatten(q, k, v, o)
+        of_queries, of_keys = T.meta_var((B, HQ, N)), T.meta_var((B, HKV, NK))
+        rows = T.meta_var(
+            match_rows(
+                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle
+            )
+        )  # fmt: skip
         call = T.meta_var(
             SimpleNamespace(
-                q=q, k=k, v=v, o=o, lse=lse, bands=bands, boundaries=boundaries,
+                **vars(rows), lse=lse, bands=bands, boundaries=boundaries,
                 key_boundaries=key_boundaries, key_ranges=key_ranges, scale=scale,
                 batches=T.cast(B, "int32"), query_heads=T.cast(HQ, "int32"), kv_heads=T.cast(HKV, "int32"),
                 length=T.cast(N, "int32"), documents=T.cast(BOUNDS, "int32") - 1, tables=T.cast(M, "int32"),
