@@ -12,6 +12,7 @@ from .bands import BandLayout
 from .cache import BandedCache, KeyValueCache
 from .ops.attention import banded_attention
 from .ops.padding import token_range
+from .ops.sharded import replicate_like
 
 
 def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
@@ -40,8 +41,8 @@ def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
         positions = torch.arange(length, device=x.device)
     elif positions.dim() == 2:
         positions = positions[:, None]
-    angle = positions.to(dtype)[..., None] * theta**-exponent
-    cos, sin = angle.cos(), angle.sin()
+    angle = positions.to(dtype)[..., None] * replicate_like(positions, theta**-exponent)
+    cos, sin = replicate_like(x, angle.cos()), replicate_like(x, angle.sin())
     low, high = x.to(dtype).chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)
 

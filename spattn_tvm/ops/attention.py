@@ -277,6 +277,9 @@ def banded_attention(
 
     Notes
     -----
+    DTensors whose batch, heads or rows are sharded are attended as the whole tensors are, and o has the
+    placements of q; sharded rows by :func:`~spattn_tvm.distributed.context_parallel_attention`.
+
     A NaN or an infinity in q, k, v or a gradient stays within its own document, batch row and head; one in k
     or v within the query heads that read it. Inside a document it may reach other rows, as it does in dense
     attention with a mask. A query row that is NaN has o and lse of NaN. A query with no key has zero
@@ -307,7 +310,7 @@ def banded_attention(
         by_row = {"query_offset": query_offset, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
         shared = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "scale": scale, "impl": impl}
         shared |= {"deterministic": deterministic, "return_lse": return_lse}
-        outputs = attend_sharded(banded_attention, q, k, v, layout, by_row, shared)
+        outputs = attend_sharded(banded_attention, q, k, v, layout, by_row, shared, can_share_rows=True)
         return cast("Tensor | tuple[Tensor, Tensor]", outputs)
     check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
     if cu_seqlens is not None:

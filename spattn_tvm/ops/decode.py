@@ -183,7 +183,9 @@ def banded_attention_decode(
         _check_shards(q, k_cache, v_cache, block_table, ring)
         by_row = {"cache_lengths": cache_lengths, "cache_starts": cache_starts, "block_table": block_table}
         shared = {"scale": scale, "return_lse": return_lse, "impl": impl}
-        outputs = attend_sharded(banded_attention_decode, q, k_cache, v_cache, layout, by_row, shared)
+        outputs = attend_sharded(
+            banded_attention_decode, q, k_cache, v_cache, layout, by_row, shared, can_share_rows=False
+        )
         return cast("Tensor | tuple[Tensor, Tensor]", outputs)
     check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
     if scale is None:

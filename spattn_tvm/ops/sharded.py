@@ -1,14 +1,17 @@
-"""The operators on DTensors: batch and heads may be sharded, each rank calls with its own part of the layout.
+"""The operators on DTensors: batch, heads and rows may be sharded, each rank calls with its own part of the
+layout.
 
 Heads of a layout differ, and what a rank gets to see of an operator's arguments is a tensor's shard and the
 whole layout's text. So the rank's heads are taken from the layout here, above the operator, rather than by a
-sharding strategy that is registered for it.
+sharding strategy that is registered for it. Rows that ranks share are attended by context parallelism: a
+DTensor's operator moves what it needs, and that moves the least.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _BATCH, _HEADS, _ROWS = 0, 1, 2
+_CONTEXT_PARALLELISM = "spattn_tvm.distributed"
 
 
 def is_sharded(*tensors: object) -> bool:
@@ -28,12 +32,39 @@ def is_sharded(*tensors: object) -> bool:
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
-def _refuse_rows(name: str) -> ValueError:
-    return ValueError(
-        f"the rows of {name} are sharded, and queries need keys of other ranks: use "
-        "spattn_tvm.distributed.context_parallel_attention with the local tensors and the mesh dimension of "
-        "the sequence, or redistribute"
-    )
+def replicate_like(other: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that all ranks have alike, as a DTensor if `other` is one and it is none yet."""
+    if not is_sharded(other) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _sharing_axes(mesh: Any, placements: Iterable[Any]) -> list[int]:
+    """The mesh dimensions whose ranks share rows."""
+    return [
+        axis for axis, placement in enumerate(placements) if placement.is_shard(_ROWS) and mesh.size(axis) > 1
+    ]
+
+
+def _refuse_rows(reason: str) -> ValueError:
+    return ValueError(f"the rows of q, k or v are sharded, and {reason}: redistribute them to Replicate()")
+
+
+def _check_shared_rows(q: DTensor, k: DTensor, axes: Sequence[int], options: Mapping[str, Any]) -> None:
+    if len(axes) > 1:
+        raise _refuse_rows(
+            f"that over {len(axes)} dimensions of the mesh, where context parallelism takes one"
+        )
+    for name in ("cu_seqlens_k", "query_offset", "kv_lengths", "kv_starts"):
+        if options[name] is not None:
+            raise _refuse_rows(f"context parallelism has no {name}: its queries lie where the keys lie")
+    if options["return_lse"]:
+        raise _refuse_rows("context parallelism returns no lse, which return_lse asks for")
+    if q.shape[2] != k.shape[2]:
+        raise _refuse_rows(f"context parallelism has no {q.shape[2]} queries for {k.shape[2]} keys")
 
 
 def _span(size: int, ranks: int, index: int) -> tuple[int, int]:
@@ -62,8 +93,11 @@ def attend_sharded(
     layout: BandLayout,
     by_row: Mapping[str, Any],
     shared: Mapping[str, Any],
+    *,
+    can_share_rows: bool,
 ) -> Any:
-    """Call `attend` with this rank's batch rows and heads, as q is sharded.
+    """Call `attend` with this rank's batch rows and heads, as q is sharded, or, where ranks share the rows of
+    q, ``context_parallel_attention``.
 
     Parameters
     ----------
@@ -77,7 +111,9 @@ def attend_sharded(
     by_row : mapping
         Tensors with an entry for each batch row, whole or sharded as DTensors; other values are left alone.
     shared : mapping
-        What all ranks call with alike.
+        What all ranks call with alike; whole or replicated.
+    can_share_rows : bool
+        Whether `attend` is ``banded_attention``, which has a form for rows that ranks share.
 
     Returns
     -------
@@ -89,7 +125,8 @@ def attend_sharded(
     TypeError
         DTensors beside other tensors.
     ValueError
-        DTensors on different meshes, sharded rows, or query heads that the ranks can't divide.
+        DTensors on different meshes, query heads that the ranks can't divide, and of sharded rows what
+        context parallelism has not.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -100,13 +137,15 @@ def attend_sharded(
     if k.device_mesh != mesh or v.device_mesh != mesh:
         raise ValueError(f"q, k and v must be on one mesh, got {mesh}, {k.device_mesh} and {v.device_mesh}")
     layout.check_heads(q.shape[1])
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if any(placement.is_shard(_ROWS) for placement in tensor.placements):
-            raise _refuse_rows(name)
+    if not can_share_rows and any(_sharing_axes(mesh, tensor.placements) for tensor in (q, k, v)):
+        raise _refuse_rows("a step of decoding reads whole caches")
     placements: list[Any] = [
-        placement if placement in (Shard(_BATCH), Shard(_HEADS)) else Replicate()
+        placement if placement in (Shard(_BATCH), Shard(_HEADS), Shard(_ROWS)) else Replicate()
         for placement in q.placements
     ]
+    sharing = _sharing_axes(mesh, placements)
+    if sharing:
+        _check_shared_rows(q, k, sharing, {**by_row, **shared})
     q = q.redistribute(placements=placements)
     heads_ranks = 1
     for axis, placement in enumerate(placements):
@@ -142,22 +181,31 @@ def attend_sharded(
     def own_rows(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if not isinstance(value, DTensor):
-            value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return value.redistribute(placements=row_placements).to_local()
+        return replicate_like(q, value).redistribute(placements=row_placements).to_local()  # type: ignore[attr-defined]
 
     own = layout if (begin, end) == (0, q.shape[1]) else layout.heads(begin, end)
-    outputs = attend(
-        q.to_local(grad_placements=placements),
-        k_own,
-        v_own,
-        own,
-        **{name: own_rows(value) for name, value in by_row.items()},
-        **{name: value.to_local() if isinstance(value, DTensor) else value for name, value in shared.items()},
-    )
+    tensors = q.to_local(grad_placements=placements), k_own, v_own
+    options = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()
+    }
+    outputs: Tensor | tuple[Tensor, ...]
+    if sharing:
+        # Found by its name: it stands above the operators, which it calls.
+        distributed: Any = importlib.import_module(_CONTEXT_PARALLELISM)
+        outputs = distributed.context_parallel_attention(
+            *tensors,
+            own,
+            mesh.get_group(sharing[0]),
+            shards=distributed.Shards.contiguous(q.shape[2], mesh.size(sharing[0])),
+            **{name: options[name] for name in ("cu_seqlens", "scale", "deterministic", "impl")},
+        )
+    else:
+        outputs = attend(
+            *tensors, own, **{name: own_rows(value) for name, value in by_row.items()}, **options
+        )
 
     def placed(local: Tensor) -> DTensor:
-        shape = torch.Size((*q.shape[:2], *local.shape[2:]))
+        shape = torch.Size((*q.shape[:3], *local.shape[3:]))
         # Strides in the order of the shard's.
         order = sorted(range(local.dim()), key=lambda dim: (local.stride(dim), -dim))
         strides, step = [0] * local.dim(), 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from rank_processes import RankError, Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from spattn_tvm.bands import BandLayout
@@ -20,6 +23,7 @@ from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.decode import banded_attention_decode
 
 LAYOUT = BandLayout.spattention(8, 64)
+SWEEP = int(os.environ.get("SPATTN_SWEEP", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +96,117 @@ def test_dtensors_sharded_by_batch_and_heads(two: Ranks, four: Ranks) -> None:
     )
 
 
-def _refuse_dtensors() -> None:
+def _compare_rows(seed: int, sizes: tuple[int, ...], q_placed: list[Any], kv_placed: list[Any]) -> None:
+    """Sequences of several lengths, equal shards, unequal ones and empty ones; documents."""
+    mesh = init_device_mesh("cpu", sizes)
+    drawn = random.Random(seed)
+    layouts = [LAYOUT, BandLayout.exclusive(8), BandLayout.causal(8), BandLayout.sliding_window(8, 9)]
+    for rows in (40, drawn.randint(20, 64), drawn.randint(1, 4)):
+        *whole, do = _draw(seed, drawn.choice([8, 2, 1]), drawn.choice([1, 4]), rows)
+        layout, options = drawn.choice(layouts), {"scale": 0.2} if drawn.random() < 0.5 else {}
+        if drawn.random() < 0.5:
+            boundaries = [0, *sorted(drawn.randint(0, rows) for _ in range(3))]
+            options["cu_seqlens"] = torch.tensor(boundaries, dtype=torch.int32)
+        plain = [tensor.clone().requires_grad_() for tensor in whole]
+        expected = banded_attention(*plain, layout, **options)
+        wanted = torch.autograd.grad(expected, plain, do)
+        leaves = [
+            distribute_tensor(tensor, mesh, placements).requires_grad_()
+            for tensor, placements in zip(whole, (q_placed, kv_placed, kv_placed), strict=True)
+        ]
+        if "cu_seqlens" in options and drawn.random() < 0.5:
+            replicated = [Replicate()] * mesh.ndim
+            options["cu_seqlens"] = distribute_tensor(options["cu_seqlens"], mesh, replicated)
+        found = banded_attention(*leaves, layout, **options)
+        assert list(found.placements) == q_placed and found.shape == expected.shape
+        gradients = torch.autograd.grad(found, leaves, distribute_tensor(do, mesh, q_placed))
+        for name, ours, theirs in zip(
+            ("o", "dq", "dk", "dv"), (found, *gradients), (expected, *wanted), strict=True
+        ):
+            case = f"{name} of {seed}, {sizes}, {q_placed}, {kv_placed}, {rows} rows, {layout.spec}"
+            torch.testing.assert_close(
+                ours.full_tensor(),
+                theirs,
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda text, case=case: f"{case}: {text}",
+            )
+
+
+_BATCH, _HEADS, _ROWS, _WHOLE = Shard(0), Shard(1), Shard(2), Replicate()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "q_placed", "kv_placed"),
+    [
+        ((2,), [_ROWS], [_ROWS]),
+        ((4,), [_ROWS], [_ROWS]),
+        # k and v as they come, moved to fit q.
+        ((2,), [_ROWS], [_HEADS]),
+        ((2,), [_HEADS], [_ROWS]),
+        ((2,), [_WHOLE], [_ROWS]),
+        ((2, 2), [_BATCH, _ROWS], [_BATCH, _ROWS]),
+        ((2, 2), [_ROWS, _HEADS], [_ROWS, _HEADS]),
+        ((2, 2), [_HEADS, _ROWS], [_WHOLE, _ROWS]),
+        ((4, 1), [_ROWS, _ROWS], [_ROWS, _WHOLE]),
+        ((2, 1, 2), [_BATCH, _HEADS, _ROWS], [_WHOLE, _ROWS, _BATCH]),
+        ((1, 2, 2), [_BATCH, _HEADS, _ROWS], [_BATCH, _HEADS, _ROWS]),
+    ],
+)
+def test_rows_that_ranks_share(
+    two: Ranks, four: Ranks, sizes: tuple[int, ...], q_placed: list[Any], kv_placed: list[Any]
+) -> None:
+    ranks = two if sizes == (2,) else four
+    for seed in range(SWEEP):
+        ranks.call(_compare_rows, seed, sizes, q_placed, kv_placed)
+
+
+def _refuse_rows() -> None:
     mesh = init_device_mesh("cpu", (2,))
     q, k, v, _ = _draw(0, 8)
     rows = [distribute_tensor(tensor, mesh, [Shard(2)]) for tensor in (q, k, v)]
-    with pytest.raises(ValueError, match=r"the rows of q are sharded.*context_parallel_attention"):
+    lengths = torch.tensor([40, 33, 27, 1], dtype=torch.int32)
+    for options, message in (
+        ({"return_lse": True}, "returns no lse, which return_lse asks for: redistribute them to Replicate"),
+        ({"kv_lengths": lengths}, "has no kv_lengths"),
+        ({"query_offset": 3}, "has no query_offset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            banded_attention(*rows, LAYOUT, **options)
+    with pytest.raises(ValueError, match="no 40 queries for 39 keys"):
+        shorter = [distribute_tensor(tensor[:, :, :39], mesh, [Shard(2)]) for tensor in (k, v)]
+        banded_attention(rows[0], *shorter, LAYOUT)
+    with pytest.raises(ValueError, match="a sequence of 40 is longer than the layout's context_length 32"):
+        banded_attention(*rows, BandLayout.spattention(8, 32))
+    with pytest.raises(ValueError, match="a step of decoding reads whole caches"):
+        banded_attention_decode(
+            distribute_tensor(q[:, :, -1:], mesh, [Replicate()]), *rows[1:], LAYOUT, cache_lengths=lengths
+        )
+    # Rows that one rank has alone are as good as whole ones.
+    one = init_device_mesh("cpu", (2, 1))
+    alone = [distribute_tensor(tensor, one, [Shard(0), Shard(2)]) for tensor in (q, k, v)]
+    o, lse = banded_attention(*alone, LAYOUT, return_lse=True, kv_lengths=lengths, query_offset=0)
+    expected = banded_attention(q, k, v, LAYOUT, return_lse=True, kv_lengths=lengths, query_offset=0)
+    torch.testing.assert_close((o.full_tensor(), lse.full_tensor()), expected, rtol=1e-5, atol=1e-5)
+
+
+def _refuse_two_dimensions_of_rows() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    rows = [distribute_tensor(tensor, mesh, [Shard(2), Shard(2)]) for tensor in _draw(0, 8)[:3]]
+    with pytest.raises(
+        ValueError, match="over 2 dimensions of the mesh, where context parallelism takes one"
+    ):
         banded_attention(*rows, LAYOUT)
+
+
+def test_rows_that_can_not_be_shared_are_refused(two: Ranks, four: Ranks) -> None:
+    two.call(_refuse_rows)
+    four.call(_refuse_two_dimensions_of_rows)
+
+
+def _refuse_dtensors() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    q, k, v, _ = _draw(0, 8)
     heads = distribute_tensor(q, mesh, [Shard(1)])
     with pytest.raises(TypeError, match="must all be DTensors or none, got DTensor, Tensor, Tensor"):
         banded_attention(heads, k, v, LAYOUT)
@@ -163,6 +272,46 @@ def test_tensor_context_and_fully_sharded_parallelism_compose(four: Ranks, strat
 def test_tensor_and_context_parallelism_alone(two: Ranks) -> None:
     for sizes in ((1, 2), (2, 1)):
         two.call(_train_on_a_mesh, sizes, "auto", False)
+
+
+def _train_on_sharded_rows(sizes: tuple[int, ...], position_ids: bool) -> None:
+    """All of a module as DTensors on one mesh: rows by its first dimension, heads by its second, if any."""
+    mesh = init_device_mesh("cpu", sizes)
+    rows = [Shard(1), Replicate()][: mesh.ndim]
+
+    def distribute(name: str, module: torch.nn.Module, mesh: Any) -> None:
+        for key, parameter in [*module.named_parameters(recurse=False)]:
+            placement = Replicate()
+            if name == "out_proj":
+                placement = Shard(1) if key == "weight" else Replicate()
+            elif name:
+                placement = Shard(0)
+            placed = distribute_tensor(parameter, mesh, [Replicate(), placement][: mesh.ndim])
+            module.register_parameter(key, torch.nn.Parameter(placed))
+
+    whole, module = _make(), distribute_module(_make(), mesh, distribute)
+    generator = torch.Generator().manual_seed(1)
+    x, weights = torch.randn(2, 2, 51, 256, generator=generator)
+    options, placed = {}, {}
+    if position_ids:
+        options = {"position_ids": torch.arange(7, 58).expand(2, 51)}
+        placed = {"position_ids": distribute_tensor(options["position_ids"], mesh, rows)}
+    expected = whole(x, **options)
+    (expected * weights).sum().backward()
+    o = module(distribute_tensor(x, mesh, rows), **placed)
+    torch.testing.assert_close(o.full_tensor(), expected, rtol=1e-4, atol=1e-4)
+    (o * distribute_tensor(weights, mesh, rows)).sum().backward()
+    for (name, ours), theirs in zip(module.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(
+            ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+def test_a_module_of_sharded_rows(two: Ranks, four: Ranks) -> None:
+    for position_ids in (False, True):
+        two.call(_train_on_sharded_rows, (2,), position_ids)
+    if SWEEP > 2:  # DTensor takes seconds to find out how to shard by two dimensions
+        four.call(_train_on_sharded_rows, (2, 2), True)
 
 
 def _decode_with_heads() -> None:
