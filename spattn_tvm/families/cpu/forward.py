@@ -13,20 +13,200 @@ Measured on one Zen 4 core at (1, 16, 4096, 64) float32: 76 ms, 91 GFLOP/s execu
 core reaches in a large matrix product (91 GFLOP/s).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, document_keys, in_band, key_range
-from spattn_tvm.domains.tiles import first_slot, table_row, tile_slots
+from spattn_tvm.domains.key_range import crosses_edge, in_band
+from spattn_tvm.domains.tiles import first_slot, tile_slots
 
-from .exponential import LN2, exp
-from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
-from .rows import find_document, strided_rows
+from .exponential import LN2, LOWEST, exp
+from .register_tile import REGISTERS, fill, multiply_add
+from .rows import BandedRows, find_document, strided_rows
+from .tile_worker import BATCH, DOCUMENT, HEAD, KV_HEAD, LAST_DOCUMENT, ROW, ROW_END, SHIFT, TileWorker
 
-# A running maximum not above any finite score, yet finite: -inf - -inf would be NaN.
-LOWEST = -3.4028234663852886e38
+
+class ForwardWorker(TileWorker):
+    """A thread of the forward; `run` is all that it does.
+
+    Parameters
+    ----------
+    decisions, dtype, call
+        As a `TileWorker` takes them.
+    o, lse : buffers
+    scale : float32
+    """
+
+    def __init__(
+        self, decisions: Mapping[str, int], dtype: str, call: BandedRows, o: Any, lse: Any, scale: Any
+    ) -> None:
+        super().__init__(decisions, dtype, call)
+        self.head_major = bool(decisions["head_major"])
+        self.o, self.lse, self.scale = o, lse, scale
+
+    @T.inline
+    def run(self, worker, workers):
+        self.allocate()
+        self.call.bind_sizes()
+        slots: T.let[T.int32] = tile_slots(self.call.queries, self.call.documents, self.R)
+        tiles: T.let[T.int32] = slots * self.call.batch_heads
+        # Tiles are dealt out one by one, not in contiguous shares: heads differ in their work.
+        for turn in T.serial((tiles - worker + workers - 1) // workers):
+            tile: T.let[T.int32] = turn * workers + worker
+            self.enter(tile, slots)
+            if self.place[ROW] < self.place[ROW_END]:
+                self.visit_tile()
+
+    def allocate(self) -> None:
+        D, R = self.D, self.R
+        self.query = T.alloc_buffer((D, R), "float32")
+        self.output = T.alloc_buffer((D, R), "float32")
+        self.scores = T.alloc_buffer((self.KR, R), "float32")  # then probabilities
+        self.allocate_keys()
+        self.row_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+        self.tile_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+        self.row_sum = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+        self.rescale = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+        self.probability = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
+        self.score_tile = T.alloc_buffer((self.JU, R), "float32", annotations=REGISTERS)
+        self.output_tile = T.alloc_buffer((self.DU, R), "float32", annotations=REGISTERS)
+        self.allocate_place()
+
+    @T.inline
+    def enter(self, tile, slots):
+        """A tile's head and document, and its rows in that: none where the slot holds no row."""
+        call, place, R = T.meta_var(self.call), T.meta_var(self.place), T.meta_var(self.R)
+        batch_head: T.let[T.int32] = tile // slots if self.head_major else tile % call.batch_heads
+        place[BATCH] = batch_head // call.heads
+        place[HEAD] = batch_head % call.heads
+        place[KV_HEAD] = place[HEAD] // call.group
+        place[ROW] = tile % slots if self.head_major else tile // call.batch_heads
+        slot: T.let[T.int32] = place[ROW]
+        place[DOCUMENT] = 0
+        place[LAST_DOCUMENT] = call.documents - 1
+        find_document(call.cu_seqlens, slot, R, place, DOCUMENT)
+        document: T.let[T.int32] = place[DOCUMENT]
+        begin: T.let[T.int32] = call.cu_seqlens[document]
+        place[ROW] = begin + (slot - first_slot(begin, document, R)) * R
+        place[ROW_END] = T.min(place[ROW] + R, call.cu_seqlens[document + 1])
+
+    @T.inline
+    def visit_tile(self):
+        place = T.meta_var(self.place)
+        document: T.let[T.int32] = place[DOCUMENT]
+        table: T.let[T.int32] = self.call.table_of(document)
+        self.find_keys(document)
+        first: T.let[T.int32] = place[ROW] + place[SHIFT]
+        last: T.let[T.int32] = place[ROW_END] - 1 + place[SHIFT]
+        self.read_queries()
+        self.visit_bands(table, first, last, 0, 2)
+        self.write_outputs()
+
+    @T.inline
+    def read_queries(self):
+        """The queries, transposed; lanes past the end repeat the last one and are never written."""
+        b: T.let[T.int32] = self.place[BATCH]
+        h: T.let[T.int32] = self.place[HEAD]
+        begin: T.let[T.int32] = self.place[ROW]
+        last: T.let[T.int32] = self.place[ROW_END] - 1
+        for r, d in T.grid(self.R, self.D):
+            self.query[d, r] = T.cast(self.call.q[b, h, T.min(begin + r, last), d], "float32") * self.scale
+        for d in T.serial(self.D):
+            fill(self.output, d, 1, self.R, lambda u, r: T.float32(0))
+        for r in T.vectorized(self.R):
+            self.row_max[r] = T.float32(LOWEST)
+            self.row_sum[r] = T.float32(0)
+
+    @T.inline
+    def visit_keys(self, first, last, key_begin, count, low, high):
+        keys, values = T.meta_var(self.read_keys(key_begin, count))
+        self.score(keys, first, last, key_begin, count, low, high)
+        self.exponentiate(count)
+        self.add_values(values, count)
+
+    @T.inline
+    def score(self, keys, first, last, key_begin, count, low, high):
+        """The scores of the tile and of ``count`` keys, and their maximum with what there was."""
+        R, JU, D = T.meta_var(self.R), T.meta_var(self.JU), T.meta_var(self.D)
+        tile, tile_max = T.meta_var(self.score_tile), T.meta_var(self.tile_max)
+        groups: T.let[T.int32] = (count + JU - 1) // JU
+        masked: T.let[T.bool] = crosses_edge(first, last, key_begin, key_begin + count - 1, low, high)
+        for r in T.vectorized(R):
+            tile_max[r] = self.row_max[r]
+        for group in T.serial(groups):
+            fill(tile, 0, JU, R, lambda u, r: T.float32(0))
+            # Rows past the last key repeat it, so that they raise no maximum.
+            multiply_add(
+                tile, JU, R, D,
+                lambda u, d: keys[T.min(group * JU + u, count - 1), d],
+                lambda d, r: self.query[d, r],
+            )  # fmt: skip
+            if masked:
+                fill(
+                    tile, 0, JU, R,
+                    lambda u, r: T.Select(
+                        in_band(first + r, key_begin + T.min(group * JU + u, count - 1), low, high),
+                        tile[u, r],
+                        T.float32(-math.inf),
+                    ),
+                )  # fmt: skip
+            for u in T.unroll(JU):
+                for r in T.vectorized(R):
+                    tile_max[r] = T.max(tile_max[r], tile[u, r])
+            fill(self.scores, group * JU, JU, R, lambda u, r: tile[u, r])
+
+    @T.inline
+    def exponentiate(self, count):
+        """Probabilities in place of the scores; their sum, and the factor of what was summed before."""
+        R, scores, probability = T.meta_var(self.R), T.meta_var(self.scores), T.meta_var(self.probability)
+        for r in T.vectorized(R):
+            self.rescale[r] = exp(self.row_max[r] - self.tile_max[r])
+        for r in T.vectorized(R):
+            self.row_max[r] = self.tile_max[r]
+            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+        for j in T.serial(count):
+            for r in T.vectorized(R):
+                probability[r] = exp(scores[j, r] - self.row_max[r])
+            for r in T.vectorized(R):
+                self.row_sum[r] = self.row_sum[r] + probability[r]
+            for r in T.vectorized(R):
+                scores[j, r] = probability[r]
+
+    @T.inline
+    def add_values(self, values, count):
+        R, DU, tile = T.meta_var(self.R), T.meta_var(self.DU), T.meta_var(self.output_tile)
+        for chunk in T.serial(self.D // DU):
+            fill(tile, 0, DU, R, lambda u, r: self.output[chunk * DU + u, r] * self.rescale[r])
+            multiply_add(
+                tile, DU, R, count,
+                lambda u, j: values[j, chunk * DU + u],
+                lambda j, r: self.scores[j, r],
+            )  # fmt: skip
+            fill(self.output, chunk * DU, DU, R, lambda u, r: tile[u, r])
+
+    @T.inline
+    def write_outputs(self):
+        # A query with no key has row_sum 0: its output is 0, also where a value that it doesn't see is NaN,
+        # and its lse -inf. A query that is NaN stays NaN.
+        row_sum = T.meta_var(self.row_sum)
+        b: T.let[T.int32] = self.place[BATCH]
+        h: T.let[T.int32] = self.place[HEAD]
+        begin: T.let[T.int32] = self.place[ROW]
+        for r in T.vectorized(self.R):
+            self.rescale[r] = T.float32(1) / row_sum[r]
+        for r in T.serial(self.place[ROW_END] - begin):
+            for d in T.serial(self.D):
+                self.o[b, h, begin + r, d] = T.Select(
+                    row_sum[r] == T.float32(0),
+                    T.cast(0, self.dtype),
+                    T.cast(self.output[d, r] * self.rescale[r], self.dtype),
+                )
+            self.lse[b, h, begin + r] = self.row_max[r] + T.log2(row_sum[r]) * T.float32(LN2)
 
 
 def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
@@ -53,15 +233,6 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
         (documents + 1,) of queries and of keys; key_ranges int32 (0, 1 or B, 3) as `document_keys` takes
         them; lse float32 (B, Hq, Nq), natural logarithm.
     """
-    R = decisions["query_rows"]
-    KR = decisions["key_rows"]
-    JU = decisions["key_unroll"]
-    DU = decisions["dim_unroll"]
-    head_major = bool(decisions["head_major"])
-    stage = bool(decisions["stage"])
-    D = head_dim
-    LANES = math.gcd(D, 16)
-    SR = KR if stage else 1
 
     @T.prim_func(s_tir=True)
     def forward(
@@ -78,173 +249,16 @@ def build_cpu_forward(decisions, head_dim: int, dtype: str) -> IRModule:
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "forward", "tirx.noalias": True})
-        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        M, DOCUMENTS_1, RANGES = T.int64(), T.int64(), T.int64()
-        q = strided_rows(q_handle, (B, HQ, N, D), dtype)
-        k = strided_rows(k_handle, (B, HKV, NK, D), dtype)
-        v = strided_rows(v_handle, (B, HKV, NK, D), dtype)
-        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
-        cu_seqlens = T.match_buffer(cu_seqlens_handle, (DOCUMENTS_1,), "int32", align=4)
-        cu_seqlens_k = T.match_buffer(cu_seqlens_k_handle, (DOCUMENTS_1,), "int32", align=4)
-        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
-        o = strided_rows(o_handle, (B, HQ, N, D), dtype)
-        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
+        call = T.meta_var(
+            BandedRows(
+                head_dim, dtype, q_handle, k_handle, v_handle, bands_handle, cu_seqlens_handle,
+                cu_seqlens_k_handle, key_ranges_handle,
+            )
+        )  # fmt: skip
+        o = strided_rows(o_handle, call.of_queries, dtype)
+        lse = T.match_buffer(lse_handle, call.of_statistics, "float32", align=4)
         for worker in T.parallel(workers):
-            query = T.alloc_buffer((D, R), "float32")
-            output = T.alloc_buffer((D, R), "float32")
-            scores = T.alloc_buffer((KR, R), "float32")
-            key_scratch = T.alloc_buffer((SR, D), "float32")
-            value_scratch = T.alloc_buffer((SR, D), "float32")
-            row_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
-            tile_max = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
-            row_sum = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
-            rescale = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
-            probability = T.alloc_buffer((R,), "float32", annotations=REGISTERS)
-            score_tile = T.alloc_buffer((JU, R), "float32", annotations=REGISTERS)
-            output_tile = T.alloc_buffer((DU, R), "float32", annotations=REGISTERS)
-            bounds = T.alloc_buffer((2,), "int32", annotations=REGISTERS)
-            # Read back from a buffer, a value is opaque to TVM's simplifier, which otherwise puts these
-            # divisions into every index: compiling takes 0.24 s instead of 8.2, and the kernel runs as fast.
-            place = T.alloc_buffer((8,), "int32", annotations=REGISTERS)
-
-            documents: T.let[T.int32] = T.cast(DOCUMENTS_1, "int32") - 1
-            heads: T.let[T.int32] = T.cast(HQ, "int32")
-            batch_heads: T.let[T.int32] = T.cast(B, "int32") * heads
-            slots: T.let[T.int32] = tile_slots(T.cast(N, "int32"), documents, R)
-            tiles: T.let[T.int32] = slots * batch_heads
-            # Tiles are dealt out one by one, not in contiguous shares: heads differ in their work.
-            for turn in T.serial((tiles - worker + workers - 1) // workers):
-                tile: T.let[T.int32] = turn * workers + worker
-                batch_head: T.let[T.int32] = tile // slots if head_major else tile % batch_heads
-                place[0] = tile % slots if head_major else tile // batch_heads
-                place[1] = batch_head // heads
-                place[2] = batch_head % heads
-                place[3] = place[2] // T.cast(HQ // HKV, "int32")
-                slot: T.let[T.int32] = place[0]
-                b: T.let[T.int32] = place[1]
-                h: T.let[T.int32] = place[2]
-                hk: T.let[T.int32] = place[3]
-
-                bounds[0] = 0
-                bounds[1] = documents - 1
-                find_document(cu_seqlens, slot, R, bounds, 0)
-                document: T.let[T.int32] = bounds[0]
-                begin: T.let[T.int32] = cu_seqlens[document]
-                end: T.let[T.int32] = cu_seqlens[document + 1]
-                place[4] = begin + (slot - first_slot(begin, document, R)) * R
-                query_begin: T.let[T.int32] = place[4]
-                if query_begin < end:
-                    query_last: T.let[T.int32] = T.min(query_begin + R, end) - 1
-                    keys_of_document = T.meta_var(
-                        document_keys(
-                            document,
-                            b,
-                            cu_seqlens,
-                            cu_seqlens_k,
-                            key_ranges,
-                            T.cast(RANGES, "int32"),
-                        )
-                    )
-                    place[5] = keys_of_document[0]
-                    place[6] = keys_of_document[1]
-                    place[7] = keys_of_document[2]
-                    first: T.let[T.int32] = query_begin + place[7]
-                    last: T.let[T.int32] = query_last + place[7]
-                    table: T.let[T.int32] = table_row(document, documents, T.cast(M, "int32"))
-                    # Lanes past the end repeat the last query; they are never written.
-                    for r, d in T.grid(R, D):
-                        query[d, r] = (
-                            T.cast(q[b, h, T.min(query_begin + r, query_last), d], "float32") * scale
-                        )
-                    for d in T.serial(D):
-                        fill(output, d, 1, R, lambda u, r: T.float32(0))
-                    for r in T.vectorized(R):
-                        row_max[r] = T.float32(LOWEST)
-                        row_sum[r] = T.float32(0)
-
-                    for band in T.serial(2):  # the far band, then the near one
-                        low: T.let[T.int32] = bands[table, h, 2 - 2 * band]
-                        high: T.let[T.int32] = bands[table, h, 3 - 2 * band]
-                        keys_of_band = T.meta_var(key_range(first, last, low, high, place[5]))
-                        band_begin: T.let[T.int32] = keys_of_band[0]
-                        band_end: T.let[T.int32] = T.min(place[6], keys_of_band[1])
-                        for key_tile in T.serial(T.max(0, band_end - band_begin + KR - 1) // KR):
-                            key_begin: T.let[T.int32] = band_begin + key_tile * KR
-                            count: T.let[T.int32] = T.min(KR, band_end - key_begin)
-                            groups: T.let[T.int32] = (count + JU - 1) // JU
-                            masked: T.let[T.bool] = crosses_edge(
-                                first, last, key_begin, key_begin + count - 1, low, high
-                            )
-                            if stage:
-                                widen(key_scratch, count, D, LANES, lambda j, d: k[b, hk, key_begin + j, d])
-                                widen(value_scratch, count, D, LANES, lambda j, d: v[b, hk, key_begin + j, d])
-                            keys = key_scratch if stage else rows_of(k, b, hk, key_begin, KR)
-                            values = value_scratch if stage else rows_of(v, b, hk, key_begin, KR)
-
-                            for r in T.vectorized(R):
-                                tile_max[r] = row_max[r]
-                            for group in T.serial(groups):
-                                fill(score_tile, 0, JU, R, lambda u, r: T.float32(0))
-                                # Rows past the last key repeat it, so that they raise no maximum.
-                                multiply_add(
-                                    score_tile, JU, R, D,
-                                    lambda u, d: keys[T.min(group * JU + u, count - 1), d],
-                                    lambda d, r: query[d, r],
-                                )  # fmt: skip
-                                if masked:
-                                    fill(
-                                        score_tile, 0, JU, R,
-                                        lambda u, r: T.Select(
-                                            in_band(
-                                                first + r,
-                                                key_begin + T.min(group * JU + u, count - 1),
-                                                low,
-                                                high,
-                                            ),
-                                            score_tile[u, r],
-                                            T.float32(-math.inf),
-                                        ),
-                                    )  # fmt: skip
-                                for u in T.unroll(JU):
-                                    for r in T.vectorized(R):
-                                        tile_max[r] = T.max(tile_max[r], score_tile[u, r])
-                                fill(scores, group * JU, JU, R, lambda u, r: score_tile[u, r])
-
-                            for r in T.vectorized(R):
-                                rescale[r] = exp(row_max[r] - tile_max[r])
-                            for r in T.vectorized(R):
-                                row_max[r] = tile_max[r]
-                                row_sum[r] = row_sum[r] * rescale[r]
-                            for j in T.serial(count):
-                                for r in T.vectorized(R):
-                                    probability[r] = exp(scores[j, r] - row_max[r])
-                                for r in T.vectorized(R):
-                                    row_sum[r] = row_sum[r] + probability[r]
-                                for r in T.vectorized(R):
-                                    scores[j, r] = probability[r]
-
-                            for chunk in T.serial(D // DU):
-                                fill(
-                                    output_tile, 0, DU, R, lambda u, r: output[chunk * DU + u, r] * rescale[r]
-                                )
-                                multiply_add(
-                                    output_tile, DU, R, count,
-                                    lambda u, j: values[j, chunk * DU + u],
-                                    lambda j, r: scores[j, r],
-                                )  # fmt: skip
-                                fill(output, chunk * DU, DU, R, lambda u, r: output_tile[u, r])
-
-                    # A query with no key has row_sum 0: its output is 0, also where a value that it doesn't
-                    # see is NaN, and its lse -inf. A query that is NaN stays NaN.
-                    for r in T.vectorized(R):
-                        rescale[r] = T.float32(1) / row_sum[r]
-                    for r in T.serial(query_last - query_begin + 1):
-                        for d in T.serial(D):
-                            o[b, h, query_begin + r, d] = T.Select(
-                                row_sum[r] == T.float32(0),
-                                T.cast(0, dtype),
-                                T.cast(output[d, r] * rescale[r], dtype),
-                            )
-                        lse[b, h, query_begin + r] = row_max[r] + T.log2(row_sum[r]) * T.float32(LN2)
+            thread = T.meta_var(ForwardWorker(decisions, dtype, call, o, lse, scale))
+            thread.run(worker, workers)
 
     return IRModule({"forward": forward})

@@ -44,3 +44,38 @@ def widen(target, rows, dim, lanes, value):
         for chunk in T.serial(dim // lanes):
             for lane in T.vectorized(lanes):
                 target[j, chunk * lanes + lane] = T.cast(value(j, chunk * lanes + lane), "float32")
+
+
+def _halves(tile, row, lanes, block, offset):
+    """Of each block of a row and of the row ``block // 2`` further on, by turns, a half."""
+    pair = [tile[row, T.Ramp(0, 1, lanes)], tile[row + block // 2, T.Ramp(0, 1, lanes)]]
+    return T.Shuffle(
+        pair,
+        [
+            source * lanes + place + offset + lane
+            for place in range(0, lanes, block)
+            for source in range(2)
+            for lane in range(block // 2)
+        ],
+    )
+
+
+@T.inline
+def add_halves(tile, lanes, block):
+    """From ``block`` rows, of which each has a block of so many lanes for some rows of the beginning, to half
+    as many: the sums of the blocks' halves.
+    """
+    if block <= lanes:
+        for u in T.unroll(block // 2):
+            tile[u, T.Ramp(0, 1, lanes)] = _halves(tile, u, lanes, block, 0) + _halves(
+                tile, u, lanes, block, block // 2
+            )
+
+
+@T.inline
+def sum_rows(tile, lanes):
+    """The sums of the ``lanes`` rows of a square tile, in its first row."""
+    add_halves(tile, lanes, 16)
+    add_halves(tile, lanes, 8)
+    add_halves(tile, lanes, 4)
+    add_halves(tile, lanes, 2)

@@ -13,9 +13,17 @@ The functions take and return TensorIR expressions or Python integers. Whether h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import maximum, minimum
+from spattn_tvm.domains.tiles import tile_slots
+
+from .abi import splits_heads
+
+if TYPE_CHECKING:
+    from .rows import BandedRows
 
 # Pairs of segments in the longest phase, for each thread. The last round of a phase may be incomplete: with
 # 16 threads at (1, 4, 16384) spattention 94% of the threads' time is work, with half as many segments 86%.
@@ -49,3 +57,80 @@ def diagonals(
     nearest, farthest = maximum(low, first - (key_end - 1)), minimum(high, last - key_begin)
     begin = nearest // rows
     return begin, maximum(begin, -(-farthest // rows) + 1)
+
+
+# Of a call's plan: rows of a segment, segments of a head, phases of the far and of the near band.
+SEGMENT, SLOTS, PHASES = 0, 1, 2
+PLAN_WORDS = 4
+
+
+class Division:
+    """How a call is divided, in the function that is being parsed.
+
+    Parameters
+    ----------
+    call : BandedRows
+        With its sizes bound.
+    workers : int32
+        Threads.
+    step : int
+        What the rows of a segment are a multiple of.
+
+    Attributes
+    ----------
+    is_split : bool
+        Whether heads are divided. If not, a head is one segment and there is one phase, of both bands.
+    segment, slots : int32
+        Rows of a segment; slots of a head, of which each has a segment of a document, or none.
+    phases, far_phases : int32
+        In all, and those of the far band, which come first. After `find_phases`.
+    """
+
+    def __init__(self, call: BandedRows, workers: Any, step: int) -> None:
+        self.call, self.workers, self.step = call, workers, step
+        self.is_split = T.bind(splits_heads(call.batch_heads, workers))
+
+    @T.inline
+    def find_phases(self):  # type: ignore[no-untyped-def]
+        call = T.meta_var(self.call)
+        # Read back from a buffer, a value is opaque to TVM's simplifier, as in the worker's place.
+        plan = T.alloc_buffer((PLAN_WORDS,), "int32")
+        plan[SEGMENT] = T.max(1, call.queries)
+        plan[SLOTS] = 1
+        plan[PHASES] = 1
+        plan[PHASES + 1] = 0
+        if self.is_split:
+            plan[PHASES] = 0
+            plan[SEGMENT] = segment_rows(call.batch_heads, call.queries, self.workers, self.step)
+            plan[SLOTS] = tile_slots(call.queries, call.documents, plan[SEGMENT])
+        self.bind_segments(plan)
+        if self.is_split:
+            for row, document, h, band in T.grid(T.max(1, call.ranges), call.documents, call.heads, 2):
+                table: T.let[T.int32] = call.table_of(document)
+                keys = T.meta_var(call.keys_of(document, row))
+                found = T.meta_var(self.diagonals(document, table, h, band, *keys))
+                plan[PHASES + band] = T.max(plan[PHASES + band], found[1] - found[0])
+        self.bind_phases(plan)
+
+    def bind_segments(self, plan: Any) -> None:
+        self.segment = T.bind(plan[SEGMENT])
+        self.slots = T.bind(plan[SLOTS])
+
+    def bind_phases(self, plan: Any) -> None:
+        self.far_phases = T.bind(plan[PHASES])
+        self.phases = T.bind(self.far_phases + plan[PHASES + 1])
+
+    def diagonals(
+        self, document: Any, table: Any, head: Any, band: Any, key_begin: Any, key_end: Any, shift: Any
+    ) -> tuple[Any, Any]:
+        """Those of a head's band (the far one is 0) in a document, as :func:`diagonals` counts them."""
+        call = self.call
+        return diagonals(
+            call.bands[table, head, 2 - 2 * band],
+            call.bands[table, head, 3 - 2 * band],
+            call.cu_seqlens[document] + shift,
+            call.cu_seqlens[document + 1] - 1 + shift,
+            key_begin,
+            key_end,
+            self.segment,
+        )
