@@ -5,6 +5,7 @@ A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is re
 
 - ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
   from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
+- ``generation cpu``, ``generation cuda``: the newest of ``spattn bench --steps generate``
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 
@@ -55,11 +56,11 @@ PICTURED = [
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest_results(kind: str) -> tuple[dict[str, Any], list[Path]] | None:
+def newest_results(kind: str, folder: str = "benchmarks") -> tuple[dict[str, Any], list[Path]] | None:
     """The last report of a device kind, with each problem's newest result from all reports of the same device
     and versions, and those reports' paths. Names are dates, so the last in order is the newest.
     """
-    paths = sorted(LOGS.glob(f"{kind}-*/benchmarks/*.json"), key=lambda path: path.name)
+    paths = sorted(LOGS.glob(f"{kind}-*/{folder}/*.json"), key=lambda path: path.name)
     reports = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     if not reports:
         return None
@@ -68,7 +69,10 @@ def newest_results(kind: str) -> tuple[dict[str, Any], list[Path]] | None:
     results = {}
     for path, report in reports:
         if all(report[key] == newest[key] for key in comparable):
-            results |= {result["shape"]: (path, result) for result in report["results"]}
+            results |= {
+                result.get("shape") or json.dumps(result["problem"]): (path, result)
+                for result in report["results"]
+            }
     merged = {**newest, "results": [result for _, result in results.values()]}
     return merged, sorted({path for path, _ in results.values()})
 
@@ -189,7 +193,87 @@ def performance_page() -> str:
                 parts += _table(titles, rows)
                 reasons = [f"- {e['title']}: {e['reason']}" for e in entries if e["reason"]]
                 parts += ["", *reasons] if reasons else []
+        for title, measured in (
+            ("Steps of decoding", decode_tables(kind, DOCS)),
+            ("generate()", generation_tables(kind, DOCS)),
+        ):
+            parts += ["", f"### {title}", "", *measured] if measured else []
     return "\n".join(parts) + "\n"
+
+
+def decode_tables(kind: str, folder: Path) -> list[str]:
+    """Steps of decoding, as Markdown with links from a folder; nothing where none were measured."""
+    newest = newest_results(kind, "decode_benchmarks")
+    if newest is None:
+        return []
+    report, paths = newest
+    parts = [
+        f"{_where(report, paths, folder)} Copies of memory ran at {report['copy_gb_s']:.4g} GB/s, read and "
+        "written; *needed* are the bytes that a step of the layout can't do without, whatever was read.",
+    ]
+    for result in report["results"]:
+        rows = []
+        for entry in result["entries"]:
+            if entry["status"] != "ok":
+                rows.append([entry["title"], entry["status"], "", "", "", ""])
+                continue
+            rows.append(
+                [
+                    f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"],
+                    f"{entry['median_ms']:.4g}",
+                    f"{entry['needed_gb_s']:.4g}",
+                    f"{entry['of_copy']:.0%}",
+                    "" if entry["of_dense"] is None else f"{entry['of_dense']:.3f}",
+                    f"{entry['error']:.1e}",
+                ]
+            )
+        titles = ["implementation", "median ms", "needed GB/s", "of copies", "of dense", "largest error"]
+        parts += ["", f"`{AttentionProblem.from_json(result['problem']).key}`", "", *_table(titles, rows)]
+    return parts
+
+
+def generation_tables(kind: str, folder: Path) -> list[str]:
+    """Whole calls of ``generate()``, as `decode_tables`."""
+    newest = newest_results(kind, "generation_benchmarks")
+    if newest is None:
+        return []
+    report, paths = newest
+    parts = [_where(report, paths, folder)]
+    for result in report["results"]:
+        problem, model = AttentionProblem.from_json(result["problem"]), result["model"]
+        rows = []
+        for entry in result["entries"]:
+            if entry["status"] != "ok":
+                rows.append([entry["title"], entry["status"], "", "", "", ""])
+                continue
+            rows.append(
+                [
+                    f"**{entry['title']}**" if entry["same_mask"] else entry["title"],
+                    f"{entry['tokens_s']:.4g}",
+                    "" if entry["of_dense"] is None else f"{entry['of_dense']:.2f}",
+                    f"{entry['prefill_tokens_s']:.4g}",
+                    f"{entry['cache_bytes'] / 2**20:.4g}",
+                    f"{entry['cache_of_dense']:.3f}",
+                ]
+            )
+        heads = f"{problem.query_heads} heads"
+        if problem.kv_heads != problem.query_heads:
+            heads += f" ({problem.kv_heads} of keys)"
+        parts += [
+            "",
+            f"{model['layers']} layers, hidden size {model['hidden']}, {heads} of {problem.head_dim}, "
+            f"vocabulary {model['vocabulary']}, {model['parameters'] / 1e6:.0f} M parameters, "
+            f"{problem.dtype}; batch {problem.batch}, a context of {problem.keys} tokens, prompt of "
+            f"{result['prompt']}, `{problem.layout.spec}`.",
+            "",
+        ]
+        titles = ["attention and cache", "tokens/s", "of the fastest dense", "prefill tokens/s"]
+        parts += _table([*titles, "cache MiB", "of a dense cache"], rows)
+    return parts
+
+
+def generation_block(kind: str) -> str | None:
+    return "\n".join(generation_tables(kind, ROOT)) or None
 
 
 def best_but_untuned_us(log: Path, family: str) -> float:
@@ -294,6 +378,8 @@ def _table(titles: list[str], rows: list[list[str]]) -> Iterator[str]:
 BLOCKS: dict[str, Callable[[], str | None]] = {
     "benchmark cpu": lambda: benchmark_block("cpu"),
     "benchmark cuda": lambda: benchmark_block("cuda"),
+    "generation cpu": lambda: generation_block("cpu"),
+    "generation cuda": lambda: generation_block("cuda"),
     "search": search_block,
     "language model": language_model_block,
 }

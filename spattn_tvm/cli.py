@@ -459,6 +459,13 @@ def explain(
     sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
         Sharding.contiguous
     ),
+    layers: Annotated[int, typer.Option(min=1, help="With --steps generate: layers of the model.")] = 8,
+    vocabulary: Annotated[
+        int, typer.Option(min=1, help="With --steps generate: tokens of its vocabulary.")
+    ] = 8192,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="With --steps generate: tokens that a timed call generates.")
+    ] = 16,
 ) -> None:
     """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
     from .target import parse_target
@@ -544,6 +551,8 @@ def bench(
         typer.Option(
             help="Comma-separated: forward, backward, forward_backward. Or decode, whose shapes are those of "
             "--direction decode and whose peers are ours, sdpa (CPU and CUDA), cudnn, flash, fa4, fsa (CUDA)."
+            " Or generate: whole generate() calls of a Llama with these heads and this context; peers are "
+            "banded, banded_static, paged, static, dense, dense_static."
         ),
     ] = "forward,forward_backward",
     rounds: Annotated[int, typer.Option(min=1, help="Timings per peer and step.")] = 15,
@@ -572,25 +581,35 @@ def bench(
     sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
         Sharding.contiguous
     ),
+    layers: Annotated[int, typer.Option(min=1, help="With --steps generate: layers of the model.")] = 8,
+    vocabulary: Annotated[
+        int, typer.Option(min=1, help="With --steps generate: tokens of its vocabulary.")
+    ] = 8192,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="With --steps generate: tokens that a timed call generates.")
+    ] = 16,
     log_root: LogRoot = Path("autotune_logs"),
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the JSON report.")] = True,
 ) -> None:
     """Check and time ours and its peers in one run; the report goes to autotune_logs/TARGET/benchmarks/."""
     from rich.console import Console
 
-    from .bench.decode import decode_table, write_decode_report
+    from .bench.decode import decode_table
     from .bench.report import tables, write_report
     from .workflows import benchmark
 
     timed = _names("--steps", steps)
-    decodes = "decode" in timed
-    if decodes and (timed != ["decode"] or documents != 1):
-        raise ValueError(f"decode is benchmarked alone and unpacked, got --steps {steps}")
+    decodes, generates = "decode" in timed, "generate" in timed
+    if (decodes or generates) and (len(timed) > 1 or documents != 1):
+        raise ValueError(
+            f"{'decode' if decodes else 'generate'} is benchmarked alone and unpacked, got --steps {steps}"
+        )
     shapes = [_with_kv_heads(text, kv_heads) for text in shape]
     if ranks is not None:
-        if decodes or documents != 1 or deterministic or threads is not None:
+        if decodes or generates or documents != 1 or deterministic or threads is not None:
             raise ValueError(
-                "--ranks goes with neither --steps decode nor --documents nor --deterministic nor --threads"
+                "--ranks goes with neither --steps decode or generate nor --documents nor --deterministic "
+                "nor --threads"
             )
         _bench_ranks(
             parse_problems(shapes, dtype.value, layout, context, "forward"),
@@ -602,6 +621,21 @@ def bench(
             rounds,
             seed,
             log_root if save else None,
+        )
+        return
+    if generates:
+        _bench_generation(
+            parse_problems(shapes, dtype.value, layout, context, "decode"),
+            layers,
+            vocabulary,
+            seed,
+            log_root if save else None,
+            peers=None if peers is None else _names("--peers", peers),
+            device=device,
+            tokens=new_tokens,
+            rounds=rounds,
+            idle_ms=idle_ms,
+            threads=threads,
         )
         return
     direction = "decode" if decodes else "forward"
@@ -629,7 +663,7 @@ def bench(
             text = f"{result['shape']} {step}: {chosen['status']}, {chosen['reason']}"
             console.print(text, markup=False, highlight=False)
     if save:
-        path = (write_decode_report if decodes else write_report)(report, log_root)
+        path = write_report(report, log_root, "decode_benchmarks" if decodes else "benchmarks")
         console.print(f"written: {path}", markup=False, highlight=False)
     ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
     if any(entry["status"] != "ok" for entry in ours):
@@ -661,7 +695,8 @@ def _bench_ranks(
 
     from rich.console import Console
 
-    from .bench.ranks import benchmark_ranks, rank_tables, write_rank_report
+    from .bench.ranks import benchmark_ranks, rank_tables
+    from .bench.report import write_report
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     report = benchmark_ranks(
@@ -677,11 +712,46 @@ def _bench_ranks(
     for table in rank_tables(report):
         console.print(table)
     if log_root is not None:
-        path = write_rank_report(report, log_root)
+        path = write_report(report, log_root, "rank_benchmarks")
         console.print(f"written: {path}", markup=False, highlight=False)
     ours = ("one", "heads", "bands")
     entries = [entry for result in report["results"] for entry in result["entries"] if entry["peer"] in ours]
     if any(entry["status"] != "ok" for entry in entries):
+        raise typer.Exit(1)
+
+
+def _bench_generation(
+    problems: list[AttentionProblem],
+    layers: int,
+    vocabulary: int,
+    seed: int | None,
+    log_root: Path | None,
+    **settings: Any,
+) -> None:
+    """`bench` of whole ``generate()`` calls: another table, another report."""
+    import random
+
+    from rich.console import Console
+
+    from .bench.generation import ModelSizes, benchmark_generation, generation_tables
+    from .bench.report import write_report
+
+    with Console(stderr=True).status("starting") as status:
+        report = benchmark_generation(
+            problems,
+            ModelSizes(layers, vocabulary),
+            seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
+            report=status.update,
+            **settings,
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in generation_tables(report):
+        console.print(table)
+    if log_root is not None:
+        path = write_report(report, log_root, "generation_benchmarks")
+        console.print(f"written: {path}", markup=False, highlight=False)
+    entries = [entry for result in report["results"] for entry in result["entries"]]
+    if any(entry["status"] != "ok" for entry in entries if entry["same_mask"]):
         raise typer.Exit(1)
 
 

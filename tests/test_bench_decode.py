@@ -11,7 +11,8 @@ import torch
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.bench import decode
-from spattn_tvm.bench.decode import benchmark_decode, decode_table, write_decode_report
+from spattn_tvm.bench.decode import benchmark_decode, decode_table
+from spattn_tvm.bench.report import write_report
 from spattn_tvm.problem import AttentionProblem
 
 PROBLEM = AttentionProblem("decode", "float32", 2, 4, 2, 3, 32, BandLayout.spattention(4, 300), 300)
@@ -29,7 +30,7 @@ def test_a_report_holds_what_the_table_says(tmp_path: Path, monkeypatch: pytest.
         assert ours["of_dense"] == ours["median_ms"] / dense["median_ms"]
         assert ours["needed_gb_s"] == pytest.approx(problem.min_bytes / ours["median_ms"] * 1e-6)
         assert ours["of_copy"] == pytest.approx(ours["needed_gb_s"] / report["copy_gb_s"])
-    path = write_decode_report(report, tmp_path)
+    path = write_report(report, tmp_path, "decode_benchmarks")
     assert json.loads(path.read_text()) == report and path.parent.name == "decode_benchmarks"
     assert decode_table(report).row_count == 4
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.bench.ranks import RANK_PEERS, benchmark_ranks, rank_tables, write_rank_report
+from spattn_tvm.bench.ranks import RANK_PEERS, benchmark_ranks, rank_tables
+from spattn_tvm.bench.report import write_report
 from spattn_tvm.plotting import plot_benchmark
 from spattn_tvm.problem import AttentionProblem
 
@@ -39,7 +40,7 @@ def test_a_report_holds_what_was_moved_and_is_drawn(tmp_path: Path) -> None:
         assert entries["all_gather", "forward"]["received_bytes"] == [2 * 2 * 48 * row] * 2
         # 2 query heads and 2 * 1 key/value heads in, the o of 2 heads back.
         assert entries["heads", "forward"]["received_bytes"] == [(4 + 2) * 48 * row] * 2
-    path = write_rank_report(report, tmp_path)
+    path = write_report(report, tmp_path, "rank_benchmarks")
     assert json.loads(path.read_text()) == report and path.parent.name == "rank_benchmarks"
     assert [table.row_count for table in rank_tables(report)] == [10]
     assert plot_benchmark(path, tmp_path / "ranks.png").stat().st_size > 0

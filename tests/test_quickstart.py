@@ -1,5 +1,6 @@
 """What the README shows runs, the training script trains, and the scripts say what a bare machine lacks."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -185,7 +186,7 @@ def test_readme_is_filled_from_reports(
         monkeypatch.setattr(update, name, tmp_path / path)
     monkeypatch.setattr(sys, "argv", ["update_readme.py"])
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/index.md"):
+    for name in ("README.md", "docs/index.md", "docs/generation.md"):
         emptied = update.BLOCK.sub(r"\1\3", (ROOT / name).read_text())
         (tmp_path / name).write_text(emptied)
     problem = AttentionProblem("forward", "float32", 1, 2, 2, 60, 32, BandLayout.spattention(2))
@@ -195,6 +196,20 @@ def test_readme_is_filled_from_reports(
         more = {**measured, "shape": f"length {length}", "problem": {**measured["problem"], "length": length}}
         report["results"].append(more)
     path = reports.write_report(report, tmp_path / "logs")
+    layout = BandLayout.spattention(2, 60)
+    step = {"problem": dataclasses.replace(problem, direction="decode", length=1, layout=layout).to_json()}
+    times = {"median_ms": 1.23456, "needed_gb_s": 1.0, "of_copy": 0.5, "of_dense": None, "error": 1e-6}
+    rates = {"tokens_s": 23.456, "of_dense": 4.0, "prefill_tokens_s": 1.0, "cache_bytes": 2**20}
+    rates |= {"cache_of_dense": 0.531}
+    model = {"layers": 8, "hidden": 64, "vocabulary": 50, "parameters": 11e6}
+    for kind, measurement, values in (
+        ("decode_benchmarks", step, {"title": "step", "peer": "ours", **times}),
+        ("generation_benchmarks", {**step, "model": model, "prompt": 3}, {"title": "bands", **rates}),
+    ):
+        entries = [values | {"status": "ok", "same_mask": True}]
+        entries += [{"title": "absent", "status": "not available", "reason": "none"}]
+        result = [{**measurement, "entries": entries}]
+        reports.write_report({**report, "copy_gb_s": 9.0, "results": result}, tmp_path / "logs", kind)
     sizes = training.Sizes(context=64, batch=1, layers=1, heads=2, head_dim=32)
     runs = training.train(sizes, 1e-3, 0, steps=10)
     summary = training.summarize(runs, sizes, 0)
@@ -213,10 +228,14 @@ def test_readme_is_filled_from_reports(
     rows = [line for line in table[1].splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 10 and "| direction |" in rows[0] and "length 66" not in table[1]
     assert "(docs/performance.md)" in table[1]
-    assert page.count("\n### ") == 2 * 7 and "### length 66, forward + backward" in page
+    assert page.count("\n### ") == 2 * 7 + 2 and "### length 66, forward + backward" in page
     assert page.count("- cuDNN SDPA, dense causal: not made for cpu") == 2 * 7
     assert f"({Path('..') / path.relative_to(tmp_path)})" in page
     assert str(path.relative_to(tmp_path)) in text
+    assert "| **step** | 1.235 | 1 | 50% |  | 1.0e-06 |" in page
+    generated = "| **bands** | 23.46 | 4.00 | 1 | 1 | 0.531 |"
+    assert generated in page and generated in (tmp_path / "docs/generation.md").read_text()
+    assert page.count("| absent | not available |") == 2
     for model in summary["models"].values():
         assert f"{model['tokens_per_second']:,.0f} | " in first
     assert "(byte_lm.png)" in first

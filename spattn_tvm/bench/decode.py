@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.problem import AttentionProblem
@@ -319,15 +317,6 @@ def benchmark_decode(
         return _measured(problems, peers, torch.device(device), rounds, idle_ms, seed, report)
     finally:
         torch.set_num_threads(threads_before)
-
-
-def write_decode_report(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write a report to ``folder/<target>/decode_benchmarks/<date>.json``."""
-    stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
-    path = folder / report["target"] / "decode_benchmarks" / f"{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def decode_table(report: Mapping[str, Any]) -> Table:

@@ -569,15 +569,6 @@ def benchmark_ranks(
     }
 
 
-def write_rank_report(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write a report to ``folder/<target>/rank_benchmarks/<date>.json``."""
-    stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
-    path = folder / report["target"] / "rank_benchmarks" / f"{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
 def rank_tables(report: Mapping[str, Any]) -> list[Table]:
     """One rich table for each problem and sharding of a report."""
     return [_table(result, report["target"]) for result in report["results"]]

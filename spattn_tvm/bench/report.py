@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +81,10 @@ def fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
             timing.ratio_to_dense = timing.median_ms / dense[timing.step_name]
 
 
-def write_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write a report to ``folder/<target>/benchmarks/<date>.json``; `folder` is ``autotune_logs``, say."""
+def write_report(report: Mapping[str, Any], folder: Path, kind: str = "benchmarks") -> Path:
+    """Write a report to ``folder/<target>/<kind>/<date>.json``; `folder` is ``autotune_logs``, say."""
     stamp = datetime.datetime.fromisoformat(report["date"]).strftime("%Y-%m-%dT%H%M%SZ")
-    path = folder / report["target"] / "benchmarks" / f"{stamp}.json"
+    path = folder / report["target"] / kind / f"{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
