@@ -7,8 +7,11 @@ knows. ``PRIVATE_NAMES`` lists what was looked for, so that a test can take away
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,17 +43,42 @@ count_dispatch_modes: Callable[[], int] = _find_or("_C._len_torch_dispatch_stack
 has_function_mode: Callable[[], bool] = _find_or("_C._is_torch_function_mode_enabled", lambda: True)
 # Inside of vmap, grad and their like.
 is_transformed: Callable[[], bool] = _find_or("_C._are_functorch_transforms_active", lambda: True)
-is_profiling: Callable[[], bool] = _find_or("autograd._profiler_enabled", lambda: True)
+_is_profiled_here: Callable[[], bool] = _find_or("autograd._profiler_enabled", lambda: True)
+
+
+def _find_observers() -> Callable[[], bool]:
+    """PyTorch's own question before each operator. Python can ask for this thread's profilers alone, and not
+    for those of all threads (``profile_all_threads``, ``ExecutionTraceObserver``).
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        found: Any = ctypes.PyDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)._ZN2at12hasCallbacksEv
+    except (OSError, AttributeError):
+        return _is_profiled_here
+    found.argtypes, found.restype = (), ctypes.c_bool
+    return cast("Callable[[], bool]", found)
+
+
+is_profiling: Callable[[], bool] = _find_observers()
 _interpreters = _find("_C._functorch.get_interpreter_stack")
 _Transform = _find("_C._functorch.TransformType")
 
 if _MISSING in (_interpreters, _Transform):
     is_differentiated = is_transformed
+
+    def is_functionalized() -> bool:
+        """Inside of ``torch.func.functionalize``, under any other transforms?"""
+        return False
+
 else:
 
     def is_differentiated() -> bool:
         """Inside of ``torch.func.grad``, ``vjp`` or ``jvp``, under any other transforms?"""
         return any(each.key() in (_Transform.Grad, _Transform.Jvp) for each in _interpreters() or ())
+
+    def is_functionalized() -> bool:
+        """Inside of ``torch.func.functionalize``, under any other transforms?"""
+        return any(each.key() == _Transform.Functionalize for each in _interpreters() or ())
 
 
 is_any_autocast_enabled: Callable[[], bool] = _find_or(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +53,35 @@ def recording(make: Callable[[], Any], names: Callable[[Any], Any]) -> Iterator[
     seen += names(watcher)
 
 
+@contextmanager
+def execution_trace() -> Iterator[list[str]]:
+    """It observes all threads, without a profiler in any of them."""
+    seen: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        observer = torch.profiler.ExecutionTraceObserver().register_callback(str(path))
+        observer.start()
+        yield seen
+        observer.stop()
+        observer.unregister_callback()
+        seen += [node["name"] for node in json.loads(path.read_text())["nodes"]]
+
+
+@contextmanager
+def profiler_of_another_thread() -> Iterator[list[str]]:
+    """A profiler that another thread started for all of them."""
+    seen: list[str] = []
+    config = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    profiler = torch.profiler.profile(experimental_config=config)
+    for act in (profiler.start, profiler.stop):
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+        if act == profiler.start:
+            yield seen
+    seen += [event.name for event in profiler.events()]
+
+
 WATCHERS: dict[str, Callable[[], Any]] = {
     "dispatch mode": lambda: recording(Recorder, lambda w: w.names),
     "hidden dispatch mode": lambda: recording(HiddenRecorder, lambda w: w.names),
@@ -61,6 +93,8 @@ WATCHERS: dict[str, Callable[[], Any]] = {
     "flop counter": lambda: recording(
         lambda: FlopCounterMode(display=False), lambda w: map(str, w.get_flop_counts()["Global"])
     ),
+    "execution trace": execution_trace,
+    "profiler of another thread": profiler_of_another_thread,
     "debug mode": lambda: recording(DebugMode, lambda w: w.debug_string().split()),
 }
 
