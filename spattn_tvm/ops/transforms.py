@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spattn_tvm.torch_private import is_functionalized
+
 from .operators import (
     BACKWARD,
     FORWARD,
@@ -74,13 +76,15 @@ def _map(
         part = tensor[begin : begin + count] if mapped else tensor.expand(count, *tensor.shape)
         return part.flatten(0, 1)
 
+    rows = tensors[0].shape[1 if is_mapped[0] else 0]
     parts = []
     for begin in range(0, max(size, 1), at_once):
         count = min(at_once, size - begin)
         folded = [fold(*each, begin, count) for each in zip(tensors, is_mapped, strict=True)]
-        own = [tensor if dim is None else tensor.select(dim, begin) for tensor, dim in boundaries]
+        # No element has boundaries, and an empty batch reads none.
+        own = [t if dim is None else t.select(dim, begin) if count else None for t, dim in boundaries]
         outputs = attend(*folded[:num_tensors], *own, *folded[num_tensors:], *settings)
-        parts.append([output.unflatten(0, (count, output.shape[0] // max(count, 1))) for output in outputs])
+        parts.append([output.unflatten(0, (count, rows)) for output in outputs])
     return tuple(torch.cat(part) for part in zip(*parts, strict=True)), (0,) * len(parts[0])
 
 
@@ -142,4 +146,9 @@ def attend_transformed(
     q: Tensor, k: Tensor, v: Tensor, places: Places, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """``banded_attention_forward`` under functional transforms of which one differentiates; unchecked."""
+    if is_functionalized():
+        raise NotImplementedError(
+            "banded_attention has no derivative inside of torch.func.functionalize, which takes no custom "
+            "functions: leave it out, or functionalize the graph that make_fx makes of the derivative"
+        )
     return _Attention.apply(q, k, v, *places, *settings)

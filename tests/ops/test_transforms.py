@@ -171,6 +171,22 @@ def test_the_operators_themselves_can_be_mapped() -> None:
             torch.testing.assert_close(ours[index], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_map_over_nothing_has_the_shape_of_its_elements() -> None:
+    (q, k, v), _ = one_and_many()
+    nothing, boundaries = q.new_empty((0, *q.shape)), torch.zeros((0, 3), dtype=torch.int64)
+    own = BandLayout.spattention(4, 64)
+
+    def attend(q: Tensor, **places: Tensor) -> Tensor:
+        return banded_attention(q, k, v, own, **places)
+
+    assert vmap(attend)(nothing).shape == nothing.shape
+    assert vmap(attend, in_dims=2, out_dims=1)(nothing.movedim(0, 2)).shape == nothing.movedim(0, 1).shape
+    assert vmap(grad(lambda q: attend(q).sum()))(nothing).shape == nothing.shape
+    assert vmap(lambda ends: attend(q, cu_seqlens=ends))(boundaries).shape == nothing.shape
+    lengths = boundaries[:, : len(q)]
+    assert vmap(lambda lengths: attend(q, kv_lengths=lengths))(lengths).shape == nothing.shape
+
+
 def attend(q: Tensor) -> Tensor:
     k, v = q[:, :2] * 0.7, q[:, 2:].sin()
     return banded_attention(q, k, v, LAYOUTS[0])
@@ -195,8 +211,20 @@ def attend(q: Tensor) -> Tensor:
             lambda q: jacrev(jacrev(lambda q: attend(q).square().sum()))(q),
             "no second derivative.*reference_attention",
         ),
+        (functionalize(grad(lambda q: attend(q).sum())), "functionalize.*leave it out"),
+        (grad(lambda q: functionalize(attend)(q).sum()), "functionalize.*leave it out"),
     ],
-    ids=["jvp", "jacfwd", "hessian", "linearize", "vmap of jvp", "grad of grad", "jacrev of jacrev"],
+    ids=[
+        "jvp",
+        "jacfwd",
+        "hessian",
+        "linearize",
+        "vmap of jvp",
+        "grad of grad",
+        "jacrev of jacrev",
+        "functionalized gradient",
+        "gradient of what is functionalized",
+    ],
 )
 def test_what_is_not_supported_says_what_to_use(transform: Callable[[Tensor], Any], instead: str) -> None:
     q, _, _ = draw(length=9, batch=1)
