@@ -29,6 +29,9 @@ EMPTY: Interval = (2**30, -1)
 LIMIT = 2**30 - 1
 """Largest context length and distance: sums and differences of two stay inside int32."""
 
+MAX_HEADS = 2**16
+"""Most heads of a layout: what is kept for each stays small, whatever a few letters of a spec ask for."""
+
 FLOPS_PER_PAIR = {"forward": 4, "backward": 10, "decode": 4}
 """Floating-point operations that each direction needs for an attended pair, divided by the head dim."""
 
@@ -344,7 +347,7 @@ class BandLayout:
 
         if self.name not in _KINDS:
             raise ValueError(f"unknown layout {self.name!r}; known: {', '.join(LAYOUT_NAMES)}")
-        set_field("num_heads", _require_int("num_heads", self.num_heads, 1))
+        set_field("num_heads", _require_int("num_heads", self.num_heads, 1, MAX_HEADS))
         if self.context_length is not None:
             set_field("context_length", _require_int("context_length", self.context_length, 1))
         elif self.allow_longer:
@@ -388,7 +391,7 @@ class BandLayout:
                 f"a part of a {self.name!r} layout is a {self.name!r} layout of its own, without of_heads "
                 "and head_indices; BandLayout.heads makes it"
             )
-        set_field("of_heads", _require_int("of_heads", self.of_heads, 1))
+        set_field("of_heads", _require_int("of_heads", self.of_heads, 1, MAX_HEADS))
         indices = _check_indices(self.head_indices, self.of_heads)
         if len(indices) != self.num_heads:
             raise ValueError(f"head_indices are {len(indices)} heads, num_heads is {self.num_heads}")
@@ -764,16 +767,18 @@ def _check_index(value: object) -> int:
 
 def _check_indices(indices: Iterable[object], num_heads: int) -> tuple[int, ...]:
     """The heads of a part of `num_heads` heads: at least one, each once, in any order."""
-    taken = tuple(_check_index(index) for index in indices)
+    taken: dict[int, None] = {}
+    # One after the other: there may be no end of them.
+    for value in indices:
+        index = _check_index(value)
+        if not 0 <= index < num_heads:
+            raise ValueError(f"the layout has the heads 0 to {num_heads - 1}, got {index}")
+        if index in taken:
+            raise ValueError(f"each head of a layout can be taken once, got head {index} twice")
+        taken[index] = None
     if not taken:
         raise ValueError("a part of a layout has at least one head, got none")
-    outside = [index for index in taken if not 0 <= index < num_heads]
-    if outside:
-        raise ValueError(f"the layout has the heads 0 to {num_heads - 1}, got {outside[0]}")
-    if len(set(taken)) < len(taken):
-        twice = next(index for index in taken if taken.count(index) > 1)
-        raise ValueError(f"each head of a layout can be taken once, got head {twice} twice")
-    return taken
+    return tuple(taken)
 
 
 def _parse_heads(spec: str, text: str, count: int) -> tuple[int, ...]:
@@ -784,8 +789,9 @@ def _parse_heads(spec: str, text: str, count: int) -> tuple[int, ...]:
             raise ValueError(f"layout {spec!r}: the heads of a part read like '4-7+12', got {part!r}")
         runs.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     # Before they are written out: a text of few letters may mean billions.
-    if sum(map(len, runs)) != count:
-        raise ValueError(f"layout {spec!r}: take={text} are {sum(map(len, runs))} heads, heads={count}")
+    total = sum(map(len, runs))
+    if total != count or total > MAX_HEADS:
+        raise ValueError(f"layout {spec!r}: take={text} are {total} heads, heads={count}")
     return tuple(head for run in runs for head in run)
 
 
@@ -795,7 +801,7 @@ def _parse_bands(spec: str, text: str) -> list[list[Interval]]:
         if part == "none":
             heads.append([])
             continue
-        if not re.fullmatch(r"\d+-\d+(\+\d+-\d+)*", part):
+        if not re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}(\+[0-9]{1,18}-[0-9]{1,18})*", part):
             raise ValueError(f"layout {spec!r}: a head's bands read like '0-3+8-15' or 'none', got {part!r}")
         pairs = (interval.split("-") for interval in part.split("+"))
         heads.append([(int(lo), int(hi)) for lo, hi in pairs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import pickle
 import subprocess
@@ -333,6 +334,11 @@ def test_specs_are_readable():
         ("spattention:heads=2,take=0-1", "belong together"),
         ("spattention:heads=2,of=4,take=0-2", "take=0-2 are 3 heads, heads=2"),
         ("spattention:heads=2,of=4,take=0-9999999999", "are 10000000000 heads, heads=2"),
+        ("spattention:heads=900000000,of=900000000,take=0-899999999", "are 900000000 heads"),
+        ("causal:heads=900000000", "between 1 and 65536, got 900000000"),
+        ("spattention:heads=1,of=900000000,take=5", "between 1 and 65536, got 900000000"),
+        ("custom:heads=1,bands=0-\u0663", "a head's bands read like"),
+        (f"custom:heads=1,bands=0-{'9' * 5000}", "a head's bands read like"),
         ("spattention:heads=2,of=4,take=3-4", "has the heads 0 to 3, got 4"),
         ("spattention:heads=2,of=4,take=1+1", "head 1 twice"),
         ("spattention:heads=2,of=4,take=0,1", "each at most once, got '1'"),
@@ -494,6 +500,11 @@ def test_bad_heads_are_refused(layout):
         ((-1, 2), ValueError, "heads 0 to 3, got -1"),
         (([0, -1],), ValueError, "heads 0 to 3, got -1"),
         (([1, 2, 1],), ValueError, "head 1 twice"),
+        # Without end, or nearly so.
+        ((0, 2**70), ValueError, "heads 0 to 3, got 4"),
+        ((range(2**60),), ValueError, "heads 0 to 3, got 4"),
+        ((itertools.count(),), ValueError, "heads 0 to 3, got 4"),
+        ((itertools.repeat(2),), ValueError, "head 2 twice"),
         ((2,), TypeError, "a sequence of indices, or start and stop; got 2 alone"),
         (([0.0],), TypeError, "index is an integer, got 0.0"),
         (([True],), TypeError, "index is an integer, got True"),
