@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,11 +65,14 @@ def _to_tensor(spec: str) -> Tensor:
 
 
 def _to_spec(state: object) -> str | None:
-    """The text in a tensor of `_to_tensor`; None for one without values (meta, fake)."""
+    """The text in a tensor of `_to_tensor`; None for one without values (meta, fake). Of what holds no text,
+    something that is no layout's spec."""
     if not isinstance(state, Tensor):
         return str(state)
+    if state.layout is not torch.strided or state.is_quantized or state.is_nested or state.is_complex():
+        return f"a tensor of {state.dtype} in the layout {state.layout}"
     try:
-        codes = state.double().round().tolist()
+        codes = state.flatten().double().round().tolist()
     except (RuntimeError, NotImplementedError):
         return None
     return "".join(chr(int(code)) for code in codes if 0 < code < 128)
@@ -113,7 +117,7 @@ class BandedAttention(nn.Module):
     ValueError
         Sizes that do not divide, a layout for another number of heads, or an unknown layout name.
     TypeError
-        A layout that is neither a BandLayout nor a string.
+        A layout that is neither a BandLayout nor a string, sizes that are no integers.
 
     Examples
     --------
@@ -138,6 +142,10 @@ class BandedAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
         if embed_dim < 1 or num_heads < 1 or num_kv_heads < 1:
             raise ValueError(
                 "embed_dim, num_heads and num_kv_heads must be at least 1, "
@@ -155,9 +163,13 @@ class BandedAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.layout = self._whole_layout = _resolve(layout, num_heads, context_length)
         self._attend: Callable[..., Tensor] = banded_attention
-        if rope_theta is not None and (rope_theta <= 0 or self.head_dim % 2):
+        if rope_theta is not None and not isinstance(rope_theta, (int, float)):
+            raise TypeError(
+                f"rope_theta must be a number or None, got {rope_theta!r} of type {type(rope_theta).__name__}"
+            )
+        if rope_theta is not None and (not 0 < rope_theta < math.inf or self.head_dim % 2):
             raise ValueError(
-                "rope_theta must be positive and the head dim even, "
+                "rope_theta must be positive and finite and the head dim even, "
                 f"got {rope_theta} and a head dim of {self.head_dim}"
             )
         self.rope_theta = rope_theta

@@ -172,10 +172,12 @@ def _pack(
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise TypeError(f"{name} must be in 16 bits or more of floating point, got {tensor.dtype}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "q, k, v must agree in batch and head_dim, and k with v in heads and length, "
@@ -183,6 +185,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
     layout.check_heads(q.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -192,10 +193,25 @@ def test_a_state_without_the_entry_loads_into_any_layout() -> None:
 def test_a_damaged_entry_is_refused_and_one_without_values_is_not_compared() -> None:
     module = module_of(BandLayout.causal(2))
     state = module.state_dict()
-    for damaged in (torch.full((256,), 77), torch.zeros(256), "nonsense", torch.full((3,), torch.nan)):
+    entry = state["_extra_state"]
+    for damaged in (
+        torch.full((256,), 77),
+        torch.zeros(256),
+        "nonsense",
+        torch.full((3,), torch.nan),
+        torch.tensor(5),
+        torch.zeros(0),
+        torch.full((256,), 2**40),
+        entry.bool(),
+        entry.to_sparse(),
+        entry.to(torch.complex64),
+        [entry],
+        None,
+    ):
         with pytest.raises(RuntimeError, match="the module has 'causal:heads=2'"):
             module.load_state_dict({**state, "_extra_state": damaged})
-    module.load_state_dict({**state, "_extra_state": state["_extra_state"].to("meta")})
+    module.load_state_dict({**state, "_extra_state": entry.view(16, -1)})
+    module.load_state_dict({**state, "_extra_state": entry.to("meta")})
     module.load_state_dict({**state, "_extra_state": "causal:heads=2"})
 
 
@@ -326,6 +342,11 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
         ({"layout": "dense"}, ValueError, "unknown layout 'dense'"),
         ({"layout": 3}, TypeError, "layout must be a BandLayout or the name of one, got int"),
         ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive"),
+        ({"rope_theta": math.nan}, ValueError, "rope_theta must be positive and finite"),
+        ({"rope_theta": "10000"}, TypeError, "rope_theta must be a number or None, got '10000' of type str"),
+        ({"embed_dim": 128.0}, TypeError, "embed_dim must be an integer, got 128.0 of type float"),
+        ({"num_heads": True}, TypeError, "num_heads must be an integer, got True of type bool"),
+        ({"num_kv_heads": "2"}, TypeError, "num_kv_heads must be an integer, got '2' of type str"),
         ({"embed_dim": 132, "rope_theta": 10.0}, ValueError, "even, got 10.0 and a head dim of 33"),
     ],
 )

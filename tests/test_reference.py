@@ -319,6 +319,14 @@ def test_bad_inputs_are_refused():
         reference_attention(q[0], k, v, layout)
     with pytest.raises(TypeError, match="one dtype"):
         reference_attention(q, k.float(), v, layout)
+    for wrong, message in [
+        (q.to_sparse(), "q must be a dense tensor, got layout torch.sparse_coo"),
+        (q.to(torch.float8_e4m3fn), "floating point, got torch.float8_e4m3fn"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            reference_attention(wrong, wrong, wrong, layout)
+    with pytest.raises(ValueError, match="on one device, got meta, cpu, cpu"):
+        reference_attention(q.to("meta"), k, v, layout)
     with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
         reference_attention(q, k, v.long(), layout)
     with pytest.raises(ValueError, match="multiple of kv heads, got 4 and 3"):

@@ -97,7 +97,11 @@ def with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 def check_finite(scale: float) -> None:
     """Raise unless a factor of the scores is finite."""
-    if not math.isfinite(scale):
+    try:
+        is_finite = math.isfinite(scale)
+    except OverflowError:  # an int beyond every float, whose digits may be too many to print
+        raise ValueError("scale must be finite, got an integer that no float can hold") from None
+    if not is_finite:
         raise ValueError(f"scale must be finite, got {scale}")
 
 

@@ -157,6 +157,7 @@ GOOD = tensors()
         ({"scale": "0.1"}, TypeError, "scale must be a float, got '0.1' of type str"),
         ({"scale": 1j}, TypeError, "scale must be a float, got 1j of type complex"),
         ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+        ({"scale": 10**400}, ValueError, "scale must be finite, got an integer that no float"),
         ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
         (
             {"scale": torch.tensor(0.1)},
