@@ -188,6 +188,19 @@ def _first_tokens(mask: Tensor) -> tuple[Tensor, Tensor]:
     return begin, (end - begin == mask.sum(1)).all()
 
 
+def _check_padding(mask: Tensor | None, batch: int, length: int | Tensor) -> None:
+    """Raise unless a mask has a row for each row and an entry for each token."""
+    if mask is None:
+        return
+    is_short = mask.dim() == 2 and isinstance(length, int) and mask.shape[1] < length
+    if mask.dim() != 2 or mask.shape[0] != batch or is_short:
+        tokens = length if isinstance(length, int) else "tokens"
+        raise ValueError(
+            f"attention_mask is of shape ({batch}, {tokens}) here, an entry for each token, cached ones "
+            f"included, got {tuple(mask.shape)}"
+        )
+
+
 _HOLES = (
     "attention_mask has padding between a row's tokens, which bands would count as distance: pad prompts on "
     "the left, where nothing is appended, or pack"
@@ -236,6 +249,7 @@ def banded_mask(
     if not is_tracing:
         _check_mask_function(mask_function)
     length = q_offset + q_length
+    _check_padding(attention_mask, batch_size, length)
     # Are the keys of the call all there are, as the host knows? Then there is nothing to say but how many.
     is_all = isinstance(length, int) and length == kv_length
     if attention_mask is not None:
@@ -281,14 +295,24 @@ def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
     return torch.nn.functional.pad(first, (0, 1), value=tokens).int(), flattens
 
 
-def _check_padded_positions(position_ids: Tensor, begin: Tensor) -> None:
-    """Raise where positions of a padded row start again: its documents would see one another."""
-    place = torch.arange(position_ids.shape[1], device=position_ids.device)
-    starts_again = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 1) & (place[:-1] > begin[:, None])
+def _check_one_sequence(position_ids: Tensor, places: Tensor, message: str) -> None:
+    """Raise where positions of a row say that it is several sequences, which would see one another.
+
+    Padding has positions of any kind, and where it begins on the right is not known: then a sequence starts
+    where a token is not behind the one before it, and is followed by the next.
+    """
+    if places.shape[2] == 1:
+        starts_again = position_ids.diff(dim=1) != 1
+    else:
+        before, here, after = position_ids[:, :-2], position_ids[:, 1:-1], position_ids[:, 2:]
+        begin, length = places[:, 0, :, 0].unbind(1)
+        place = torch.arange(1, position_ids.shape[1] - 1, device=position_ids.device)
+        is_inside = place + length[:, None] - position_ids.shape[1] > begin[:, None]
+        starts_again = (here <= before) & (after == here + 1) & is_inside
     if _is_compiling():
-        assert_async(~starts_again.any(), _PACKED_AND_PADDED)
+        assert_async(~starts_again.any(), message)
     elif bool(starts_again.any()):
-        raise ValueError(_PACKED_AND_PADDED)
+        raise ValueError(message)
 
 
 _PACKED = "position_ids start again within a row, and set_layout was told packing=False"
@@ -297,44 +321,83 @@ _PACKED_AND_PADDED = (
     "position_ids start again within a row that attention_mask pads: pack without padding, and without a mask"
 )
 
+_PACKED_AND_CACHED = (
+    "position_ids start again within a row whose keys are cached: pack without a cache (use_cache=False)"
+)
 
-def _is_same(boundaries: Tensor, others: Tensor | None) -> bool:
-    """Have keys the boundaries of queries? Compiled code is not asked, and takes both."""
-    if others is None or others is boundaries:
-        return True
+_OTHER_BOUNDARIES = (
+    "cu_seq_lens_k are not cu_seq_lens_q: in self-attention each document has as many keys as queries"
+)
+
+_SEQ_IDX = (
+    "seq_idx changes where position_ids go on, and attention goes by these: give position_ids that start "
+    "again with each packed sequence, or cu_seq_lens_q"
+)
+
+
+def _seen(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors and their versions, by which a later layer knows them again; those of inference have none."""
+    return tuple((t, None if t is None or t.is_inference() else t._version) for t in tensors)
+
+
+def _is_known(places: Tensor, seen: tuple[Any, ...]) -> bool:
+    """Did a layer before this one look at these tensors? The mask of a forward pass is one tensor."""
+    known = getattr(places, "_spattn_seen", ())
+    return len(known) == len(seen) and all(
+        a[0] is b[0] and a[1] == b[1] for a, b in zip(known, seen, strict=True)
+    )
+
+
+def _check_boundaries(places: Tensor, queries: Tensor, keys: Tensor | None) -> None:
+    """Raise where keys have other boundaries than queries."""
+    if keys is None or keys is queries:
+        return
+    if keys.shape != queries.shape:
+        raise ValueError(_OTHER_BOUNDARIES)
     if _is_compiling():
-        return False
-    known = getattr(boundaries, "_spattn_others", None)
-    if known is None or known[:3] != (boundaries._version, id(others), others._version):
-        known = (boundaries._version, id(others), others._version, torch.equal(boundaries, others), others)
-        boundaries._spattn_others = known  # type: ignore[attr-defined]
-    return bool(known[3])
+        assert_async((keys == queries).all(), _OTHER_BOUNDARIES)
+        return
+    seen = _seen(queries, keys)
+    if _is_known(places, seen):
+        return
+    if not torch.equal(keys, queries):
+        raise ValueError(_OTHER_BOUNDARIES)
+    places._spattn_seen = seen  # type: ignore[attr-defined]
 
 
-def _packing(position_ids: Tensor, places: Tensor, may_pack: bool) -> tuple[Tensor | None, bool]:
+def _packing(
+    position_ids: Tensor | None, seq_idx: Tensor | None, places: Tensor, is_cached: bool, may_pack: bool
+) -> tuple[Tensor | None, bool]:
     """`_documents`, found by the first of the layers that are given the same positions."""
-    if not may_pack and _is_compiling() and places.shape[2] == 1:
-        assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED)
-        return None, False
-    batch, is_padded = places.shape[0], places.shape[2] == 2
-    known = None if _is_compiling() else getattr(position_ids, "_spattn_packing", None)
-    # A mask of one forward pass is one tensor, which lives as long as this entry.
-    if known is not None and known[0] == position_ids._version and known[1] is places:
-        return known[2]
+    seen = None if _is_compiling() else _seen(position_ids, seq_idx)
+    if seen is not None and _is_known(places, seen):
+        return places._spattn_documents  # type: ignore[attr-defined]
     found: tuple[Tensor | None, bool] = (None, False)
-    if is_padded:
-        _check_padded_positions(position_ids, places[:, 0, 0, 0])
-    else:
-        found = _documents(position_ids, batch)
-    if not _is_compiling():
-        position_ids._spattn_packing = (position_ids._version, places, found)  # type: ignore[attr-defined]
+    if position_ids is not None:
+        if places.shape[2] == 2 or is_cached:
+            message = _PACKED_AND_CACHED if is_cached else _PACKED_AND_PADDED
+            _check_one_sequence(position_ids, places, message)
+        elif seen is None and not may_pack:
+            assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED)
+        else:
+            found = _documents(position_ids, places.shape[0])
+    if seq_idx is not None:
+        is_ignored = seq_idx.diff(dim=-1) != 0
+        if position_ids is not None:
+            is_ignored = is_ignored & (position_ids.diff(dim=1) == 1)
+        if seen is None:
+            assert_async(~is_ignored.any(), _SEQ_IDX)
+        elif bool(is_ignored.any()):
+            raise ValueError(_SEQ_IDX)
+    if seen is not None:
+        places._spattn_seen, places._spattn_documents = seen, found  # type: ignore[attr-defined]
     return found
 
 
 # --- the attention function ---------------------------------------------------------------------------------
 
 # Arguments that say nothing about what is attended to.
-_HARMLESS = frozenset(("num_items_in_batch", "cache_position", "seq_idx", "max_length_q", "max_length_k"))
+_HARMLESS = frozenset(("num_items_in_batch", "cache_position", "max_length_q", "max_length_k"))
 _REFUSED = {
     "softcap": "softcap of the scores",
     "s_aux": "attention sinks",
@@ -370,9 +433,11 @@ def _check_places(places: Tensor | None) -> None:
             "banded attention was not told where keys are: the attention function is registered without its "
             "mask function, or the model makes no masks; call spattn_tvm.integrations.transformers.register()"
         )
-    if places.dim() != 4 or places.dtype is not torch.int32 or places.shape[1] != 1 or places.shape[3] != 1:
+    is_ours = isinstance(places, Tensor) and places.dim() == 4 and places.dtype is torch.int32
+    if not (is_ours and places.shape[1] == places.shape[3] == 1):
         raise ValueError(
-            f"banded attention takes no mask of 4 dimensions, got {tuple(places.shape)} of {places.dtype}: "
+            f"banded attention takes no mask of 4 dimensions, got {tuple(places.shape)} "
+            f"({getattr(places, 'dtype', type(places).__name__)}): "
             "give a 2-D attention_mask for padding, position_ids or cu_seq_lens_q for packed sequences"
         )
 
@@ -389,6 +454,7 @@ def banded_attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     band_cache: KeyValueCache | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -402,8 +468,9 @@ def banded_attention_forward(
         ``(B, Hq, Nq, D)`` and ``(B, Hkv, Nk, D)``.
     attention_mask : Tensor
         What `banded_mask` returned.
-    dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, others
-        What models hand on. Positions matter where they say that sequences are packed.
+    dropout, scaling, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx, others
+        What models hand on. Positions matter where they say that sequences are packed; where there are
+        boundaries, these count.
     band_cache : KeyValueCache, optional
         What the keys go into and the past ones come from; `BandedLayer` and `PagedLayer` put it here.
 
@@ -436,21 +503,20 @@ def banded_attention_forward(
             _refuse(
                 "packed sequences (cu_seq_lens_q) beside padding, a cache or several rows: one row holds all"
             )
-        keys = None if _is_same(cu_seq_lens_q, cu_seq_lens_k) else cu_seq_lens_k
-        o = banded_attention(
-            query, key, value, layout, scale=scaling, cu_seqlens=cu_seq_lens_q, cu_seqlens_k=keys
-        )
+        _check_boundaries(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+        o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=cu_seq_lens_q)
         return o.transpose(1, 2), None
+    if cu_seq_lens_k is not None:
+        _refuse("packed keys (cu_seq_lens_k) without packed queries: give cu_seq_lens_q too")
 
     documents, flattens = None, False
-    if position_ids is not None and position_ids.dim() == 2 and is_first and queries > 1:
-        documents, flattens = _packing(
-            position_ids, attention_mask, getattr(module.config, PACKING_KEY, True)
-        )
+    positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
+    if queries > 1 and (positions is not None or seq_idx is not None):
+        is_cached = band_cache is not None or not is_first
+        may_pack = getattr(module.config, PACKING_KEY, True)
+        documents, flattens = _packing(positions, seq_idx, attention_mask, is_cached, may_pack)
 
     if band_cache is not None:
-        if documents is not None and not _is_compiling() and band_cache.known_length == 0:
-            _refuse("cache for packed sequences")
         starts = attention_mask[:, 0, 0, 0] if is_padded else None
         return band_cache.attend(query, key, value, scale=scaling, starts=starts).transpose(1, 2), None
 

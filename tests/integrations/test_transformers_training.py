@@ -11,6 +11,7 @@ import pytest
 import torch
 from banded_models import BY_DEFINITION, HEADS, LAYERS, VOCABULARY, make_model, register_the_definition
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 transformers = pytest.importorskip("transformers")
 
@@ -150,11 +151,24 @@ def _separate(batch: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("form", ["plain", "padded right", "packed"])
-def test_gradient_checkpointing(form: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode(form: str) -> None:
+    """Where tensors have no versions, those that the caller or the model makes there among them."""
+    model = _banded(layout=HYBRID).eval()
+    expected, _ = _expected(model, _batch(form))
+    with torch.inference_mode():
+        for _ in range(2):
+            loss = model(**_batch(form), use_cache=False).loss
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("form", ["plain", "padded right", "packed", "packed boundaries"])
+def test_gradient_checkpointing(form: str, is_reentrant: bool) -> None:
     model, batch = _banded(), _batch(form)
     expected = _expected(model, batch)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    model.enable_input_require_grads()
     _compare(_gradients(model, batch, use_cache=False), expected)
 
 
@@ -178,12 +192,24 @@ def test_compiled_without_packing() -> None:
     _compare(_gradients(model, _batch("packed"), use_cache=False), _expected(model, _batch("packed")))
 
 
-def test_compiled_padding_between_tokens_is_refused() -> None:
-    model, batch = _banded(layout=[BANDED], num_hidden_layers=1), _batch("padded right")
-    batch["attention_mask"][1, 7] = 0
+def test_what_compiled_code_cannot_do_is_refused() -> None:
+    """What only the device knows."""
+    model = _banded(layout=[BANDED], num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    with pytest.raises(RuntimeError, match="padding between a row's tokens"):
-        compiled(**batch, use_cache=False)
+    holes, padded, others = _batch("padded right"), _batch("padded right"), _batch("packed boundaries")
+    holes["attention_mask"][1, 7] = 0
+    padded["position_ids"] = _batch("packed")["position_ids"] + 3
+    others["cu_seq_lens_k"][1] = 20
+    numbered = _batch("plain") | {"seq_idx": torch.arange(LENGTH).expand(2, -1) // 20}
+    for batch, message in (
+        (holes, "padding between a row's tokens"),
+        (padded, "position_ids start again within a row that attention_mask pads"),
+        (others, "cu_seq_lens_k are not cu_seq_lens_q"),
+        (numbered, "seq_idx changes where position_ids go on"),
+    ):
+        torch.compiler.reset()  # transformers' own functions are compiled in other tests too, up to a limit
+        with pytest.raises(RuntimeError, match=message):
+            compiled(**batch, use_cache=False)
 
 
 def test_autocast() -> None:
@@ -336,12 +362,42 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         },
         "position_ids start again within a row that attention_mask pads",
     ),
+    "packed and padded, positions of a longer text": (
+        {},
+        {
+            "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([39]), 0),
+            "position_ids": torch.cat((torch.arange(9, 29), torch.arange(5, 25)))[None],
+        },
+        "position_ids start again within a row that attention_mask pads",
+    ),
+    "mask of other rows": (
+        {},
+        {"attention_mask": torch.ones(3, LENGTH)},
+        r"of shape \(2, 40\).* got \(3, 40\)",
+    ),
+    "mask of fewer tokens": ({}, {"attention_mask": torch.ones(2, 9)}, r"of shape \(2, 40\).* got \(2, 9\)"),
+    "3-D mask": ({}, {"attention_mask": torch.ones(2, LENGTH, LENGTH)}, r"got \(2, 40, 40\)"),
+    "FlexAttention's mask": (
+        {},
+        {
+            "attention_mask": create_block_mask(
+                lambda b, h, query, key: query >= key, 2, 1, LENGTH, LENGTH, device="cpu"
+            )
+        },
+        r"takes no mask of 4 dimensions, got \(2, 1, 40, 40\) \(BlockMask\)",
+    ),
     "bidirectional": ({}, {"is_causal": False}, "bidirectional or cross attention"),
     "softcap": ({}, {"softcap": 30.0}, r"softcap of the scores \(softcap=30.0\)"),
     "sinks": ({}, {"s_aux": torch.zeros(HEADS)}, "attention sinks"),
     "window": ({}, {"sliding_window": 8}, "window of the model's own beside its bands"),
     "position bias": ({}, {"position_bias": torch.zeros(1)}, "position bias"),
     "unknown": ({}, {"block_ids": torch.zeros(2, LENGTH)}, "argument block_ids, and won't ignore it"),
+    "boundaries of keys alone": ({}, {"cu_seq_lens_k": torch.tensor([0, 40])}, "give cu_seq_lens_q too"),
+    "numbers of sequences": (
+        {},
+        {"seq_idx": torch.arange(LENGTH).expand(2, -1) // 20},
+        "seq_idx changes where position_ids go on",
+    ),
     "packed rows": (
         {},
         {"cu_seq_lens_q": torch.tensor([0, 40]), "cu_seq_lens_k": torch.tensor([0, 40])},
@@ -356,6 +412,16 @@ def test_what_bands_cannot_do_is_refused_by_name(use: str) -> None:
     model = _banded(**settings)
     with pytest.raises(ValueError, match=message):
         model(**(_batch("plain") | arguments), use_cache=False)
+
+
+@pytest.mark.parametrize("keys", [[0, 20, 40], [0, 40]])
+def test_boundaries_of_keys_are_those_of_queries(keys: list[int]) -> None:
+    batch = _batch("packed") | {"cu_seq_lens_q": torch.tensor([0, 17, 40])}
+    model = _banded()
+    for again in (batch["cu_seq_lens_q"], batch["cu_seq_lens_q"].clone(), None):
+        model(**batch, cu_seq_lens_k=again, use_cache=False)
+    with pytest.raises(ValueError, match="cu_seq_lens_k are not cu_seq_lens_q"):
+        model(**batch, cu_seq_lens_k=torch.tensor(keys), use_cache=False)
 
 
 def test_masks_of_other_models_are_refused() -> None:
@@ -380,8 +446,15 @@ def test_masks_of_other_models_are_refused() -> None:
 def test_caches_refuse_what_they_cannot_hold() -> None:
     model, batch = _banded().eval(), _batch("packed")
     del batch["labels"]
-    with torch.no_grad(), pytest.raises(ValueError, match="cache for packed sequences"):
-        model(**batch, cache=make_cache(model))
+    packed = r"position_ids start again within a row whose keys are cached: .*use_cache=False"
+    for kind in ("banded", "paged"):
+        with torch.no_grad(), pytest.raises(ValueError, match=packed):
+            model(**batch, cache=make_cache(model, kind))
+    later = torch.cat((torch.arange(10, 20), torch.arange(10)))[None]
+    for cache in (make_cache(model), transformers.DynamicCache(config=model.config)):
+        with torch.no_grad(), pytest.raises(ValueError, match=packed):
+            model(batch["input_ids"][:, :10], cache=cache)
+            model(batch["input_ids"][:, 10:30], position_ids=later, cache=cache)
     with pytest.raises(RuntimeError, match="a cache has no gradient"):
         model(batch["input_ids"], cache=make_cache(model))
     cache = make_cache(model)
