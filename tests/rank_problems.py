@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.distributed import Shards, context_parallel_attention, exchange
@@ -117,6 +119,7 @@ def compare_with_one_process(
     tolerance: float = 1e-5,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    is_checkpointed: bool = False,
 ) -> None:
     """o, dq, dk and dv of this rank's rows against float64 of the whole sequence."""
     rank = dist.get_rank()
@@ -124,7 +127,8 @@ def compare_with_one_process(
     whole = [tensor.to(place) for tensor in draw_tensors(problem, dtype)]
     q, k, v, do = (problem.shards.take(tensor, rank, 2).detach() for tensor in whole)
     inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    o = attend_here(problem, *inputs)
+    attend = partial(attend_here, problem)
+    o = checkpoint(attend, *inputs, use_reentrant=False) if is_checkpointed else attend(*inputs)
     gradients = torch.autograd.grad(o, inputs, do)
 
     exact = [tensor.double().requires_grad_() for tensor in whole[:3]]
@@ -147,12 +151,13 @@ def compare_problems(
     tolerance: float = 1e-5,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    is_checkpointed: bool = False,
 ) -> None:
     """With `own_message_bytes`, rows of a head of that size are messages of their own."""
     least = {} if own_message_bytes is None else {device: own_message_bytes}
     with patch.dict(exchange._OWN_MESSAGE_BYTES, least):
         for problem in problems:
-            compare_with_one_process(problem, tolerance, dtype, device)
+            compare_with_one_process(problem, tolerance, dtype, device, is_checkpointed)
 
 
 @contextmanager

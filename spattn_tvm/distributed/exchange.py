@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .shards import Rows, Shards
 
@@ -313,6 +314,7 @@ class _Depart(torch.autograd.Function):
         return tuple(tensors[0].new_empty(0) for _ in journeys)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *markers: Tensor) -> tuple[Tensor | None, ...]:
         for journey in ctx.journeys:
             journey.finish()
@@ -323,12 +325,17 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, journeys: Sequence[Journey], *markers: Tensor) -> tuple[Tensor, ...]:
         ctx.journeys = journeys
+        # Activation checkpointing computes again until it has what was saved. Ranks with nothing to attend to
+        # have saved nothing else, and take part in the journeys all the same.
+        ctx.save_for_backward(*markers)
         for journey in journeys:
             journey.finish()
         return journeys[0].goal.close(markers[0].dtype)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors  # before anything sets out, as where there is something to attend to
         for journey in ctx.journeys:
             journey.start(gradients, back=True)
         return None, *(gradients[0].new_empty(0) for _ in ctx.journeys)

@@ -64,6 +64,22 @@ def test_rows_of_a_head_as_messages_of_their_own(ranks: Ranks, rows: int) -> Non
     ranks.call(compare_problems, problems, rows * 32 * 4)
 
 
+def test_checkpointed_problems_of_ranks_with_nothing_to_do(ranks: Ranks) -> None:
+    """All ranks compute again, and so move again, or none does: those without heads or rows too."""
+    problems = [draw_problem(2000 + seed, ranks.ranks) for seed in range(8)]
+    empty = Shards(64, (((0, 64),), *((),) * (ranks.ranks - 1)))
+    for strategy in ("heads", "bands"):
+        shards = Shards.contiguous(64, ranks.ranks)
+        one = BandLayout.spattention(1, 64)
+        problems += [
+            simple(strategy, heads=1, kv_heads=1, layout=one, shards=shards),
+            simple(strategy, shards=empty),
+            simple(strategy, shards=shards, parts=2, boundaries=(0, 7)),
+        ]
+    tolerance, dtype = 1e-5, torch.float32
+    ranks.call(compare_problems, problems, None, tolerance, dtype, "cpu", True)
+
+
 def test_elements_moved_are_the_plans(ranks: Ranks) -> None:
     for seed in range(100, 112):
         problem = draw_problem(seed, ranks.ranks, [("heads", "bands")[seed % 2]])
