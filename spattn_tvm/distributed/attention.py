@@ -10,60 +10,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.ops.attention import (
+    check_dense,
+    check_head_dim,
+    check_kinds,
+    check_scale,
+    with_autocast_dtype,
+)
+from spattn_tvm.ops.sharded import is_sharded
 from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .agreement import agree, agree_on_refusal
 from .by_bands import attend_by_bands, plan_calls
 from .by_heads import attend_by_heads, plan_parts
+from .groups import group_of
 from .planner import STRATEGIES, documents_of, plan_ranks, strategies_of
 from .shards import Shards, boundaries_of
 
 # --- the public function ----------------------------------------------------------------------------------
 
 
-def _group_of(group_or_mesh: Any) -> dist.ProcessGroup:
-    if isinstance(group_or_mesh, dist.ProcessGroup):
-        return group_or_mesh
-    if group_or_mesh is None:
-        return dist.group.WORLD
-    if not hasattr(group_or_mesh, "get_group"):
-        raise TypeError(
-            "group_or_mesh must be a ProcessGroup, a DeviceMesh of one dimension, or None for all ranks, got "
-            f"{type(group_or_mesh).__name__}"
-        )
-    if group_or_mesh.ndim != 1:
-        raise ValueError(
-            f"the mesh has {group_or_mesh.ndim} dimensions: pass the one that shards the sequence, such as "
-            'mesh["context"]'
-        )
-    group: dist.ProcessGroup = group_or_mesh.get_group()
-    return group
-
-
-def _check(q: Any, k: Any, v: Any, layout: Any, shards: Shards, group: dist.ProcessGroup) -> None:
+def _check(q: Any, k: Any, v: Any, layout: Any, scale: Any, impl: str, parts: Any) -> None:
+    """What ``banded_attention`` would find out, before anything travels."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
+        if is_sharded(tensor):
+            raise TypeError(
+                f"{name} is a DTensor: pass its local part, or call banded_attention, which takes DTensors"
+            )
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, rows, head_dim), got {tuple(tensor.shape)}")
-    if not isinstance(layout, BandLayout):
-        raise TypeError(f"layout must be a BandLayout, got {type(layout).__name__}")
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise TypeError(
-            "q, k and v must have one dtype and device, got "
-            f"{', '.join(f'{tensor.dtype} on {tensor.device}' for tensor in (q, k, v))}"
-        )
+    check_kinds("q, k and v", q, k, v, layout, impl)
+    if q.is_meta:
+        raise ValueError("context parallelism moves rows between ranks, got tensors on meta")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             "q, k and v must agree in batch, rows and head_dim, and k with v in heads, got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     layout.check_heads(q.shape[1])
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if shards.ranks != ranks:
-        raise ValueError(f"the shards are for {shards.ranks} ranks, the group has {ranks}")
-    if shards.rows(rank) != q.shape[2]:
-        raise ValueError(f"the shards give rank {rank} {shards.rows(rank)} rows, q has {q.shape[2]}")
+    check_head_dim(q.shape[3], q.dtype, impl)
+    if scale is not None:
+        check_scale(scale)
+    if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
+        raise ValueError(f"parts must be an int of at least 1, got {parts!r}")
+
+
+def _check_rows(shards: Any, rows: int, group: dist.ProcessGroup) -> None:
+    if not isinstance(shards, Shards):
+        raise TypeError(f"shards must be Shards, got {type(shards).__name__}")
+    shards.check_ranks(dist.get_world_size(group))
+    rank = dist.get_rank(group)
+    if shards.rows(rank) != rows:
+        raise ValueError(f"the shards give rank {rank} {shards.rows(rank)} rows, q has {rows}")
 
 
 def _able(q: Tensor, impl: str) -> tuple[str, ...]:
@@ -73,11 +74,9 @@ def _able(q: Tensor, impl: str) -> tuple[str, ...]:
     return strategies_of(detect_cuda(q.get_device()) if q.is_cuda else detect_cpu(), impl)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type) or tensor.dtype is torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+def _autocast(tensor: Any) -> Any:
+    device_type = "cuda" if isinstance(tensor, Tensor) and tensor.is_cuda else "cpu"
+    return with_autocast_dtype(tensor, device_type) if torch.is_autocast_enabled(device_type) else tensor
 
 
 @torch.compiler.disable
@@ -148,16 +147,17 @@ def context_parallel_attention(
     >>> tokens = shards.take(tokens, rank)  # doctest: +SKIP
     >>> o = context_parallel_attention(q, k, v, layout, group, shards=shards)  # doctest: +SKIP
     """
-    group = _group_of(group_or_mesh)
+    group = group_of(group_or_mesh)
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
     try:
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+        _check(q, k, v, layout, scale, impl, parts)
         if shards is None:
             shards = Shards.contiguous(
                 max(q.shape[2], 1) * dist.get_world_size(group), dist.get_world_size(group)
             )
-        _check(q, k, v, layout, shards, group)
+        _check_rows(shards, q.shape[2], group)
         boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
         plan = plan_ranks(
             layout,
             shards,

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .groups import group_of
 from .shards import Rows, Shards
 
 # From how many bytes on a head's rows travel as a message of their own; where none is given all are packed.
@@ -375,11 +376,28 @@ class _Gather(torch.autograd.Function):
         return ctx.shards.take(gradient, ctx.rank, ctx.dim).contiguous(), None, None, None
 
 
-def gather(tensor: Tensor, shards: Shards, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
+def gather(tensor: Tensor, shards: Shards, group_or_mesh: Any, dim: int = 1) -> Tensor:
     """The whole sequence's tensor, on each rank, from the ranks' rows of it.
 
     Differentiable for ranks that compute the same from it: a rank's gradient is its rows of what arrives.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        This rank's rows.
+    shards : Shards
+    group_or_mesh : ProcessGroup, DeviceMesh or None
+        As in ``context_parallel_attention``.
+    dim : int
+        The dimension of the rows.
+
+    Raises
+    ------
+    ValueError
+        Shards for another number of ranks, or other rows than this rank's.
     """
+    group = group_of(group_or_mesh)
+    shards.check_ranks(dist.get_world_size(group))
     if tensor.shape[dim] != shards.rows(dist.get_rank(group)):
         raise ValueError(
             f"this rank holds {shards.rows(dist.get_rank(group))} rows, dimension {dim} of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,11 +39,18 @@ def boundaries_of(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
 
     Raises
     ------
+    TypeError
+        They are no integers, or not in one row.
     ValueError
         They don't start at 0, or decrease.
     """
     values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
-    boundaries = tuple(int(value) for value in values)
+    try:
+        boundaries = tuple(operator.index(value) for value in values)  # type: ignore[union-attr]
+    except TypeError:
+        raise TypeError(
+            f"cu_seqlens must be integers (number of documents + 1,), got {cu_seqlens!r}"
+        ) from None
     if len(boundaries) < 2 or boundaries[0] != 0 or any(end < begin for begin, end in pairwise(boundaries)):
         shown = boundaries if len(boundaries) <= 8 else (*boundaries[:4], "…", *boundaries[-3:])
         raise ValueError(f"cu_seqlens must rise from 0, at least one document, got {shown}")
@@ -147,14 +155,27 @@ class Shards:
         """How many ranks hold the sequence."""
         return len(self.chunks)
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError unless the shards are for so many ranks."""
+        if self.ranks != ranks:
+            raise ValueError(f"the shards are for {self.ranks} ranks, the group has {ranks}")
+
+    def held_by(self, rank: int) -> tuple[Rows, ...]:
+        """A rank's chunks; ValueError where there is no such rank."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(
+                f"the shards are for the ranks 0 to {self.ranks - 1} of a group, got rank {rank}"
+            )
+        return self.chunks[rank]
+
     def rows(self, rank: int) -> int:
         """How many rows a rank holds."""
-        return sum(end - begin for begin, end in self.chunks[rank])
+        return sum(end - begin for begin, end in self.held_by(rank))
 
     def placed(self, rank: int) -> list[tuple[int, int, int]]:
         """A rank's chunks: first row in the sequence, first row among its own, how many."""
         found, before = [], 0
-        for begin, end in self.chunks[rank]:
+        for begin, end in self.held_by(rank):
             found.append((begin, before, end - begin))
             before += end - begin
         return found
@@ -194,7 +215,7 @@ class Shards:
             raise ValueError(
                 f"the whole sequence has {self.length} rows, dimension {dim} of {tuple(tensor.shape)} has not"
             )
-        pieces = [tensor.narrow(dim, begin, end - begin) for begin, end in self.chunks[rank]]
+        pieces = [tensor.narrow(dim, begin, end - begin) for begin, end in self.held_by(rank)]
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces, dim) if pieces else tensor.narrow(dim, 0, 0)

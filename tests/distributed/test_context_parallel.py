@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rank_problems import (
 )
 from rank_processes import RankError, Ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from spattn_tvm.bands import BandLayout
@@ -317,8 +319,71 @@ def _warm_up() -> None:
     dist.barrier()
 
 
-def test_meshes_of_two_dimensions_are_refused(two: Ranks) -> None:
+def _refuse_alike() -> None:
+    """What is wrong on all ranks is said before anything travels."""
+    tensors = [torch.zeros(1, 4, 8, 32) for _ in range(3)]
+    wide = [torch.zeros(1, 4, 8, 33) for _ in range(3)]
+    mesh = init_device_mesh("cpu", (2,))
+    placed = [DTensor.from_local(tensor, mesh, [Shard(2)]) for tensor in tensors]
+    cases: list[tuple[list[torch.Tensor], dict[str, Any], type[Exception], str]] = [
+        (placed, {}, TypeError, "q is a DTensor: pass its local part, or call banded_attention"),
+        ([tensor.long() for tensor in tensors], {}, TypeError, "dtype must be one of"),
+        ([tensor.to("meta") for tensor in tensors], {}, ValueError, "got tensors on meta"),
+        ([tensor.to_sparse() for tensor in tensors], {}, TypeError, "q must be a dense tensor"),
+        (wide, {}, ValueError, "head_dim must be a multiple of 8"),
+        (tensors, {"scale": float("inf")}, ValueError, "scale must be finite"),
+        (tensors, {"parts": 0}, ValueError, "parts must be an int of at least 1, got 0"),
+        (tensors, {"impl": "fast"}, ValueError, "impl must be one of"),
+        (tensors, {"shards": 2}, TypeError, "shards must be Shards, got int"),
+        (tensors, {"shards": Shards.contiguous(16, 3)}, ValueError, "for 3 ranks, the group has 2"),
+        (tensors, {"cu_seqlens": [0, 2.5, 16]}, TypeError, "cu_seqlens must be integers"),
+    ]
+    for given, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            context_parallel_attention(*given, BandLayout.causal(4), None, **options)
+
+
+def _call_in_groups() -> None:
+    """Groups of one, and of some ranks; those that are not among them are told."""
+    rank, problem = dist.get_rank(), simple()
+    whole = [tensor[:, :, :32] for tensor in draw_tensors(problem)[:3]]
+    expected = banded_attention(*whole, problem.layout)
+    alone = [dist.new_group([each]) for each in range(3)]
+    outer = dist.new_group([0, 2])
+    submesh = init_device_mesh("cpu", (3,))
+    shards = Shards.contiguous(32, 2)
+    for strategy in ("heads", "bands"):
+        o = context_parallel_attention(*whole, problem.layout, alone[rank], strategy=strategy)
+        torch.testing.assert_close(o, expected)
+        if rank != 1:
+            own = [shards.take(tensor, rank // 2, 2) for tensor in whole]
+            o = context_parallel_attention(*own, problem.layout, outer, strategy=strategy)
+            torch.testing.assert_close(gather(o, shards, outer, 2), expected)
+    if rank == 1:
+        with pytest.raises(ValueError, match="rank 1 is not in the group"):
+            context_parallel_attention(*whole, problem.layout, outer)
+    with pytest.raises(ValueError, match="the shards are for 2 ranks, the group has 3"):
+        gather(whole[0][:, :, :16], shards, submesh, 2)
+
+
+def test_groups_of_some_ranks() -> None:
+    processes = Ranks(3)
+    try:
+        processes.call(_call_in_groups)
+    finally:
+        processes.close()
+
+
+def test_calls_without_ranks_are_refused() -> None:
+    tensors = [torch.zeros(1, 4, 8, 32)] * 3
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized: call init"):
+        context_parallel_attention(*tensors, BandLayout.causal(4), None)
+
+
+def test_calls_that_are_wrong_on_all_ranks_are_refused(two: Ranks) -> None:
     two.call(_refuse_mesh)
+    two.call(_refuse_alike)
+    two.call(compare_with_one_process, simple())
 
 
 def _refuse_mesh() -> None:

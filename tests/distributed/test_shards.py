@@ -77,6 +77,8 @@ def test_what_the_kinds_are() -> None:
         (lambda: Shards.per_document([0, 5, 3], 2), "cu_seqlens must rise from 0"),
         (lambda: Shards.per_document([0, 5], 2, 4), "cu_seqlens ends at 5, beyond the sequence's 4 rows"),
         (lambda: Shards.contiguous(8, 2).take(torch.zeros(1, 7), 0), "the whole sequence has 8 rows"),
+        (lambda: Shards.contiguous(8, 2).take(torch.zeros(1, 8), -1), "for the ranks 0 to 1 .* got rank -1"),
+        (lambda: Shards.contiguous(8, 2).rows(2), "for the ranks 0 to 1 of a group, got rank 2"),
         (lambda: Shards.contiguous(8, 2).join([torch.zeros(1, 4), torch.zeros(1, 3)]), "rank 1 holds 4 rows"),
     ],
 )
