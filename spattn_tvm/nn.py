@@ -163,6 +163,7 @@ class BandedAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.layout = self._whole_layout = _resolve(layout, num_heads, context_length)
         self._attend: Callable[..., Tensor] = banded_attention
+        self._positions: Callable[[int, torch.device], Tensor] | None = None
         if rope_theta is not None and not isinstance(rope_theta, (int, float)):
             raise TypeError(
                 f"rope_theta must be a number or None, got {rope_theta!r} of type {type(rope_theta).__name__}"
@@ -256,7 +257,9 @@ class BandedAttention(nn.Module):
         self.num_kv_heads //= parts
         self.layout = self.layout.heads(self.num_heads * part, self.num_heads * (part + 1))
 
-    def share_sequence(self, attend: Callable[..., Tensor]) -> None:
+    def share_sequence(
+        self, attend: Callable[..., Tensor], positions: Callable[[int, torch.device], Tensor]
+    ) -> None:
         """Attend by a function in place of ``banded_attention``: for a sequence that ranks share.
 
         Packed documents are handed on to it; caches and padding are refused.
@@ -265,8 +268,10 @@ class BandedAttention(nn.Module):
         ----------
         attend : callable
             Takes q, k, v, the layout, and `cu_seqlens` and `impl` by name.
+        positions : callable
+            Takes how many rows this rank has, and a device; gives their positions in the sequence.
         """
-        self._attend = attend
+        self._attend, self._positions = attend, positions
 
     def make_cache(self, batch_size: int, **settings: Any) -> BandedCache:
         """A :class:`BandedCache` for this module: its layout, heads, dtype and device.
@@ -309,7 +314,7 @@ class BandedAttention(nn.Module):
             Not differentiable.
         position_ids : Tensor, optional
             Integers ``(N,)`` or ``(B, N)``, for the rotary position embedding alone; by default positions go
-            on from the cache's length.
+            on from the cache's length, and are those of the rank's rows where ranks share the sequence.
         key_padding_mask : Tensor, optional
             ``(B, N)`` bool, True where x is padding, on the left or on the right of a row's tokens: nobody
             attends to it. With a cache, padding on the left is for its first call; what is on the right is
@@ -341,6 +346,8 @@ class BandedAttention(nn.Module):
         if self.rope_theta is not None:
             if position_ids is None and cache is not None:
                 position_ids = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
+            elif position_ids is None and self._positions is not None:
+                position_ids = self._positions(x.shape[1], x.device)
             q, k = rotate(q, self.rope_theta, position_ids), rotate(k, self.rope_theta, position_ids)
         if cache is not None:
             o = self._attend_with_cache(q, k, v, cache, key_padding_mask)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -60,8 +61,8 @@ class HeadParallel(ParallelStyle):
 class ContextParallel(ParallelStyle):
     """Each rank has some rows of the sequence, among which ``context_parallel_attention`` attends.
 
-    With a rotary position embedding the module is called with the `position_ids` of its rows
-    (``Shards.position_ids``).
+    A rotary position embedding turns them by their positions in the whole sequence, unless the module is
+    called with `position_ids`.
 
     Parameters
     ----------
@@ -77,6 +78,15 @@ class ContextParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         attention = _require_attention(self, module, device_mesh)
+        ranks = device_mesh.size()
+        if self.shards is not None:
+            self.shards.check_ranks(ranks)
         options = {"shards": self.shards, "strategy": self.strategy}
-        attention.share_sequence(partial(context_parallel_attention, group_or_mesh=device_mesh, **options))
+        attend = partial(context_parallel_attention, group_or_mesh=device_mesh, **options)
+
+        def positions(rows: int, device: torch.device) -> Tensor:
+            shards = self.shards or Shards.contiguous(max(rows, 1) * ranks, ranks)
+            return shards.position_ids(device_mesh.get_local_rank(), device=device)
+
+        attention.share_sequence(attend, positions)
         return attention
