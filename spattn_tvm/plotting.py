@@ -368,8 +368,11 @@ def plot_loss_curves(
     x_label: str = "training step",
     y_label: str = "loss",
     title: str = "Training",
+    log_x: bool = False,
 ) -> Path:
     """Draw curves of (x, y) points by label, such as loss over steps or bits per byte over seconds.
+
+    With `log_x` the horizontal axis is logarithmic, to base 2.
 
     Raises
     ------
@@ -383,6 +386,9 @@ def plot_loss_curves(
     axes = _add_axes(figure)
     _draw_series(axes, shown, steps=False)
     axes.set(xlabel=x_label, ylabel=y_label)
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(title, loc="left")
     return _save(figure, path)
 

@@ -478,8 +478,33 @@ def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path,
     with pytest.raises(recipe.tables.TableError, match="ended at step 29 of 30"):
         recipe.tables.quality({"a": [line for line in lines if line.get("step", 0) < 30]})
     _check_saved_model(recipe, config, lines[-1]["held_out_loss"], out / "model")
-    recipe.tables.plot({"a": lines}, tmp_path / "losses.png", 5)
+    assert "there are no runs of spattention, dense, longformer, bigbird and reformer with" in table
+    recipe.tables.plot({"a": lines, "b": again}, tmp_path / "losses.png", 5)
     assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+def test_the_verdict_goes_by_the_spread_of_seeds(recipe: SimpleNamespace) -> None:
+    """Runs of one seed are compared with one another; 0.01 is the spread of seeds here, 0.02 what counts."""
+    ours = {0: 4.00, 1: 4.01, 2: 4.02}
+    worse = {name: {1: 4.06} for name in ("longformer", "bigbird", "reformer")}
+    verdict = recipe.tables.verdict
+    for dense, holds, words in (
+        ({0: 3.985, 2: 4.005}, "holds", "on par with dense (+0.0150 nats/token)"),
+        ({0: 3.97, 2: 3.99}, "does not hold", "worse than dense (+0.0300 nats/token)"),
+        ({0: 4.03, 2: 4.05}, "holds", "better than dense (-0.0300 nats/token)"),
+    ):
+        text = verdict({"spattention": ours, "dense": dense, **worse})
+        assert f") {holds} here: SPAttention is {words}, better than longformer (-0.0500), " in text
+        assert "more than 0.02" in text and text.count(".\n") == 0
+    text = verdict({"spattention": ours, "dense": ours, **worse, "bigbird": {1: 4.02}})
+    assert " does not hold here: " in text
+    assert (
+        "better than longformer (-0.0500) and reformer (-0.0500), not better than bigbird (-0.0100)" in text
+    )
+    text = verdict({"spattention": ours, "dense": ours, "bigbird": {7: 5.0}, "reformer": {0: 5.0}})
+    assert "is open: there are no runs of spattention, longformer and bigbird with the same seed" in text
+    one = {name: {0: 1.0} for name in ("spattention", "dense", *worse)}
+    assert "is open: there is no second seed" in verdict(one)
 
 
 def _check_saved_model(recipe: SimpleNamespace, config: Any, held_out_loss: float, folder: Path) -> None:

@@ -1,11 +1,11 @@
 """Tables and plots of runs, from their logs alone.
 
-    python scripts/pretrain/tables.py results/pretrain/quality/* --plot results/pretrain/quality/losses.png
+    python scripts/pretrain/tables.py results/pretrain/quality/* --plot losses.png --plot-distances copies.png
     python scripts/pretrain/tables.py results/pretrain/throughput/*.jsonl
 
 Runs of train.py (folders with a ``log.jsonl``) give the quality table, where runs that differ by their seed
-alone are one row with its spread, and the loss by position and by distance to the needed token. Files of
-throughput.py give the throughput table.
+alone are one row with its spread, whether the paper's claim holds, and the loss by position and by distance
+to the needed token. Files of throughput.py give the throughput table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from config import FREE_ON_RESUME
 from spattn_tvm.plotting import plot_loss_curves
 
 Line = dict[str, Any]
+
+BASELINES = ("longformer", "bigbird", "reformer")
+CLAIM = "on par with dense attention, better than Longformer, BigBird and Reformer"
 
 
 class TableError(ValueError):
@@ -78,8 +81,57 @@ def _differences(one: Line, other: Line, path: str = "") -> list[str]:
     return found
 
 
+def _names(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
+
+
+def verdict(losses: dict[str, dict[int, float]]) -> str:
+    """In one sentence: does the paper's claim hold?
+
+    Runs of one seed have the same initial weights and the same batches, so that two attentions are compared
+    by the mean of their differences over the seeds that both have. A difference counts if it is more than
+    twice the largest standard deviation of an attention over its seeds.
+
+    Parameters
+    ----------
+    losses : dict
+        Held-out nats a token by attention and seed.
+    """
+    ours = losses.get("spattention", {})
+    differences = {
+        label: statistics.mean(
+            losses[label][seed] - ours[seed] for seed in ours.keys() & losses[label].keys()
+        )
+        for label in ("dense", *BASELINES)
+        if ours.keys() & losses.get(label, {}).keys()
+    }
+    missing = [label for label in ("dense", *BASELINES) if label not in differences]
+    spreads = [statistics.stdev(runs.values()) for runs in losses.values() if len(runs) > 1]
+    if missing or not spreads:
+        lack = (
+            f"are no runs of {_names(['spattention', *missing])} with the same seed"
+            if missing
+            else "is no second seed"
+        )
+        return f"Whether the paper's claim holds here ({CLAIM}) is open: there {lack}."
+    least = 2 * max(spreads)
+    is_on_par = differences["dense"] >= -least
+    behind = [label for label in BASELINES if differences[label] <= least]
+    is_better = "better than" if differences["dense"] > least else "on par with"
+    parts = [f"{is_better if is_on_par else 'worse than'} dense ({-differences['dense']:+.4f} nats/token)"]
+    for wins, words in ((True, "better than"), (False, "not better than")):
+        labels = [label for label in BASELINES if (label not in behind) == wins]
+        if labels:
+            parts.append(f"{words} {_names([f'{label} ({-differences[label]:+.4f})' for label in labels])}")
+    holds = "holds" if is_on_par and not behind else "does not hold"
+    return (
+        f"The paper's claim ({CLAIM}) {holds} here: SPAttention is {', '.join(parts)}, where a difference of "
+        f"more than {least:.4f} counts, twice the largest spread over seeds."
+    )
+
+
 def quality(logs: dict[str, list[Line]]) -> str:
-    """The quality table and, below it, what is known by position and by distance.
+    """The quality table, its verdict and, below it, what is known by position and by distance.
 
     Raises
     ------
@@ -138,7 +190,11 @@ def quality(logs: dict[str, list[Line]]) -> str:
         f"{rates[-1]['tokens'] / 1e6:,.1f} M tokens a run, "
         f"{', '.join(devices)}"
     )
-    parts = [caption, markdown(header, table)]
+    losses = {
+        label: {run["config"]["train"]["seed"]: end["held_out_loss"] for run, end, _ in runs}
+        for label, runs in ranked
+    }
+    parts = [caption, markdown(header, table), verdict(losses)]
     for title, name, pick in (
         (
             "Held-out nats/token from a position within the document on, up to the next",
@@ -193,19 +249,59 @@ def throughput(lines: Sequence[Line]) -> str:
     return f"{caption}\n\n{markdown(header, table)}"
 
 
+def _by_label(logs: dict[str, list[Line]]) -> dict[str, list[list[Line]]]:
+    found: dict[str, list[list[Line]]] = {}
+    for lines in logs.values():
+        found.setdefault(next(line["run"]["label"] for line in lines if "run" in line), []).append(lines)
+    return found
+
+
+def _mean_curve(curves: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
+    """The mean of several curves, where all have points."""
+    common = set.intersection(*(set(curve) for curve in curves))
+    return [(x, statistics.mean(curve[x] for curve in curves)) for x in sorted(common)]
+
+
 def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
-    """Training loss over steps, as the mean of the last `window` steps, and the held-out loss."""
-    series = []
-    for name, lines in logs.items():
-        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        smooth = [
-            (step, statistics.mean(loss for _, loss in losses[max(0, index + 1 - window) : index + 1]))
-            for index, (step, _) in enumerate(losses)
+    """Loss over steps, the mean over the seeds of an attention: of held-out text.
+
+    Where all runs are of one attention, of training text too, as the mean of the last `window` steps.
+    """
+    series, runs_of = [], _by_label(logs)
+    for label, runs in runs_of.items():
+        if len(runs_of) == 1:
+            losses = _mean_curve(
+                [{line["step"]: line["loss"] for line in lines if "loss" in line} for lines in runs]
+            )
+            smooth = [
+                (step, statistics.mean(loss for _, loss in losses[max(0, index + 1 - window) : index + 1]))
+                for index, (step, _) in enumerate(losses)
+            ]
+            series.append((f"{label}, training", smooth))
+        held_out = [
+            {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+            for lines in runs
         ]
-        series.append((f"{name}, training", smooth))
-        held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
-        series.append((f"{name}, held out", held_out))
-    plot_loss_curves(series, path, y_label="nats a token")
+        series.append((label if len(runs_of) > 1 else f"{label}, held out", _mean_curve(held_out)))
+    title = "Held-out loss" if len(runs_of) > 1 else "Training"
+    plot_loss_curves(series, path, y_label="nats a token", title=title)
+
+
+def plot_distances(logs: dict[str, list[Line]], path: Path) -> None:
+    """Loss of text that stood so many tokens before, the mean over the seeds of an attention."""
+    series = []
+    for label, runs in _by_label(logs).items():
+        copies = [lines[-1].get("copies_by_distance", {}) for lines in runs]
+        points = _mean_curve([{int(d): losses["copy"] for d, losses in one.items()} for one in copies])
+        series.append((label, points))
+    plot_loss_curves(
+        series,
+        path,
+        x_label="tokens between the text and its copy",
+        y_label="nats a token of the copy",
+        title="Copies by distance",
+        log_x=True,
+    )
 
 
 def main() -> None:
@@ -214,6 +310,7 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders of train.py, files of throughput.py")
     parser.add_argument("--plot", type=Path, help="picture of the losses")
+    parser.add_argument("--plot-distances", type=Path, help="picture of the losses of copies")
     parser.add_argument("--window", type=int, default=20, help="steps that a point of the picture averages")
     arguments = parser.parse_args()
     try:
@@ -225,7 +322,9 @@ def main() -> None:
         if measured:
             print(throughput(measured))
         if arguments.plot and logs:
-            plot({Path(name).name: lines for name, lines in logs.items()}, arguments.plot, arguments.window)
+            plot(logs, arguments.plot, arguments.window)
+        if arguments.plot_distances and logs:
+            plot_distances(logs, arguments.plot_distances)
     except TableError as error:
         sys.exit(str(error))
 
