@@ -58,6 +58,11 @@ def _check(q: Any, k: Any, v: Any, layout: Any, scale: Any, impl: str, parts: An
         raise ValueError(f"parts must be an int of at least 1, got {parts!r}")
 
 
+def equal_shards(rows: int, ranks: int) -> Shards:
+    """Contiguous ones of `rows` rows on each rank; where there are none the comparison of ranks says so."""
+    return Shards.contiguous(max(rows, 1) * ranks, ranks)
+
+
 def _check_rows(shards: Any, rows: int, group: dist.ProcessGroup) -> None:
     if not isinstance(shards, Shards):
         raise TypeError(f"shards must be Shards, got {type(shards).__name__}")
@@ -153,9 +158,7 @@ def context_parallel_attention(
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         _check(q, k, v, layout, scale, impl, parts)
         if shards is None:
-            shards = Shards.contiguous(
-                max(q.shape[2], 1) * dist.get_world_size(group), dist.get_world_size(group)
-            )
+            shards = equal_shards(q.shape[2], dist.get_world_size(group))
         _check_rows(shards, q.shape[2], group)
         boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
         plan = plan_ranks(

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 
 from spattn_tvm.nn import BandedAttention
 
-from .attention import context_parallel_attention
+from .attention import context_parallel_attention, equal_shards
 from .shards import Shards
 
 
@@ -58,6 +58,11 @@ class HeadParallel(ParallelStyle):
         return attention
 
 
+def _own_positions(mesh: DeviceMesh, shards: Shards | None, rows: int, device: torch.device) -> Tensor:
+    whole = shards or equal_shards(rows, mesh.size())
+    return whole.position_ids(mesh.get_local_rank(), device=device)
+
+
 class ContextParallel(ParallelStyle):
     """Each rank has some rows of the sequence, among which ``context_parallel_attention`` attends.
 
@@ -78,15 +83,9 @@ class ContextParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         attention = _require_attention(self, module, device_mesh)
-        ranks = device_mesh.size()
         if self.shards is not None:
-            self.shards.check_ranks(ranks)
+            self.shards.check_ranks(device_mesh.size())
         options = {"shards": self.shards, "strategy": self.strategy}
         attend = partial(context_parallel_attention, group_or_mesh=device_mesh, **options)
-
-        def positions(rows: int, device: torch.device) -> Tensor:
-            shards = self.shards or Shards.contiguous(max(rows, 1) * ranks, ranks)
-            return shards.position_ids(device_mesh.get_local_rank(), device=device)
-
-        attention.share_sequence(attend, positions)
+        attention.share_sequence(attend, partial(_own_positions, device_mesh, self.shards))
         return attention
