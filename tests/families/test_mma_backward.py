@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_decisions, draw_legal
 from sweep import DTYPES, check_problem
 from test_mma_forward import OTHER_KEYS, complete_problem, machine_code
 
@@ -26,14 +27,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("mma", "backward")
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 H200 = parse_target("nvidia/h200")
-
-
-def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
-    structure = draw.choice(list(SPACE.structures(head_dim, dtype).values()))
-    return {name: draw.choice(values) for name, values in structure.items()}
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -52,22 +46,14 @@ def test_the_untuned_decisions_are_legal_for_every_head_dim(
         assert decisions["one_pass"] == int(not deterministic and arch.endswith("a"))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("arch", sorted(KIBIBYTES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_legal_decisions_share_the_memory_and_registers_that_a_chip_has(dtype: str, arch: str) -> None:
-    # From the data sheets, apart from the table under test: all of a multiprocessor's blocks together.
-    kibibytes = {"sm_80": 164, "sm_86": 100, "sm_90a": 228}[arch]
-    draw = random.Random(arch + dtype)
     legal = Counter[int]()
-    for _ in range(10000):
-        head_dim = draw.choice(HEAD_DIMS)
-        decisions = draw_decisions(draw, head_dim, dtype)
-        if SPACE.illegal(decisions, head_dim, dtype, MachineTarget("cuda", arch)) is not None:
-            continue
+    for head_dim, decisions in draw_legal(SPACE, dtype, arch, 10000):
         legal[decisions["one_pass"]] += 1
         for part in passes(decisions, head_dim, dtype):
-            assert part.blocks * (part.shared_bytes + 1024) <= 1024 * kibibytes
-            assert part.blocks * part.threads * part.registers <= 65536
+            check_fit(arch, part.blocks, part.threads, part.shared_bytes, part.registers)
             assert part.chunk % part.strip == 0
     assert min(legal[0], legal[1]) > 20
 
@@ -87,7 +73,7 @@ def test_shared_memory_holds_all_parts(dtype: str) -> None:
     draw = random.Random(dtype)
     for _ in range(500):
         head_dim = draw.choice(HEAD_DIMS)
-        for part in passes(draw_decisions(draw, head_dim, dtype), head_dim, dtype):
+        for part in passes(draw_decisions(SPACE, draw, head_dim, dtype), head_dim, dtype):
             assert largest_offset(part) <= part.shared_bytes <= largest_offset(part) + 4096
             assert part.out_columns * part.split >= head_dim
             assert part.dq_warps[0] * part.dq_rows == part.chunk
@@ -131,14 +117,7 @@ def test_unsupported_problems_are_refused_with_a_reason() -> None:
 
 def test_features_are_finite_and_tell_decisions_apart() -> None:
     problem = AttentionProblem("backward", "bfloat16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
-    draw = random.Random(1)
-    seen = set()
-    for _ in range(50):
-        decisions = draw_decisions(draw, 128, "bfloat16")
-        features = SPACE.features(decisions, problem)
-        assert all(abs(value) < 1e6 for value in features)
-        seen.add((tuple(sorted(decisions.items())), tuple(features)))
-    assert len({decisions for decisions, _ in seen}) == len({features for _, features in seen}) > 40
+    check_features(SPACE, problem)
 
 
 @pytest.mark.timeout(120)

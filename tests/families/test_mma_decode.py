@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from decode_problems import FORMS, DecodeProblem, random_decode
+from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_legal
 from sweep import DTYPES
 from test_mma_forward import machine_code
 
@@ -38,17 +38,11 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("mma", "decode")
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 H100 = parse_target("nvidia/h100")
 SWEEP = int(os.environ.get("SPATTN_SWEEP", "600"))
 STEP = AttentionProblem(
     "decode", "bfloat16", 4, 16, 16, 1, 128, BandLayout.spattention(16, 32768), kv_length=32768
 )
-
-
-def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
-    return {name: draw.choice(values) for name, values in SPACE.structures(head_dim, dtype)[""].items()}
 
 
 # --- the space --------------------------------------------------------------------------------------------
@@ -66,23 +60,14 @@ def test_the_untuned_decisions_are_legal_for_every_head_dim(dtype: str, arch: st
         assert flying_bytes(decisions, head_dim, dtype) >= 1024 * kibibytes
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("arch", sorted(KIBIBYTES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_legal_decisions_share_the_memory_and_registers_that_a_chip_has(dtype: str, arch: str) -> None:
-    # From the data sheets, apart from the table under test: all of a multiprocessor's blocks together.
-    kibibytes = {"sm_80": 164, "sm_86": 100, "sm_90a": 228}[arch]
-    draw = random.Random(arch + dtype)
-    legal = 0
-    for _ in range(2000):
-        head_dim = draw.choice(HEAD_DIMS)
-        decisions = draw_decisions(draw, head_dim, dtype)
-        if SPACE.illegal(decisions, head_dim, dtype, MachineTarget("cuda", arch)) is not None:
-            continue
-        legal += 1
-        blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
-        assert blocks * (shared_bytes(decisions, head_dim, dtype) + 1024) <= 1024 * kibibytes
-        assert blocks * threads * registers_needed(decisions, head_dim, dtype) <= 65536
-    assert legal > 100
+    legal = list(draw_legal(SPACE, dtype, arch, 2000))
+    for head_dim, decisions in legal:
+        needed = shared_bytes(decisions, head_dim, dtype), registers_needed(decisions, head_dim, dtype)
+        check_fit(arch, decisions["blocks_per_multiprocessor"], 32 * decisions["warps"], *needed)
+    assert len(legal) > 100
 
 
 def test_a_warps_results_fit_in_the_place_of_its_tiles() -> None:
@@ -116,14 +101,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
 
 
 def test_features_are_finite_and_tell_decisions_apart() -> None:
-    draw = random.Random(1)
-    seen = set()
-    for _ in range(50):
-        decisions = draw_decisions(draw, 128, "bfloat16")
-        features = SPACE.features(decisions, STEP)
-        assert all(math.isfinite(value) and abs(value) < 1e6 for value in features)
-        seen.add((tuple(sorted(decisions.items())), tuple(features)))
-    assert len({decisions for decisions, _ in seen}) == len({features for _, features in seen}) > 40
+    check_features(SPACE, STEP)
 
 
 def test_it_serves_the_chips_whose_own_family_decodes_nothing() -> None:

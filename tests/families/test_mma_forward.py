@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_legal
 from sweep import DTYPES, SweepProblem, check_problem
 
 from spattn_tvm import BandLayout, banded_attention
@@ -28,13 +29,7 @@ from spattn_tvm.reference import attention_mask, reference_gradients
 from spattn_tvm.target import MachineTarget, parse_target, registers_most
 
 SPACE = find_space("mma", "forward")
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 H200 = parse_target("nvidia/h200")
-
-
-def draw_decisions(draw: random.Random, head_dim: int, dtype: str) -> dict[str, int]:
-    return {name: draw.choice(values) for name, values in SPACE.structures(head_dim, dtype)[""].items()}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -47,24 +42,15 @@ def test_the_untuned_decisions_are_legal_for_every_head_dim(dtype: str, arch: st
         assert SPACE.is_deterministic(decisions)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("arch", sorted(KIBIBYTES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_legal_decisions_share_the_memory_and_registers_that_a_chip_has(dtype: str, arch: str) -> None:
-    # From the data sheets, apart from the table under test: all of a multiprocessor's blocks together.
-    kibibytes = {"sm_80": 164, "sm_86": 100, "sm_90a": 228}[arch]
-    draw = random.Random(arch + dtype)
-    legal = 0
-    for _ in range(3000):
-        head_dim = draw.choice(HEAD_DIMS)
-        decisions = draw_decisions(draw, head_dim, dtype)
-        if SPACE.illegal(decisions, head_dim, dtype, MachineTarget("cuda", arch)) is not None:
-            continue
-        legal += 1
-        blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
-        assert blocks * (shared_bytes(decisions, head_dim, dtype) + 1024) <= 1024 * kibibytes
-        assert blocks * threads * registers_needed(decisions, head_dim, dtype) <= 65536
+    legal = list(draw_legal(SPACE, dtype, arch, 3000))
+    for head_dim, decisions in legal:
+        needed = shared_bytes(decisions, head_dim, dtype), registers_needed(decisions, head_dim, dtype)
+        check_fit(arch, decisions["blocks_per_multiprocessor"], 32 * decisions["warps"], *needed)
         assert decisions["key_rows"] % decisions["edge_keys"] == 0
-    assert legal > 30
+    assert len(legal) > 30
 
 
 def test_a_smaller_chip_allows_less() -> None:
@@ -107,14 +93,7 @@ def test_unsupported_problems_are_refused_with_a_reason() -> None:
 
 def test_features_are_finite_and_tell_decisions_apart() -> None:
     problem = AttentionProblem("forward", "bfloat16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
-    draw = random.Random(1)
-    seen = set()
-    for _ in range(50):
-        decisions = draw_decisions(draw, 128, "bfloat16")
-        features = SPACE.features(decisions, problem)
-        assert all(abs(value) < 1e6 for value in features)
-        seen.add((tuple(sorted(decisions.items())), tuple(features)))
-    assert len({decisions for decisions, _ in seen}) == len({features for _, features in seen}) > 40
+    check_features(SPACE, problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
