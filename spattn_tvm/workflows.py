@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .tuning.distill import distill as distill_logs
 from .tuning.distill import write_comparison
 from .tuning.fleet import Fleet
 from .tuning.log import log_folder, read_run
-from .tuning.search import DefaultFailedError, SearchProgress, TuningResult
+from .tuning.search import DefaultFailedError, SearchProgress, SearchSettings, TuningResult
 from .tuning.search import tune as search
 from .tuning.workers import Workers
 from .verify import Verification, kernels_of_records, verify
@@ -148,9 +148,8 @@ def tune(
     >>> spattn_tvm.tune(problem, minutes=5, report=print).records[0].latency_us  # doctest: +SKIP
     """
     problems, machine = _listed(problems), _target(target)
+    settings = SearchSettings(trials, minutes, strategy, families, seed, log_root, schedules)
     strategies = [strategy, "random"] if control and strategy != "random" else [strategy]
-    if trials is not None and minutes is not None:
-        raise ValueError(f"give either trials or minutes, got trials={trials} and minutes={minutes}")
     reason = machine.can_run_here() if fleet is None else None
     if reason is not None:
         raise ValueError(
@@ -160,7 +159,7 @@ def tune(
     plan = None
     if minutes is not None:
         plan = TimePlan(60 * minutes, verify_problems * len(problems), distill, control)
-        minutes /= len(problems) * len(strategies)
+        settings = replace(settings, minutes=minutes / (len(problems) * len(strategies)))
 
     results: list[TuningResult] = []
     comparisons: list[dict[str, Any]] = []
@@ -176,16 +175,10 @@ def tune(
                     result = search(
                         problem,
                         machine,
-                        trials=trials,
-                        minutes=minutes,
-                        seed=seed,
-                        strategy=asked,
-                        log_root=log_root,
-                        families=families,
+                        replace(settings, strategy=asked),
                         progress=progress,
                         workers=workers,
                         deadline=None if plan is None else plan.search_ends(ends, len(strategies) - done),
-                        schedules=schedules,
                     )
                 except DefaultFailedError as error:  # the other problems are still tuned
                     failures.append(f"{problem.key}: {error}")

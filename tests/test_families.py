@@ -41,7 +41,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.store import ScheduleRecord, load_records, save_records
 from spattn_tvm.target import detect_cpu, parse_target
-from spattn_tvm.tuning import distill, tune
+from spattn_tvm.tuning import SearchSettings, distill, tune
 from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.verify import kernels_of, verify
 
@@ -405,9 +405,7 @@ def test_it_is_tuned_by_its_name_alone(
     result = tune(
         problem,
         detect_cpu(),
-        trials=5,
-        families=["toy_family:TOY"],
-        log_root=tmp_path / "logs",
+        SearchSettings(trials=5, families=["toy_family:TOY"], log_root=tmp_path / "logs"),
         progress=False,
     )
     assert result.errors == 0 and result.trials == 5 and result.kernel is not None

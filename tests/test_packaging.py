@@ -266,8 +266,9 @@ q = q.bfloat16()
 said(lambda: banded_attention(q, q, q, layout, impl="cpu"))
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
-from spattn_tvm.tuning import tune
-said(lambda: tune(AttentionProblem("forward", "float32", 1, 4, 4, 96, 32, layout), detect_cpu(), trials=1))
+from spattn_tvm.tuning import SearchSettings, tune
+problem = AttentionProblem("forward", "float32", 1, 4, 4, 96, 32, layout)
+said(lambda: tune(problem, detect_cpu(), SearchSettings(trials=1)))
 from spattn_tvm.plotting import plot_layout
 said(lambda: plot_layout(layout, "bands.png"))
 sys.argv[1:] = ["doctor"]

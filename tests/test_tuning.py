@@ -39,7 +39,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.store import ScheduleRecord, load_records, save_records
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
-from spattn_tvm.tuning import compare_strategies, curve, distill, tune
+from spattn_tvm.tuning import SearchSettings, compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
 from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.tuning.log import (
@@ -91,7 +91,7 @@ def _one_builder() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     root = tmp_path_factory.mktemp("logs")
-    return root, tune(PROBLEM, detect_cpu(), trials=7, log_root=root, progress=False)
+    return root, tune(PROBLEM, detect_cpu(), SearchSettings(trials=7, log_root=root), progress=False)
 
 
 def test_search_returns_the_fastest_and_logs_everything(searched: tuple[Path, Any]) -> None:
@@ -111,10 +111,10 @@ def test_search_returns_the_fastest_and_logs_everything(searched: tuple[Path, An
 def test_resume_measures_only_what_is_missing(searched: tuple[Path, Any]) -> None:
     root, first = searched
     before = (first.log_dir / MEASUREMENTS).read_bytes()
-    again = tune(PROBLEM, detect_cpu(), trials=7, log_root=root, progress=False)
+    again = tune(PROBLEM, detect_cpu(), SearchSettings(trials=7, log_root=root), progress=False)
     assert (first.log_dir / MEASUREMENTS).read_bytes() == before
     assert again.kernel == first.kernel and again.trials == 7
-    more = tune(PROBLEM, detect_cpu(), trials=9, log_root=root, progress=False)
+    more = tune(PROBLEM, detect_cpu(), SearchSettings(trials=9, log_root=root), progress=False)
     assert (first.log_dir / MEASUREMENTS).read_bytes().startswith(before)
     measured = read_measurements(more.log_dir)
     assert len(measured) == more.trials == 9 and len(set(_keys(measured))) == 9
@@ -150,7 +150,9 @@ def test_database_replays_in_another_process(searched: tuple[Path, Any]) -> None
 def test_random_control_has_its_own_log(searched: tuple[Path, Any]) -> None:
     root, first = searched
     before = (first.log_dir / MEASUREMENTS).read_bytes()
-    control = tune(PROBLEM, detect_cpu(), trials=3, strategy="random", log_root=root, progress=False)
+    control = tune(
+        PROBLEM, detect_cpu(), SearchSettings(trials=3, strategy="random", log_root=root), progress=False
+    )
     assert control.log_dir == first.log_dir / "random"
     assert control.trials == 3 and len(set(_keys(read_measurements(control.log_dir)))) == 3
     assert read_run(control.log_dir)["strategy"] == "random"
@@ -163,15 +165,23 @@ def test_random_control_has_its_own_log(searched: tuple[Path, Any]) -> None:
 def test_search_refuses_what_it_can_not_do(tmp_path: Path) -> None:
     target = detect_cpu()
     with pytest.raises(ValueError, match="float32 only"):
-        tune(replace(PROBLEM, dtype="float16"), target, trials=1, families=[TOY], log_root=tmp_path)
+        tune(
+            replace(PROBLEM, dtype="float16"),
+            target,
+            SearchSettings(trials=1, families=[TOY], log_root=tmp_path),
+        )
     with pytest.raises(ValueError, match="must run on its target"):
-        tune(PROBLEM, MachineTarget("cpu", "aarch64"), trials=1, families=[TOY], log_root=tmp_path)
+        tune(
+            PROBLEM,
+            MachineTarget("cpu", "aarch64"),
+            SearchSettings(trials=1, families=[TOY], log_root=tmp_path),
+        )
     with pytest.raises(ValueError, match="either trials or minutes"):
-        tune(PROBLEM, target, trials=1, minutes=1.0, families=[TOY], log_root=tmp_path)
+        tune(PROBLEM, target, SearchSettings(trials=1, minutes=1.0, families=[TOY], log_root=tmp_path))
     with pytest.raises(ValueError, match="trials must be positive, got 0"):
-        tune(PROBLEM, target, trials=0, families=[TOY], log_root=tmp_path)
+        tune(PROBLEM, target, SearchSettings(trials=0, families=[TOY], log_root=tmp_path))
     with pytest.raises(ValueError, match="strategy must be one of"):
-        tune(PROBLEM, target, trials=1, strategy="clever", families=[TOY], log_root=tmp_path)
+        tune(PROBLEM, target, SearchSettings(trials=1, strategy="clever", families=[TOY], log_root=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -304,14 +314,13 @@ def test_trial_data_is_not_degenerate() -> None:
 
 _SEARCH = """
 import sys
-from pathlib import Path
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
-from spattn_tvm.tuning import tune
+from spattn_tvm.tuning import SearchSettings, tune
 problem = AttentionProblem.from_json(sys.argv[1])
 search = sys.modules["spattn_tvm.tuning.search"]
 search._RECOVERED = 0.0  # what is logged stays as it is, however busy this machine was
-result = tune(problem, detect_cpu(), trials=15, families=["toy_family:TOY"], log_root=Path(sys.argv[2]))
+result = tune(problem, detect_cpu(), SearchSettings(15, families=["toy_family:TOY"], log_root=sys.argv[2]))
 print("ended", result.ended, result.trials)
 """
 

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from .distill import compare_strategies, distill, write_comparison
 from .log import curve, find_logs
-from .search import TuningResult, tune
+from .search import SearchSettings, TuningResult, tune
 
-__all__ = ["TuningResult", "compare_strategies", "curve", "distill", "find_logs", "tune", "write_comparison"]
+__all__ = [
+    "SearchSettings",
+    "TuningResult",
+    "compare_strategies",
+    "curve",
+    "distill",
+    "find_logs",
+    "tune",
+    "write_comparison",
+]

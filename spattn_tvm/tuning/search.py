@@ -93,6 +93,52 @@ class Budget:
                 raise ValueError(f"{name} must be positive, got {value}")
 
 
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search; whatever the problem and the target.
+
+    Parameters
+    ----------
+    trials : int, optional
+        Candidates to measure for each family, failed ones included; 64 when `minutes` is not given either.
+    minutes : float, optional
+        Search time for all families together, in equal shares, instead of `trials`.
+    strategy : {"evolutionary", "random"}
+        ``"random"`` samples the same space without learning: the control. It is logged in a folder of its
+        own.
+    families : sequence of str, optional
+        Kernel families to search, all that apply by default. ``module:ATTRIBUTE`` names a
+        :class:`~spattn_tvm.families.family.Family` outside this package, which is then registered.
+    seed : int
+        Of the search and of the random data.
+    log_root : path
+        Logs go to ``<log_root>/<target folder>/<problem key>/``.
+    schedules : Path, optional
+        Records whose kernels an evolutionary search measures right after the default, with the best of the
+        logs of kin chips and of neighbouring problems; by default those that dispatch reads.
+
+    Raises
+    ------
+    ValueError
+        For trials and minutes together, one that is not positive, or an unknown strategy.
+    """
+
+    trials: int | None = None
+    minutes: float | None = None
+    strategy: str = "evolutionary"
+    families: Sequence[str] | None = None
+    seed: int = 0
+    log_root: Path | str = "autotune_logs"
+    schedules: Path | None = None
+    budget: Budget = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        trials = 64 if self.trials is None and self.minutes is None else self.trials
+        object.__setattr__(self, "budget", Budget(trials, self.minutes))
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+
+
 @dataclass
 class _Interrupt:
     """Turns the first Ctrl-C into a flag; the second one is Python's own."""
@@ -372,17 +418,11 @@ def run_search(
 def tune(
     problem: AttentionProblem,
     target: MachineTarget,
+    settings: SearchSettings | None = None,
     *,
-    trials: int | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-    strategy: str = "evolutionary",
-    log_root: Path = Path("autotune_logs"),
-    families: Sequence[str] | None = None,
     progress: bool | Callable[[SearchProgress], None] = True,
     workers: Workers | None = None,
     deadline: Deadline | None = None,
-    schedules: Path | None = None,
 ) -> TuningResult:
     """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
 
@@ -396,31 +436,16 @@ def tune(
         Candidates run on random data of its shape and with its layout's band table.
     target : MachineTarget
         This machine's, or that of the fleet's servers.
-    trials : int, optional
-        Candidates to measure for each family, failed ones included; 64 when `minutes` is not given either.
-    minutes : float, optional
-        Search time for all families together, in equal shares, instead of `trials`.
-    seed : int
-        Of the search and of the random data.
-    strategy : {"evolutionary", "random"}
-        ``"random"`` samples the same space without learning: the control. It is logged in a folder of its
-        own.
-    log_root : Path
-        Logs go to ``<log_root>/<target folder>/<problem key>/``.
-    families : sequence of str, optional
-        Kernel families to search, all that apply by default. ``module:ATTRIBUTE`` names a
-        :class:`~spattn_tvm.families.family.Family` outside this package, which is then registered.
+    settings : SearchSettings, optional
+        64 trials for each family by default.
     progress : bool or callable
         Whether to show a progress bar; or what is told how far the search is.
     workers : Workers, optional
         Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
         fleet.
     deadline : callable, optional
-        Given the measurements so far, the ``time.monotonic()`` at which the search ends even if `trials` or
-        `minutes` are left.
-    schedules : Path, optional
-        Records whose kernels an evolutionary search measures right after the default, with the best of the
-        logs of kin chips and of neighbouring problems; by default those that dispatch reads.
+        Given the measurements so far, the ``time.monotonic()`` at which the search ends whatever the settings
+        leave.
 
     Returns
     -------
@@ -429,19 +454,19 @@ def tune(
     Raises
     ------
     ValueError
-        When the target is not this machine, no family supports the problem, or an argument makes no sense.
+        When the target is not this machine, or no family supports the problem.
     RuntimeError
         When TVM or xgboost is missing, or not even one family's untuned default builds, runs and is correct,
         or the fleet has no server left, or another process is searching the same problem with the same logs.
     """
-    budget = Budget(64 if trials is None and minutes is None else trials, minutes)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    settings = SearchSettings() if settings is None else settings
+    budget, strategy, seed = settings.budget, settings.strategy, settings.seed
+    log_root = Path(settings.log_root)
     fleet = None if workers is None else workers.fleet
     reason = target.can_run_here() if fleet is None else None
     if reason is not None:
         raise ValueError(f"a search must run on its target {target.folder}: {reason}")
-    spaces = _supporting_spaces(problem, target, families)
+    spaces = _supporting_spaces(problem, target, settings.families)
     missing = missing_packages("tvm", "xgboost", *(("rich",) if progress is True else ()))
     if missing:
         raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
@@ -497,12 +522,11 @@ def tune(
                 search = open_search(family, code)
                 log.drop_what_is_not_offered(code, family, search.offers)
                 done = len(session.of_family(family, code))
-                total = 60.0 * minutes if minutes is not None else float(budget.trials or 0)
-                bar.begin(
-                    f"{family} {problem.direction}",
-                    total,
-                    session.elapsed_s if minutes is not None else done,
-                )
+                if budget.minutes is None:
+                    extent = float(budget.trials or 0), float(done)
+                else:
+                    extent = 60.0 * budget.minutes, session.elapsed_s
+                bar.begin(f"{family} {problem.direction}", *extent)
 
                 def stopped(family: str = family, code: str = code) -> bool:
                     # The default at least is measured, however little time there is.
@@ -512,7 +536,7 @@ def tune(
                 first = KernelSpec.untuned(family, problem, target)
                 early = [KernelSpec.untuned(family, problem, target, deterministic=True)]
                 if strategy == "evolutionary":
-                    early += warm_starts(family, problem, target, Path(log_root), schedules)
+                    early += warm_starts(family, problem, target, log_root, settings.schedules)
                 alone = target.kind == "cpu"
                 try:
                     with ProcessMeter(problem, target, seed=seed, stopped=stopped, workers=workers) as meter:
