@@ -12,7 +12,7 @@ Checks stand here once for the operator and the reference.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,25 @@ from .placement import check_row_values
 from .problem import MAX_DECODE_QUERIES
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 256
+
+
+class CachePlaces(NamedTuple):
+    """Where the keys of a step of decoding lie, as ``banded_attention_decode`` describes it."""
+
+    cache_lengths: Tensor
+    cache_starts: Tensor | None = None
+    block_table: Tensor | None = None
+    ring: Tensor | None = None
+
+    def capacity(self, k_cache: Tensor) -> int:
+        """Positions that the cache has rows for; of rings, which hold the last ones, the largest position."""
+        if self.ring is not None:
+            return LIMIT
+        return k_cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
+    def kv_heads(self, k_cache: Tensor) -> int:
+        """Key/value heads of the cache."""
+        return k_cache.shape[1] if self.ring is None else self.ring.shape[0]
 
 
 def _check_table(name: str, table: Any, device: torch.device) -> None:
@@ -40,10 +59,7 @@ def check_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_lengths: Any,
-    cache_starts: Any,
-    block_table: Any,
-    ring: Any,
+    places: CachePlaces,
 ) -> None:
     """Raise where shapes, dtypes or devices of a step of decoding do not fit; no value is read.
 
@@ -53,8 +69,8 @@ def check_cache(
     q : Tensor
         ``(B, Hq, Nq, D)``.
     k_cache, v_cache : Tensor
-    cache_lengths, cache_starts, block_table, ring
-        As in ``banded_attention_decode``; may be invalid.
+    places : CachePlaces
+        May hold anything.
 
     Raises
     ------
@@ -64,6 +80,7 @@ def check_cache(
     TypeError
         Other dtypes.
     """
+    cache_lengths, cache_starts, block_table, ring = places
     layout.require_autoregressive("decoding")
     batch, query_heads, queries, head_dim = q.shape
     if queries > MAX_DECODE_QUERIES:
@@ -125,27 +142,12 @@ def check_cache(
     layout.check_heads(query_heads)
 
 
-def capacity_of(k_cache: Tensor, block_table: Tensor | None, ring: Tensor | None) -> int:
-    """Positions that a cache has rows for; of rings, which hold the last ones, the largest position."""
-    if ring is not None:
-        return LIMIT
-    return k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
-
-
 def _reach(layout: BandLayout, first: int, count: int) -> int:
     """The largest distance that some of a layout's heads attend to; -1 for none."""
     return max((high for head in layout.bands(LIMIT)[first : first + count] for _, high in head), default=-1)
 
 
-def check_cache_values(
-    layout: BandLayout,
-    q: Tensor,
-    k_cache: Tensor,
-    cache_lengths: Tensor,
-    cache_starts: Tensor | None,
-    block_table: Tensor | None,
-    ring: Tensor | None,
-) -> None:
+def check_cache_values(layout: BandLayout, q: Tensor, k_cache: Tensor, places: CachePlaces) -> None:
     """Raise where what a host knows of a cache would lead out of it; reads the tensors, which are valid.
 
     Raises
@@ -155,7 +157,8 @@ def check_cache_values(
         number that is read and not there; rings that leave the rows, or hold fewer keys than the bands of
         their query heads need.
     """
-    capacity, queries = capacity_of(k_cache, block_table, ring), q.shape[2]
+    cache_lengths, cache_starts, block_table, ring = places
+    capacity, queries = places.capacity(k_cache), q.shape[2]
     lengths = cache_lengths.tolist()
     starts = [0] * len(lengths) if cache_starts is None else cache_starts.tolist()
     for name, values in (("cache_lengths", lengths), ("cache_starts", starts)):

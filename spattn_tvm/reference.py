@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .bands import LIMIT, BandLayout
-from .cache_forms import capacity_of, check_cache, check_cache_values
+from .cache_forms import CachePlaces, check_cache, check_cache_values
 from .placement import check_placement, clamp_offset, place_rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -504,18 +504,19 @@ def reference_decode(
     ValueError, TypeError
         As ``banded_attention_decode`` does.
     """
-    check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
+    places = CachePlaces(cache_lengths, cache_starts, block_table, ring)
+    check_cache(layout, q, k_cache, v_cache, places)
     if q.is_cpu:
-        check_cache_values(layout, q, k_cache, cache_lengths, cache_starts, block_table, ring)
+        check_cache_values(layout, q, k_cache, places)
     batch, heads, queries, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    q, device, capacity = _promoted(q), q.device, capacity_of(k_cache, block_table, ring)
+    q, device, capacity = _promoted(q), q.device, places.capacity(k_cache)
     ends = cache_lengths.clamp(0, capacity).long()
     begins = torch.zeros_like(ends) if cache_starts is None else cache_starts.clamp(0, capacity).long()
     low, high = (
         torch.tensor(layout.table(LIMIT), dtype=torch.int64, device=device).view(heads, 1, 2, 2).unbind(3)
     )
-    kv_heads = k_cache.shape[1] if ring is None else len(ring)
+    kv_heads = places.kv_heads(k_cache)
     rows = capacity if ring is None else k_cache.shape[1]
     head = torch.arange(kv_heads, device=device)[:, None]
     outputs, sums = [], []

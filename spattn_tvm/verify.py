@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .accuracy import judge, plain_attention
 from .bands import LIMIT, BandLayout
-from .cache_forms import capacity_of
+from .cache_forms import CachePlaces
 from .families import families_for, find_family, find_space
 from .families.kernel import KernelSpec
 from .reference import attention_mask, reference_attention, reference_decode
@@ -304,28 +304,16 @@ def check_step(kernel: Kernel, problem: RandomStep, device: torch.device) -> str
     from .ops.band_tables import find_cache_domain
 
     given = problem.tensors(device)
-    q, k, v, lengths, starts = (
-        given[name] for name in ("q", "k_cache", "v_cache", "cache_lengths", "cache_starts")
-    )
-    block_table, ring = given.get("block_table"), given.get("ring")
+    q, k, v = (given.pop(name) for name in ("q", "k_cache", "v_cache"))
+    places = CachePlaces(**given)
 
     def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        o, lse = reference_decode(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            problem.layout,
-            cache_lengths=lengths,
-            cache_starts=starts,
-            block_table=block_table,
-            ring=ring,
-        )
+        o, lse = reference_decode(q.to(dtype), k.to(dtype), v.to(dtype), problem.layout, **given)
         return {"o": o.to(dtype), "lse": lse}
 
     exact, plain = compute(torch.float64), compute(q.dtype)
-    capacity = capacity_of(k, block_table, ring)
-    domain = find_cache_domain(problem.layout.spec, lengths, starts, block_table, ring, capacity)
-    if ring is not None:
+    domain = find_cache_domain(problem.layout.spec, places, places.capacity(k))
+    if places.ring is not None:
         k, v = k[:, None], v[:, None]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.cache_forms import CachePlaces
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.launch import launch_forward, ready_decode
 from spattn_tvm.ops.attention import banded_attention
@@ -123,7 +124,7 @@ def test_host_time_of_a_step_of_decoding(device: str, record_property: Callable[
     q, k, v = (torch.randn(1, 1, rows, head_dim, dtype=dtype, device=device) for rows in (1, 64, 64))
     lengths = torch.ones(1, dtype=torch.int32, device=device)
     kernel = find_kernel("decode", q, layout.spec, kv_heads=1, kv_length=64)
-    domain = find_cache_domain(layout.spec, lengths, None, None, None, 64)
+    domain = find_cache_domain(layout.spec, CachePlaces(lengths), 64)
     for _ in range(3):
         banded_attention_decode(q, k, v, layout, cache_lengths=lengths)
     launch = ready_decode(kernel, q, k, v, domain)

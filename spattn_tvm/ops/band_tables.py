@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import EMPTY, LIMIT, BandLayout, length_tables
+from spattn_tvm.cache_forms import CachePlaces
 from spattn_tvm.lasting import make_lasting
 from spattn_tvm.launch import CacheDomain, Domain
 from spattn_tvm.placement import clamp_offset, place_rows
@@ -356,25 +357,19 @@ def narrowed(values: Tensor, largest: int) -> Tensor:
     return values.clamp(0, min(largest, LIMIT)).to(torch.int32)
 
 
-def find_cache_domain(
-    spec: str,
-    cache_lengths: Tensor,
-    cache_starts: Tensor | None,
-    block_table: Tensor | None,
-    ring: Tensor | None,
-    capacity: int,
-) -> CacheDomain:
+def find_cache_domain(spec: str, places: CachePlaces, capacity: int) -> CacheDomain:
     """Where the keys of a decoding call lie, as kernels take it. No value is read, and none trusted.
 
     Parameters
     ----------
     spec : str
         ``BandLayout.spec``.
-    cache_lengths, cache_starts, block_table, ring : Tensor
-        As in ``banded_attention_decode``; of valid dtypes and shapes.
+    places : CachePlaces
+        Of valid dtypes and shapes.
     capacity : int
         The largest length.
     """
+    cache_lengths, cache_starts, block_table, ring = places
     device = cache_lengths.device
     bands = _find_bands(BandLayout.from_spec(spec), LIMIT, device).single
     batch = len(cache_lengths)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.cache_forms import check_cache
+from spattn_tvm.cache_forms import CachePlaces, check_cache
 from spattn_tvm.torch_private import is_any_autocast_enabled, is_forward_mode
 
 from .attention import check_dense, check_head_dim, check_kinds, check_scale, with_autocast_dtype
@@ -187,7 +187,8 @@ def banded_attention_decode(
             banded_attention_decode, q, k_cache, v_cache, layout, by_row, shared, can_share_rows=False
         )
         return cast("Tensor | tuple[Tensor, Tensor]", outputs)
-    check_cache(layout, q, k_cache, v_cache, cache_lengths, cache_starts, block_table, ring)
+    places = CachePlaces(*places)
+    check_cache(layout, q, k_cache, v_cache, places)
     if scale is None:
         scale = check_scale(q.shape[3] ** -0.5)
     _check_no_gradient((q, k_cache, v_cache))

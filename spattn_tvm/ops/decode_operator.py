@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.cache_forms import capacity_of, check_cache_values
+from spattn_tvm.cache_forms import CachePlaces, check_cache_values
 from spattn_tvm.dispatch import Kernel, find_kernel
 from spattn_tvm.launch import launch_decode, like
 from spattn_tvm.reference import reference_decode
 
 from .band_tables import find_cache_domain
-from .operators import LIBRARY, check_finite, lse_dtype, with_contiguous_rows
+from .operators import LIBRARY, check_finite, lse_dtype, schema_of, with_contiguous_rows
+
+
+class DecodeCall(NamedTuple):
+    """What the operator takes after q and the caches, in this order."""
+
+    # CachePlaces.
+    cache_lengths: Tensor
+    cache_starts: Tensor | None
+    block_table: Tensor | None
+    ring: Tensor | None
+    # Settings: BandLayout.spec, the factor of the scores.
+    layout: str
+    scale: float
+    impl: str
+
+    @property
+    def places(self) -> CachePlaces:
+        return CachePlaces(*self[:4])
+
 
 LIBRARY.define(
-    "banded_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, "
-    "Tensor? cache_starts, Tensor? block_table, Tensor? ring, str layout, Scalar scale, str impl) "
+    f"banded_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, {schema_of(DecodeCall)}) "
     "-> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -29,58 +47,35 @@ NO_GRADIENT = (
 )
 
 
-def find_decode_kernel(
-    q: Tensor, k_cache: Tensor, block_table: Tensor | None, ring: Tensor | None, layout: str, impl: str
-) -> Kernel:
+def find_decode_kernel(q: Tensor, k_cache: Tensor, places: CachePlaces, layout: str, impl: str) -> Kernel:
     """The kernel of a step; arguments as the operator's."""
-    kv_heads = k_cache.shape[1] if ring is None else ring.shape[0]
-    rows = capacity_of(k_cache, block_table, ring) if ring is None else k_cache.shape[1] // kv_heads
+    kv_heads = places.kv_heads(k_cache)
+    rows = places.capacity(k_cache) if places.ring is None else k_cache.shape[1] // kv_heads
     # A cache that grows by a row a step would be another problem each time; kernels differ by far less.
     kv_length = max(q.shape[2], 1 << max(0, rows - 1).bit_length())
     return find_kernel("decode", q, layout, impl, kv_heads=kv_heads, kv_length=kv_length)
 
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    cache_starts: Tensor | None,
-    block_table: Tensor | None,
-    ring: Tensor | None,
-    layout: str,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The operator itself, for eager calls past the dispatcher; arguments as checked there."""
-    check_finite(scale)
+    call = DecodeCall(*rest)
+    places = call.places
+    check_finite(call.scale)
     q = with_contiguous_rows(q)
     if q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    capacity = capacity_of(k_cache, block_table, ring)
-    kernel = find_decode_kernel(q, k_cache, block_table, ring, layout, impl)
+    kernel = find_decode_kernel(q, k_cache, places, call.layout, call.impl)
+    layout = BandLayout.from_spec(call.layout)
     if kernel.spec is None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            o, lse = reference_decode(
-                q,
-                k_cache,
-                v_cache,
-                BandLayout.from_spec(layout),
-                cache_lengths=cache_lengths,
-                cache_starts=cache_starts,
-                block_table=block_table,
-                ring=ring,
-                scale=scale,
-            )
+            o, lse = reference_decode(q, k_cache, v_cache, layout, scale=call.scale, **places._asdict())
             return like(o, q), lse.to(lse_dtype(q.dtype))
     if q.is_cpu:
-        check_cache_values(
-            BandLayout.from_spec(layout), q, k_cache, cache_lengths, cache_starts, block_table, ring
-        )
-    domain = find_cache_domain(layout, cache_lengths, cache_starts, block_table, ring, capacity)
-    if ring is not None:
+        check_cache_values(layout, q, k_cache, places)
+    domain = find_cache_domain(call.layout, places, places.capacity(k_cache))
+    if places.ring is not None:
         k_cache, v_cache = k_cache[:, None], v_cache[:, None]
-    return launch_decode(kernel, q, k_cache, v_cache, domain, scale)
+    return launch_decode(kernel, q, k_cache, v_cache, domain, call.scale)
 
 
 DECODE = torch.ops.spattn_tvm.banded_attention_decode.default

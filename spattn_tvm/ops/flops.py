@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.cache_forms import capacity_of
 from spattn_tvm.problem import useful_flops
 
-from .decode_operator import DECODE
+from .decode_operator import DECODE, DecodeCall
 from .operators import BACKWARD, FORWARD, Call
 
 # Queries and keys of a document.
@@ -68,7 +67,7 @@ def _count(direction: str, q: Tensor, k: Tensor, call: Call) -> int:
 
 
 @register_flop_formula(FORWARD.overloadpacket, get_raw=True)
-def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **named: Any) -> int:
     """Useful floating-point operations of ``banded_attention_forward``: ``4*D`` an attended pair.
 
     Boundaries of packed documents are read, which waits for the GPU there, as PyTorch's own formulas do.
@@ -77,7 +76,7 @@ def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     What other tensors say of queries and keys is not read: queries count as the last ones of keys that all
     exist.
     """
-    return _count("forward", q, k, Call(*rest))
+    return _count("forward", q, k, Call(*rest, **named))
 
 
 @register_flop_formula(BACKWARD.overloadpacket, get_raw=True)
@@ -90,38 +89,31 @@ def count_backward(
     o: Tensor,
     lse: Tensor,
     *rest: Any,
-    **_: Any,
+    out_val: Any = None,
+    **named: Any,
 ) -> int:
     """Useful floating-point operations of ``banded_attention_backward``: ``10*D`` an attended pair."""
-    return _count("backward", q, k, Call(*rest))
+    return _count("backward", q, k, Call(*rest, **named))
 
 
 @register_flop_formula(DECODE.overloadpacket, get_raw=True)
 def count_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    cache_starts: Tensor | None,
-    block_table: Tensor | None,
-    ring: Tensor | None,
-    layout: str,
-    *rest: Any,
-    **_: Any,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, out_val: Any = None, **named: Any
 ) -> int:
     """Useful floating-point operations of ``banded_attention_decode``: ``4*D`` an attended pair.
 
     Lengths and starts are read, which waits for the GPU there. Where they have no values, each batch row
     counts as if its cache were full.
     """
+    call = DecodeCall(*rest, **named)
     batch, _heads, queries, head_dim = map(int, q.shape)
-    capacity = int(capacity_of(k_cache, block_table, ring))
+    capacity = int(call.places.capacity(k_cache))
     keys = [capacity] * batch
-    rows = (cache_lengths,) if cache_starts is None else (cache_lengths, cache_starts)
+    rows = [row for row in (call.cache_lengths, call.cache_starts) if row is not None]
     if _have_values(*rows):
         ends, *begins = (row.clamp(0, capacity).tolist() for row in rows)
         keys = [end - begin for end, begin in zip(ends, begins[0] if begins else [0] * batch, strict=True)]
-    bands = _layout(layout)
+    bands = _layout(call.layout)
     return sum(
         useful_flops(bands, min(queries, count), count, head_dim, "decode") for count in keys if count > 0
     )

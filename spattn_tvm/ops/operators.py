@@ -68,17 +68,29 @@ Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tenso
 SAME_ROWS: Places = (None, None, None, None, None)
 Settings = tuple[int | None, str, float, bool, str]
 
-_SCHEMA_TYPES = {Tensor | None: "Tensor?", int | None: "SymInt?", str: "str", float: "Scalar", bool: "bool"}
-_CALL = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int | None: "SymInt?",
+    str: "str",
+    float: "Scalar",
+    bool: "bool",
+}
+
+
+def schema_of(call: type) -> str:
+    """A named tuple's fields as arguments of an operator's schema."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(call).items())
+
 
 LIBRARY = torch.library.Library("spattn_tvm", "FRAGMENT")
 LIBRARY.define(
-    f"banded_attention_forward(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor o, Tensor lse)",
+    f"banded_attention_forward(Tensor q, Tensor k, Tensor v, {schema_of(Call)}) -> (Tensor o, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "banded_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"{_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{schema_of(Call)}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

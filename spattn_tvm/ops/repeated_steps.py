@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.cache_forms import capacity_of
+from spattn_tvm.cache_forms import CachePlaces
 from spattn_tvm.dispatch import call_on_change
 from spattn_tvm.launch import Decode, ready_decode
 from spattn_tvm.torch_private import (
@@ -29,9 +29,6 @@ from spattn_tvm.torch_private import (
 
 from .band_tables import call_when_dropped, find_cache_domain, narrowed
 from .decode_operator import find_decode_kernel
-
-# cache_lengths, cache_starts, block_table, ring.
-CachePlaces = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -78,7 +75,7 @@ def remember_step(
     """Let `decode_again` serve steps like this one, which was plain, valid and without gradient."""
     index = q.get_device()
     tensors = [q, k_cache, v_cache, *(place for place in places if place is not None)]
-    if index < 0 and (places[2] is not None or places[3] is not None):
+    if index < 0 and (places.block_table is not None or places.ring is not None):
         return  # `decode_again` leaves these to the checks of their values
     if (index >= 0 and is_capturing()) or len({id(tensor) for tensor in tensors}) < len(tensors):
         return
@@ -88,14 +85,13 @@ def remember_step(
             _called_once.clear()
         _called_once.add(key)
         return
-    cache_lengths, cache_starts, block_table, ring = places
-    kernel = find_decode_kernel(q, k_cache, block_table, ring, layout, impl)
+    kernel = find_decode_kernel(q, k_cache, places, layout, impl)
     serves = guard_inputs(*tensors)
     if kernel.spec is None or serves is None or q.shape[0] == 0:
         return
-    capacity = capacity_of(k_cache, block_table, ring)
-    domain = find_cache_domain(layout, cache_lengths, cache_starts, block_table, ring, capacity)
-    k, v = (k_cache, v_cache) if ring is None else (k_cache[:, None], v_cache[:, None])
+    capacity = places.capacity(k_cache)
+    domain = find_cache_domain(layout, places, capacity)
+    k, v = (k_cache, v_cache) if places.ring is None else (k_cache[:, None], v_cache[:, None])
     launch = ready_decode(kernel, q, k, v, domain)
     if launch is None:
         return

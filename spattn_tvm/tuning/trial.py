@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spattn_tvm.cache_forms import CachePlaces
 from spattn_tvm.ops.band_tables import find_cache_domain
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import reference_attention, reference_gradients
@@ -88,14 +89,8 @@ class TrialData:
         self.cu_seqlens_k = torch.tensor([0, problem.keys], dtype=torch.int32, device=self.device)
         self.key_ranges = torch.empty((0, 3), dtype=torch.int32, device=self.device)
         # The keys of a step of decoding, in a contiguous cache that is full.
-        places = find_cache_domain(
-            problem.layout.spec,
-            torch.full((problem.batch,), problem.keys, device=self.device),
-            None,
-            None,
-            None,
-            problem.keys,
-        )
+        full = CachePlaces(torch.full((problem.batch,), problem.keys, device=self.device))
+        places = find_cache_domain(problem.layout.spec, full, problem.keys)
         self.cache = {name: place for name, place in places._asdict().items() if name != "bands"}
         if cache is not None and cache.exists():
             expected = torch.load(cache, weights_only=True)

@@ -11,7 +11,7 @@ from decode_problems import DecodeProblem, random_decode
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
-from spattn_tvm.cache_forms import capacity_of
+from spattn_tvm.cache_forms import CachePlaces
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.kernel import KernelSpec
@@ -41,8 +41,8 @@ def check(kernel: Kernel, problem: DecodeProblem, scale: float | None = None) ->
     q, k, v = problem.tensors(dtype)
     expected = problem.truth(q, k, v, scale)
     k, v, places = problem.cached(k, v)
-    given = [places.get(name) for name in ("cache_lengths", "cache_starts", "block_table", "ring")]
-    domain = find_cache_domain(problem.layout.spec, *given, capacity_of(k, *given[2:]))
+    given = CachePlaces(**places)
+    domain = find_cache_domain(problem.layout.spec, given, given.capacity(k))
     if problem.form == "ring":
         k, v = k[:, None], v[:, None]
     torch.use_deterministic_algorithms(True)  # outputs and scratch are NaN first
@@ -129,12 +129,14 @@ def test_no_value_leads_out_of_the_cache() -> None:
         starts = torch.tensor([-9, 2**31 - 1])
         given = lengths.clamp(-(2**31), 2**31 - 1).to(dtype), starts.to(dtype)
         for cache, table in ((pages, wrong), (torch.randn(2, 2, 50, 32), None)):
-            domain = find_cache_domain(layout.spec, *given, table, None, 320 if table is not None else 50)
+            domain = find_cache_domain(
+                layout.spec, CachePlaces(*given, table), 320 if table is not None else 50
+            )
             o, lse = launch_decode(kernel, q, cache, cache, domain, 0.2)
             assert o[0].isfinite().all() and (o[1] == 0).all() and (lse[1] == -torch.inf).all()
     for base, capacity in ((-9, 3), (2**31 - 70, 60), (2**31 - 5, 60), (45, 1000), (3, -4), (0, 0)):
         ring = torch.tensor([[base, capacity]] * 2, dtype=torch.int32)
-        domain = find_cache_domain(layout.spec, torch.tensor([290, 4]), None, None, ring, 1000)
+        domain = find_cache_domain(layout.spec, CachePlaces(torch.tensor([290, 4]), ring=ring), 1000)
         o, lse = launch_decode(kernel, q, rings, rings, domain, 0.2)
         assert o.isfinite().all() and lse.isfinite().all(), (base, capacity)
 
@@ -143,7 +145,7 @@ def test_a_query_that_is_nan_stays_nan_alone() -> None:
     kernel, layout = load("float32", 32), BandLayout.spattention(4, 300)
     q, (k, v) = torch.randn(2, 4, 2, 32), torch.randn(2, 2, 2, 290, 32)
     q[0, 1, 1, 3] = torch.nan
-    domain = find_cache_domain(layout.spec, torch.tensor([290, 11]), None, None, None, 290)
+    domain = find_cache_domain(layout.spec, CachePlaces(torch.tensor([290, 11])), 290)
     o, lse = launch_decode(kernel, q, k, v, domain, 0.2)
     is_nan = torch.zeros(2, 4, 2, dtype=torch.bool)
     is_nan[0, 1, 1] = True

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops.attention import banded_attention
+from spattn_tvm.ops.decode_operator import DECODE, DecodeCall
+from spattn_tvm.ops.operators import BACKWARD, FORWARD, Call
 from spattn_tvm.reference import attention_mask
 
 LAYOUTS = [
@@ -58,3 +60,22 @@ def test_boundaries_without_values_give_an_upper_bound(layout: BandLayout) -> No
             assert sum(layout.useful_flops(length, 32) for length in lengths) <= bound
     alone = min(longest, 100)
     assert bound <= -(-100 // alone) * layout.useful_flops(alone, 32)
+
+
+def test_operators_whose_arguments_are_named_are_counted() -> None:
+    layout = BandLayout.spattention(4, 64)
+    q, k, v = draw(length=47, batch=2)
+    call = Call(None, None, None, None, None, None, layout.spec, 0.2, False, "reference")
+    o, lse = FORWARD(q, k, v, *call)
+    step = DecodeCall(torch.tensor([47, 3]), None, None, None, layout.spec, 0.2, "reference")
+    for operator, tensors, rest in (
+        (FORWARD, (q, k, v), call),
+        (BACKWARD, (o, None, q, k, v, o, lse), call),
+        (DECODE, (q[:, :, -1:], k, v), step),
+    ):
+        counts = []
+        for named in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                operator(*tensors, **rest._asdict()) if named else operator(*tensors, *rest)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
