@@ -67,6 +67,28 @@ def _check_shared_rows(q: DTensor, k: DTensor, axes: Sequence[int], options: Map
         raise _refuse_rows(f"context parallelism has no {q.shape[2]} queries for {k.shape[2]} keys")
 
 
+@torch.compiler.disable
+def _share_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BandLayout,
+    mesh: Any,
+    axis: int,
+    length: int,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Attention of this rank's rows of a sequence that the ranks of a mesh dimension cut as DTensor does."""
+    # Found by its name: it stands above the operators, which it calls.
+    distributed: Any = importlib.import_module(_CONTEXT_PARALLELISM)
+    shards = distributed.Shards.contiguous(length, mesh.size(axis))
+    taken = {name: options[name] for name in ("cu_seqlens", "scale", "deterministic", "impl")}
+    o: Tensor = distributed.context_parallel_attention(
+        q, k, v, layout, mesh.get_group(axis), shards=shards, **taken
+    )
+    return o
+
+
 def _span(size: int, ranks: int, index: int) -> tuple[int, int]:
     """What a rank holds of a dimension, as DTensor cuts it."""
     step = -(-size // ranks)
@@ -183,29 +205,22 @@ def attend_sharded(
             return value
         return replicate_like(q, value).redistribute(placements=row_placements).to_local()  # type: ignore[attr-defined]
 
-    own = layout if (begin, end) == (0, q.shape[1]) else layout.heads(begin, end)
+    size = q.shape  # compiled code that breaks behind this must not hand on q, which has no gradient then
+    own = layout if (begin, end) == (0, size[1]) else layout.heads(begin, end)
     tensors = q.to_local(grad_placements=placements), k_own, v_own
     options = {
         name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in shared.items()
     }
     outputs: Tensor | tuple[Tensor, ...]
     if sharing:
-        # Found by its name: it stands above the operators, which it calls.
-        distributed: Any = importlib.import_module(_CONTEXT_PARALLELISM)
-        outputs = distributed.context_parallel_attention(
-            *tensors,
-            own,
-            mesh.get_group(sharing[0]),
-            shards=distributed.Shards.contiguous(q.shape[2], mesh.size(sharing[0])),
-            **{name: options[name] for name in ("cu_seqlens", "scale", "deterministic", "impl")},
-        )
+        outputs = _share_rows(*tensors, own, mesh, sharing[0], size[2], options)
     else:
         outputs = attend(
             *tensors, own, **{name: own_rows(value) for name, value in by_row.items()}, **options
         )
 
     def placed(local: Tensor) -> DTensor:
-        shape = torch.Size((*q.shape[:3], *local.shape[3:]))
+        shape = torch.Size((*size[:3], *local.shape[3:]))
         # Strides in the order of the shard's.
         order = sorted(range(local.dim()), key=lambda dim: (local.stride(dim), -dim))
         strides, step = [0] * local.dim(), 1

@@ -161,6 +161,25 @@ def test_rows_that_ranks_share(
         ranks.call(_compare_rows, seed, sizes, q_placed, kv_placed)
 
 
+def _compile(placement: Any) -> None:
+    """Compiled, with the graph broken by what ranks exchange or not."""
+    mesh = init_device_mesh("cpu", (2,))
+    *whole, do = _draw(3, 8, 1)
+    leaves = [distribute_tensor(tensor, mesh, [placement]).requires_grad_() for tensor in whole]
+    plain = [tensor.clone().requires_grad_() for tensor in whole]
+    found = torch.compile(lambda *t: banded_attention(*t, LAYOUT).sin(), backend="aot_eager")(*leaves)
+    expected = banded_attention(*plain, LAYOUT).sin()
+    gradients = torch.autograd.grad(found, leaves, distribute_tensor(do, mesh, [placement]))
+    wanted = torch.autograd.grad(expected, plain, do)
+    for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_dtensors(two: Ranks) -> None:
+    for placement in (Shard(1), Shard(2)):
+        two.call(_compile, placement)
+
+
 def _refuse_rows() -> None:
     mesh = init_device_mesh("cpu", (2,))
     q, k, v, _ = _draw(0, 8)
