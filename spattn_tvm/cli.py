@@ -7,6 +7,7 @@ kernels never loads the compiler.
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import math
 import re
@@ -197,7 +198,7 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
     ValueError
         For anything else, or nothing at all to spend.
     """
-    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*(m|min|s)?", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*(m|min|s)?", text.strip())
     if match is None or not float(match[1]) > 0 or (match[2] is None and "." in match[1]):
         raise ValueError(f"--budget is a number of trials (64) or a time (8m, 90s), got {text!r}")
     if match[2] is None:
@@ -238,7 +239,7 @@ def _target_and_fleet(text: str, rpc: str | None, key: str | None) -> tuple[Mach
 
     if rpc is None:
         if key is not None:
-            raise ValueError(f"--key {key} names servers of a tracker: give its address, --rpc HOST:PORT")
+            raise ValueError(f"--key {key!r} names servers of a tracker: give its address, --rpc HOST:PORT")
         return parse_target(text), None
     from .tuning.fleet import Fleet
 
@@ -318,7 +319,9 @@ def tune(
     ] = True,
     verify: Annotated[
         int,
-        typer.Option(min=0, help="Check each winner on so many random problems, if it runs here; 0: don't."),
+        typer.Option(
+            min=0, max=10**9, help="Check each winner on so many random problems, if it runs here; 0: don't."
+        ),
     ] = 20,
     schedules: SchedulesOption = None,
 ) -> None:
@@ -335,7 +338,10 @@ def tune(
     if shapes_file is None:
         of_layouts = {layout: shape or _DEFAULT_SHAPES[machine.kind]}
     elif shape is None:
-        of_layouts = parse_shapes(shapes_file.read_text(encoding="utf-8"), layout)
+        try:
+            of_layouts = parse_shapes(shapes_file.read_text(encoding="utf-8"), layout)
+        except ValueError as error:
+            raise ValueError(f"{shapes_file}: {error}") from error
     else:
         raise ValueError(f"give either --shape or --shapes-file, not both: {', '.join(shape)}, {shapes_file}")
     problems = [
@@ -396,8 +402,8 @@ def distill(
 @app.command(epilog="Example: spattn verify --target cpu --problems 1000")
 def verify(
     target: TargetOption = "cpu",
-    problems: Annotated[int, typer.Option(min=1, help="Random problems in all.")] = 200,
-    max_length: Annotated[int, typer.Option(min=1, help="Longest sequence.")] = 700,
+    problems: Annotated[int, typer.Option(min=1, max=10**9, help="Random problems in all.")] = 200,
+    max_length: Annotated[int, typer.Option(min=1, max=2**17, help="Longest sequence.")] = 700,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=_LARGEST_SEED, help="Seed of the problems; a fresh one by default."),
@@ -453,19 +459,14 @@ def explain(
     ranks: Annotated[
         int | None,
         typer.Option(
-            help="Ranks that share the sequence: instead, what context parallelism would move, and why."
+            min=1,
+            max=4096,
+            help="Ranks that share the sequence: instead, what context parallelism would move, and why.",
         ),
     ] = None,
     sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
         Sharding.contiguous
     ),
-    layers: Annotated[int, typer.Option(min=1, help="With --steps generate: layers of the model.")] = 8,
-    vocabulary: Annotated[
-        int, typer.Option(min=1, help="With --steps generate: tokens of its vocabulary.")
-    ] = 8192,
-    new_tokens: Annotated[
-        int, typer.Option(min=1, help="With --steps generate: tokens that a timed call generates.")
-    ] = 16,
 ) -> None:
     """Which kernel would serve a problem on a target: tuned, nearest or untuned, and why."""
     from .target import parse_target
@@ -541,7 +542,8 @@ def bench(
         int | None, typer.Option(min=1, help="Key/value heads of shapes that don't say theirs.")
     ] = None,
     documents: Annotated[
-        int, typer.Option(min=1, help="Documents packed into each row, of lengths as 1 to 2 to 3 …")
+        int,
+        typer.Option(min=1, max=2**16, help="Documents packed into each row, of lengths as 1 to 2 to 3 …"),
     ] = 1,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Only what gives the same bits twice.")
@@ -575,18 +577,22 @@ def bench(
     ranks: Annotated[
         int | None,
         typer.Option(
-            help="Ranks that share the sequence, each with a GPU of its own or a share of the CPU's cores."
+            min=2,
+            max=64,
+            help="Ranks that share the sequence, each with a GPU of its own or a share of the CPU's cores.",
         ),
     ] = None,
     sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
         Sharding.contiguous
     ),
-    layers: Annotated[int, typer.Option(min=1, help="With --steps generate: layers of the model.")] = 8,
+    layers: Annotated[
+        int, typer.Option(min=1, max=1024, help="With --steps generate: layers of the model.")
+    ] = 8,
     vocabulary: Annotated[
-        int, typer.Option(min=1, help="With --steps generate: tokens of its vocabulary.")
+        int, typer.Option(min=1, max=2**24, help="With --steps generate: tokens of its vocabulary.")
     ] = 8192,
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="With --steps generate: tokens that a timed call generates.")
+        int, typer.Option(min=1, max=2**20, help="With --steps generate: tokens that a timed call generates.")
     ] = 16,
     log_root: LogRoot = Path("autotune_logs"),
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the JSON report.")] = True,
@@ -925,21 +931,42 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+# Letters of an error's line; what is cut out is a value that nobody typed.
+_LONGEST_MESSAGE = 2000
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    half = _LONGEST_MESSAGE // 2
+    return f"{message[:half]}… ({len(message) - 2 * half} letters) …{message[-half:]}"
+
+
+def _with_given(message: str, error: Any) -> str:
+    """The message of a wrong value with that value, which a number out of range is refused without."""
+    arguments, names = sys.argv[1:], getattr(getattr(error, "param", None), "opts", ())
+    given = [value for name, value in itertools.pairwise(arguments) if name in names]
+    given += [each.partition("=")[2] for each in arguments if each.partition("=")[0] in names and "=" in each]
+    if not given or repr(given[-1]) in message:
+        return message
+    return f"{message.rstrip('.')}, got {given[-1]!r}"
+
+
 def main() -> None:
     """Entry point: mistakes of the user end in one line, not in a traceback."""
     try:
         code = app(prog_name="spattn", standalone_mode=False)
     except _UsageError as error:
-        message = error.format_message()
+        message = _with_given(error.format_message(), error)
         if message:  # else it is the help, which was printed
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {_shortened(message)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(1)
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         # PyTorch appends where in its C++ code an error was raised.
         message, _, _ = str(error).partition("\nException raised from")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_shortened(message)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 

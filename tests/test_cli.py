@@ -1,13 +1,16 @@
 """The spattn command, in this process and as a process of its own."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from spattn_tvm import cli
@@ -117,16 +120,24 @@ BAD_VALUES = {
     "--idle-ms": ("", "-1", "x", "nan", "inf"),
     "--threads": ("", "0", "-1", "x", "99999999999999"),
     "--seed": ("", "-1", "x", "1.5", "99999999999999999999999"),
-    "--budget": ("", "x", "-1", "nan"),
+    "--budget": ("", "x", "-1", "nan", "\u0663", f"{'9' * 400}s"),
     "--family": ("", "nonsense", "hopper", "mma"),
     "--head-dims": ("", ",", "x", "0", "-64", "7", "300", "64,x"),
     "--strategy": ("", "nonsense"),
-    "--verify": ("", "-1", "x"),
+    "--verify": ("", "-1", "x", "9" * 30),
     "--rpc": ("", "x", "host", "host:", "host:x", "host:99999999", ":1"),
-    "--key": ("k",),
-    "--problems": ("", "0", "-1", "x"),
-    "--max-length": ("", "0", "-1", "x"),
-    "--heads": ("", "0", "-1", "x", "99999999999"),
+    "--key": ("k", "\n"),
+    "--problems": ("", "0", "-1", "x", "9" * 30),
+    "--max-length": ("", "0", "-1", "x", "9" * 30),
+    "--heads": ("", "0", "-1", "x", "99999999999", "9" * 5000),
+    "--kv-heads": ("", "0", "-1", "x", "3", "9" * 30),
+    "--documents": ("", "0", "-1", "x", "64", "9" * 30),
+    "--ranks": ("", "0", "-1", "x", "1.5", "9" * 30),
+    "--sharding": ("", "sideways"),
+    "--layers": ("", "0", "-1", "x", "9" * 30),
+    "--vocabulary": ("", "0", "-1", "x", "9" * 30),
+    "--new-tokens": ("", "0", "-1", "x", "9" * 30),
+    "--shapes-file": ("{folder}", "/proc/nonexistent", "{file}", "{binary}", "{empty}"),
     "--length": ("", "0", "-1", "x", "4097"),
     "--out": ("", "{folder}", "{folder}/picture", "{folder}/picture.xyz", "{file}/picture.png",
               "/proc/nonexistent/picture.png"),
@@ -137,18 +148,20 @@ BAD_VALUES = {
 SMALL = ["--shape", "1,2,64,32"]
 PROBLEM = ["--shape", "--layout", "--context", "--dtype"]
 COMMAND_OPTIONS = [
-    (["explain", *SMALL], [*PROBLEM, "--direction", "--target"]),
+    (["explain", *SMALL], [*PROBLEM, "--direction", "--target", "--ranks", "--sharding"]),
     (["export", "{folder}/bundle", *SMALL], [*PROBLEM, "--direction", "--target"]),
     (
         ["bench", "--no-save", *SMALL],
         [*PROBLEM, "--device", "--peers", "--steps", "--rounds", "--budget", "--idle-ms", "--threads",
-         "--seed"],
+         "--seed", "--kv-heads", "--documents", "--ranks", "--sharding", "--layers", "--vocabulary",
+         "--new-tokens"],
     ),
     (
         ["tune", "--budget", "1", "--no-distill", "--log-root", "{folder}/logs", *SMALL],
         [*PROBLEM, "--direction", "--target", "--budget", "--strategy", "--family", "--rpc", "--key",
          "--head-dims", "--seed", "--verify", "--log-root"],
     ),
+    (["tune", "--budget", "1", "--no-distill", "--log-root", "{folder}/logs"], ["--shapes-file"]),
     (["distill", "--log-root", "{folder}"], ["--target", "--top", "--rounds", "--log-root"]),
     (
         ["verify", "--problems", "2", "--max-length", "20"],
@@ -158,12 +171,18 @@ COMMAND_OPTIONS = [
         ["plot", "layout", "--out", "{folder}/a.png"],
         ["--layout", "--heads", "--context", "--length", "--out"],
     ),
+    (["layout"], ["--layout", "--heads", "--context", "--length"]),
     (["plot", "bench", "{file}"], ["--out"]),
+    (["plot", "lengths", "{file}"], ["--out"]),
     (["plot", "tuning", "{folder}"], ["--out"]),
     (["doctor"], []),
 ]  # fmt: skip
-# The layout of `plot layout` has 16 heads, a length of 4096 and no other demands.
+# Folders that may hold nothing yet, or anything.
+ANY_VALUE = {"--schedules", "bench --log-root"}
+# The layout of `layout` and `plot layout` has 16 heads, a length of 4096 and no other demands.
 GOOD_AFTER_ALL = {
+    ("layout", "--layout"): ("spattention:heads=3", "spattention:longer=1", "custom:bands=0-1"),
+    ("layout", "--context"): ("63",),
     ("plot", "--layout"): ("spattention:heads=3", "spattention:longer=1", "custom:bands=0-1"),
     ("plot", "--context"): ("63",),
     ("plot", "--length"): (),
@@ -184,8 +203,11 @@ def test_every_bad_value_of_every_option_ends_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("no report")
     (tmp_path / "file.json").write_text("{")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").touch()
     monkeypatch.chdir(tmp_path)
-    places = {"folder": str(tmp_path), "file": str(tmp_path / "file"), "json": str(tmp_path / "file.json")}
+    places = {name: str(tmp_path / name) for name in ("file", "binary", "empty")}
+    places |= {"folder": str(tmp_path), "json": str(tmp_path / "file.json")}
     for value in BAD_VALUES[option]:
         if value in GOOD_AFTER_ALL.get((command[0], option), ()):
             continue
@@ -193,7 +215,28 @@ def test_every_bad_value_of_every_option_ends_in_one_line(
         arguments = [argument.format(**places) for argument in (*others, option, value)]
         code, line = mistake(arguments, monkeypatch, capsys)
         assert code in (1, 2), (arguments, line)
+        assert len(line) < 2100
+        if line.startswith("error: Invalid value"):
+            assert repr(value)[:100] in line
     assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_no_option_is_without_bad_values() -> None:
+    """Of those that take a value."""
+    tried: dict[str, set[str]] = {}
+    for command, options in COMMAND_OPTIONS:
+        words = itertools.takewhile(lambda word: word.isalpha(), command)
+        tried.setdefault(" ".join(words), set()).update(options)
+
+    def check(command: Any, name: str) -> None:
+        for each, inner in getattr(command, "commands", {}).items():
+            check(inner, f"{name} {each}".strip())
+        for option in command.params if not hasattr(command, "commands") else ():
+            if option.param_type_name == "option" and not option.is_flag:
+                names = {*option.opts, *(f"{name} {each}" for each in option.opts)}
+                assert names & (tried[name] | ANY_VALUE), f"{name} {option.opts}"
+
+    check(typer.main.get_command(cli.app), "")
 
 
 @pytest.mark.parametrize(

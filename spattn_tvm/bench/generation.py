@@ -21,6 +21,8 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import detect_cpu, detect_cuda
 
+from .run import find_device
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -318,11 +320,13 @@ def benchmark_generation(
     least = tokens * (rounds + 1) + 3
     for problem in problems:
         problem.layout.require_autoregressive("generation")
+        if problem.head_dim % 8 or not 32 <= problem.head_dim <= 256:
+            raise ValueError(f"head_dim must be a multiple of 8 from 32 to 256, got {problem.head_dim}")
         if problem.keys < least:
             raise ValueError(
                 f"{rounds} calls of {tokens} tokens need a context of {least}, got {problem.keys}"
             )
-    place = torch.device(device)
+    place = find_device(device)
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index or 0)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)

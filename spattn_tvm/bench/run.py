@@ -283,7 +283,14 @@ def _benchmark_case(bench: _Bench, case: Case, report: Callable[[str], None]) ->
     }
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises
+    ------
+    ValueError
+        When it is neither the CPU nor a CUDA device that is there.
+    """
     import torch
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
@@ -354,7 +361,7 @@ def benchmark(
             raise ValueError(f"unknown step {step_name!r}; known: {', '.join(STEPS)}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    place = _find_device(device)
+    place = find_device(device)
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index)
     chosen = peers_for(target) if peers is None else {name: find_peer(name, target) for name in peers}
     clock: _CpuClock | _CudaClock = _CpuClock(idle_ms) if place.type == "cpu" else _CudaClock(place)
