@@ -28,7 +28,12 @@ from spattn_tvm.torch_private import assert_async, keep_address
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        LinearAttentionCacheLayerMixin,
+    )
     from transformers.masking_utils import causal_mask_function
 except ImportError as error:
     raise ImportError(f"this needs transformers 5.24 or newer ({error}): {install_hint('hf')}") from error
@@ -201,6 +206,9 @@ def _check_padding(mask: Tensor | None, batch: int, length: int | Tensor) -> Non
         )
 
 
+# K of the mask of a layer that has a window or chunks of its own.
+_OWN_WINDOW = 3
+
 _HOLES = (
     "attention_mask has padding between a row's tokens, which bands would count as distance: pad prompts on "
     "the left, where nothing is appended, or pack"
@@ -231,16 +239,18 @@ def banded_mask(
     Returns
     -------
     Tensor
-        int32 ``(B, 1, K, 1)``, see the module's description. Of four dimensions, so that transformers takes
-        it for a mask that was made by the user, and hands it on as it is.
+        int32 ``(B, 1, K, 1)``, see the module's description; with ``K = 3`` for a window or chunks of the
+        model's own, which no layer may take. Of four dimensions, so that transformers takes it for a mask
+        that was made by the user, and hands it on as it is.
 
     Raises
     ------
     ValueError
-        A window or chunks of the model's own, masks that are not causal, padding between tokens.
+        Masks that are not causal, padding between tokens.
     """
     if local_size is not None:
-        _refuse(f"window or chunk of the model's own, and its configuration asks for one of {local_size}")
+        # Some models make this mask whether or not a layer takes it: the layer that does is refused.
+        return torch.full((batch_size, 1, _OWN_WINDOW, 1), local_size, dtype=torch.int32, device=device)
     if kv_offset:
         _refuse(f"cache that forgets its first keys, and this one starts at {kv_offset}")
     if use_vmap:
@@ -427,7 +437,7 @@ def _check_arguments(
         _refuse(f"bidirectional or cross attention, which {type(module).__name__} asks for")
 
 
-def _check_places(places: Tensor | None) -> None:
+def _check_places(module: nn.Module, places: Tensor | None) -> None:
     if places is None:
         raise ValueError(
             "banded attention was not told where keys are: the attention function is registered without its "
@@ -439,6 +449,14 @@ def _check_places(places: Tensor | None) -> None:
             f"banded attention takes no mask of 4 dimensions, got {tuple(places.shape)} "
             f"({getattr(places, 'dtype', type(places).__name__)}): "
             "give a 2-D attention_mask for padding, position_ids or cu_seq_lens_q for packed sequences"
+        )
+    if places.shape[2] == _OWN_WINDOW:
+        config: Any = module.config
+        sizes = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+        asked = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
+        _refuse(
+            f"window or chunk of the model's own, which its configuration asks for ({asked}) in layer "
+            f"{getattr(module, 'layer_idx', None)}"
         )
 
 
@@ -493,7 +511,9 @@ def banded_attention_forward(
         if band_cache is not None:
             _refuse("banded cache of a part of the heads: generate with a cache of transformers' own")
         layout = _heads_of_rank(module, heads, layout)
-    _check_places(attention_mask)
+    _check_places(module, attention_mask)
+    if value.shape[3] != query.shape[3]:
+        _refuse(f"values of another head dim than the keys' ({value.shape[3]} and {query.shape[3]})")
     assert attention_mask is not None
     is_padded = attention_mask.shape[2] == 2
     is_first = queries == key.shape[2]
@@ -683,6 +703,21 @@ class PagedLayer(_Layer):
         return PagedCache(layout, **sizes)
 
 
+def _layers_without_keys(config: Any) -> dict[int, Any]:
+    """transformers' own layers of a cache, by index, for those of a model that don't attend: convolutions and
+    linear attention keep a state of fixed size."""
+    found = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if not isinstance(layer, CacheLayerMixin):
+            found[index] = layer
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"layer {index} of the model has linear attention beside attention, and no cache of bands "
+                "keeps both: use a DynamicCache or StaticCache"
+            )
+    return found
+
+
 def make_cache(
     model: PreTrainedModel | PreTrainedConfig,
     kind: str = "banded",
@@ -696,7 +731,8 @@ def make_cache(
     Parameters
     ----------
     model : PreTrainedModel or PreTrainedConfig
-        With bands.
+        With bands. Layers of it that keep a state in place of keys (convolutions, linear attention) get
+        transformers' own.
     kind : str
         ``"banded"`` keeps what the bands can still need, ``"paged"`` everything, in pages.
     max_length : int, optional
@@ -716,7 +752,8 @@ def make_cache(
     Raises
     ------
     ValueError
-        A model without bands, layouts that are not autoregressive, an unknown kind.
+        A model without bands, layouts that are not autoregressive, an unknown kind, layers that share keys
+        or have linear attention beside attention.
     """
     layers = {"banded": BandedLayer, "paged": PagedLayer}
     if kind not in layers:
@@ -726,8 +763,16 @@ def make_cache(
     specs = getattr(config, LAYOUTS_KEY, None)
     if specs is None:
         raise ValueError("the model has no bands: give it some with set_layout(model, layout)")
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise ValueError(
+            "layers of this model attend to the keys of other layers, which caches of bands do not hand out: "
+            "use a DynamicCache or StaticCache"
+        )
     layouts = [BandLayout.from_spec(spec) for spec in specs]
-    for layout in layouts:
+    others = _layers_without_keys(config)
+    for index, layout in enumerate(layouts):
+        if index in others:
+            continue
         layout.require_autoregressive("generation")
         if kind == "banded" and layout.depends_on_length and max_length is None:
             raise ValueError(
@@ -738,7 +783,12 @@ def make_cache(
                 f"a static cache has an end, and {kind} layers of {layout.spec} none: give max_length"
             )
     settings = {"max_length": max_length, **settings}
-    return Cache(layers=[layers[kind](config, layout, is_static, settings) for layout in layouts])
+    return Cache(
+        layers=[
+            others.get(index) or layers[kind](config, layout, is_static, settings)
+            for index, layout in enumerate(layouts)
+        ]
+    )
 
 
 # --- registration -------------------------------------------------------------------------------------------

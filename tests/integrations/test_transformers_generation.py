@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from typing import Any
@@ -14,6 +15,7 @@ from banded_models import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
+    OTHER_MODELS,
     VOCABULARY,
     make_model,
     register_the_definition,
@@ -85,10 +87,12 @@ def _prompts(chance: random.Random, batch: int, is_padded: bool) -> tuple[Tensor
 def _recomputed(model: Any, layout: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Logits of the last `steps` tokens, each of which the one before it predicts."""
     mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        positions = {}
     _with(model, layout, BY_DEFINITION)
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        logits = model(ids, attention_mask=mask, use_cache=False, **positions).logits
     _with(model, layout)
     return logits[:, -steps - 1 : -1]
 
@@ -151,6 +155,83 @@ def test_every_cache_comes_to_the_same(models: dict[str, Any]) -> None:
             )
             expected = _recomputed(model, layout, result.sequences, mask, 8)
             torch.testing.assert_close(torch.stack(result.logits, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", list(OTHER_MODELS) if "SPATTN_SWEEP" in os.environ else list(OTHER_MODELS)[:8]
+)
+def test_other_models_generate_what_the_whole_sequence_gives(name: str, models: dict[str, Any]) -> None:
+    model, layout = make_model(name).eval(), LAYOUTS["hybrid"]
+    _with(model, layout)
+    ids, mask = _prompts(random.Random(7), 2, is_padded=True)
+    # Its attention does not hand on what our caches need.
+    kinds = ("dynamic",) if name == "GPTNeoX" else ("banded", "static")
+    for kind in kinds:
+        if kind == "banded":
+            cache = make_cache(model)
+        elif kind == "static":
+            cache = transformers.StaticCache(config=model.config, max_cache_len=CONTEXT)
+        else:
+            cache = transformers.DynamicCache(config=model.config)
+        result = model.generate(
+            ids,
+            attention_mask=mask,
+            cache=cache,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        expected = _recomputed(model, layout, result.sequences, mask, 6)
+        torch.testing.assert_close(torch.stack(result.logits, 1), expected, atol=2e-5, rtol=2e-5)
+
+
+NOT_THESE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a window in some layers": ("Gemma2", {"head_dim": HEAD_DIM}, "sliding_window=4096"),
+    "softcap": (
+        "Gemma2",
+        {"head_dim": HEAD_DIM, "layer_types": ["full_attention"] * 2},
+        r"softcap of the scores \(softcap=50",
+    ),
+    "sinks": (
+        "GptOss",
+        {"head_dim": HEAD_DIM, "num_local_experts": 2, "layer_types": ["full_attention"] * 2},
+        "attention sinks",
+    ),
+    "a window": ("Mistral", {"sliding_window": 9}, "sliding_window=9"),
+    "attention of its own": ("Bloom", {}, "does not take attention functions of others"),
+    "no way to our caches": ("GPTNeoX", {}, "use a DynamicCache or StaticCache"),
+    "both kinds in a layer": (
+        "FalconH1",
+        {
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_ssm": 64,
+            "mamba_d_state": 16,
+            "head_dim": HEAD_DIM,
+        },
+        "layer 0 of the model has linear attention beside attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_THESE)
+def test_models_that_bands_do_not_serve_are_refused(what: str) -> None:
+    name, settings, message = NOT_THESE[what]
+    model = make_model(name, **settings).eval()
+    with pytest.raises(ValueError, match=message):
+        set_layout(model, LAYOUTS["spattention"])
+        model.generate(torch.tensor([[5, 6, 7]]), cache=make_cache(model), max_new_tokens=2)
+
+
+def test_layers_that_share_keys_are_refused(models: dict[str, Any]) -> None:
+    config = _with(models["llama"], LAYOUTS["spattention"]).config
+    config.kv_sharing_modes = [None, "reuse"]
+    try:
+        with pytest.raises(ValueError, match="attend to the keys of other layers"):
+            make_cache(config)
+    finally:
+        del config.kv_sharing_modes
 
 
 @pytest.mark.parametrize("kind", ["banded", "paged", "static"])

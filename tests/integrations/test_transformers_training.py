@@ -431,10 +431,17 @@ def test_masks_of_other_models_are_refused() -> None:
     config = _banded(layout=BANDED).config
     config.sliding_window, config.attention_chunk_size = 8, 8
     given = {"config": config, "inputs_embeds": torch.zeros(1, 12, 4), "attention_mask": None, "cache": None}
-    with pytest.raises(ValueError, match=r"window or chunk of the model's own.* 8"):
-        masks.create_sliding_window_causal_mask(**given)
-    with pytest.raises(ValueError, match=r"window or chunk of the model's own.* 8"):
-        masks.create_chunked_causal_mask(**given)
+    module = torch.nn.Module()
+    module.config, module.layer_idx = config, 0
+    q = torch.zeros(1, config.num_attention_heads, 12, 32)
+    mask = adapter.banded_mask(1, 12, 12)
+    with pytest.raises(ValueError, match=r"values of another head dim than the keys' \(24 and 32\)"):
+        adapter.banded_attention_forward(module, q, q, q[..., :24], mask)
+    for make in (masks.create_sliding_window_causal_mask, masks.create_chunked_causal_mask):
+        # Made for no layer by some models.
+        mask = make(**given)
+        with pytest.raises(ValueError, match=r"window or chunk of the model's own.*_window=8.* in layer 0"):
+            adapter.banded_attention_forward(module, q, q, q, mask)
     with pytest.raises(ValueError, match="bidirectional or cross attention"):
         masks.create_bidirectional_mask(config, given["inputs_embeds"], None)
     with pytest.raises(ValueError, match="mask of the kind or_masks"):
