@@ -67,7 +67,7 @@ def _count(direction: str, q: Tensor, k: Tensor, call: Call) -> int:
 
 
 @register_flop_formula(FORWARD.overloadpacket, get_raw=True)
-def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **named: Any) -> int:
+def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     """Useful floating-point operations of ``banded_attention_forward``: ``4*D`` an attended pair.
 
     Boundaries of packed documents are read, which waits for the GPU there, as PyTorch's own formulas do.
@@ -76,7 +76,7 @@ def count_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = No
     What other tensors say of queries and keys is not read: queries count as the last ones of keys that all
     exist.
     """
-    return _count("forward", q, k, Call(*rest, **named))
+    return _count("forward", q, k, Call(*rest))
 
 
 @register_flop_formula(BACKWARD.overloadpacket, get_raw=True)
@@ -89,23 +89,20 @@ def count_backward(
     o: Tensor,
     lse: Tensor,
     *rest: Any,
-    out_val: Any = None,
-    **named: Any,
+    **_: Any,
 ) -> int:
     """Useful floating-point operations of ``banded_attention_backward``: ``10*D`` an attended pair."""
-    return _count("backward", q, k, Call(*rest, **named))
+    return _count("backward", q, k, Call(*rest))
 
 
 @register_flop_formula(DECODE.overloadpacket, get_raw=True)
-def count_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, out_val: Any = None, **named: Any
-) -> int:
+def count_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **_: Any) -> int:
     """Useful floating-point operations of ``banded_attention_decode``: ``4*D`` an attended pair.
 
     Lengths and starts are read, which waits for the GPU there. Where they have no values, each batch row
     counts as if its cache were full.
     """
-    call = DecodeCall(*rest, **named)
+    call = DecodeCall(*rest)
     batch, _heads, queries, head_dim = map(int, q.shape)
     capacity = int(call.places.capacity(k_cache))
     keys = [capacity] * batch
