@@ -244,17 +244,12 @@ class BackwardWorker(TileWorker):
     @T.inline
     def score(self, keys, values, first, last, key_begin, count, low, high):
         """P and dS of the tile and of ``count`` keys."""
-        R, JU, D, tile = T.meta_var((self.R, self.JU, self.D, self.query_tile))
+        R, JU, tile = T.meta_var((self.R, self.JU, self.query_tile))
         groups: T.let[T.int32] = (count + JU - 1) // JU
         masked: T.let[T.bool] = crosses_edge(first, last, key_begin, key_begin + groups * JU - 1, low, high)
         for group in T.serial(groups):
-            fill(tile, 0, JU, R, lambda u, r: T.float32(0))
-            # Rows past the last key repeat it; nothing reads what they give.
-            multiply_add(
-                tile, JU, R, D,
-                lambda u, d: keys[T.min(group * JU + u, count - 1), d],
-                lambda d, r: self.query[d, r],
-            )  # fmt: skip
+            # Nothing reads what rows past the last key give.
+            self.multiply_rows(tile, keys, self.query, group, count)
             if masked:
                 fill(
                     tile, 0, JU, R,
@@ -265,12 +260,7 @@ class BackwardWorker(TileWorker):
                     ),
                 )  # fmt: skip
             fill(self.probabilities, group * JU, JU, R, lambda u, r: exp(tile[u, r] - self.row_lse[r]))
-            fill(tile, 0, JU, R, lambda u, r: T.float32(0))
-            multiply_add(
-                tile, JU, R, D,
-                lambda u, d: values[T.min(group * JU + u, count - 1), d],
-                lambda d, r: self.doutput[d, r],
-            )  # fmt: skip
+            self.multiply_rows(tile, values, self.doutput, group, count)
             fill(
                 self.dscores, group * JU, JU, R,
                 lambda u, r: self.probabilities[group * JU + u, r]

@@ -132,20 +132,14 @@ class ForwardWorker(TileWorker):
     @T.inline
     def score(self, keys, first, last, key_begin, count, low, high):
         """The scores of the tile and of ``count`` keys, and their maximum with what there was."""
-        R, JU, D = T.meta_var(self.R), T.meta_var(self.JU), T.meta_var(self.D)
-        tile, tile_max = T.meta_var(self.score_tile), T.meta_var(self.tile_max)
+        R, JU, tile, tile_max = T.meta_var((self.R, self.JU, self.score_tile, self.tile_max))
         groups: T.let[T.int32] = (count + JU - 1) // JU
         masked: T.let[T.bool] = crosses_edge(first, last, key_begin, key_begin + count - 1, low, high)
         for r in T.vectorized(R):
             tile_max[r] = self.row_max[r]
         for group in T.serial(groups):
-            fill(tile, 0, JU, R, lambda u, r: T.float32(0))
-            # Rows past the last key repeat it, so that they raise no maximum.
-            multiply_add(
-                tile, JU, R, D,
-                lambda u, d: keys[T.min(group * JU + u, count - 1), d],
-                lambda d, r: self.query[d, r],
-            )  # fmt: skip
+            # Rows past the last key, which repeat it, raise no maximum.
+            self.multiply_rows(tile, keys, self.query, group, count)
             if masked:
                 fill(
                     tile, 0, JU, R,

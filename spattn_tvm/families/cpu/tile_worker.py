@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import key_range
 
-from .register_tile import REGISTERS, rows_of, widen
+from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 from .rows import BandedRows
 
 # Where a worker is: batch row and heads, the rest of a search for the document, the rows it has to do, and
@@ -84,3 +84,17 @@ class TileWorker:
         widen(self.key_scratch, count, self.D, lanes, lambda j, d: call.k[b, hk, key_begin + j, d])
         widen(self.value_scratch, count, self.D, lanes, lambda j, d: call.v[b, hk, key_begin + j, d])
         return self.key_scratch, self.value_scratch
+
+    @T.inline
+    def multiply_rows(self, tile, rows, vectors, group, count):
+        """Products of some of a tile's ``count`` rows and of vectors of queries, to a register tile.
+
+        Rows past the last one repeat it.
+        """
+        R, JU = T.meta_var((self.R, self.JU))
+        fill(tile, 0, JU, R, lambda u, r: T.float32(0))
+        multiply_add(
+            tile, JU, R, self.D,
+            lambda u, d: rows[T.min(group * JU + u, count - 1), d],
+            lambda d, r: vectors[d, r],
+        )  # fmt: skip
