@@ -23,6 +23,7 @@ import torch
 from training_recipe import SCRIPTS, imported_recipe
 
 from spattn_tvm.bench.peer_masks import bigbird_mask, longformer_mask, reformer_mask
+from spattn_tvm.file_lock import file_lock
 
 pytest.importorskip("transformers", minversion="5.24")
 
@@ -177,6 +178,47 @@ def test_files_of_each_kind(recipe: SimpleNamespace, tmp_path: Path) -> None:
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": ["fourth", None, "fifth"]}), rows)
         assert [d.text for d in read([rows], "text")] == ["fourth", "fifth"]
+
+
+def test_damaged_texts_say_what_is_wrong(recipe: SimpleNamespace, tmp_path: Path) -> None:
+    latin, lines, half = tmp_path / "latin.txt", tmp_path / "lines.jsonl", tmp_path / "half.jsonl"
+    latin.write_bytes("a café".encode("latin-1"))
+    lines.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    for path, byte in ((latin, "0xe9"), (lines, "0xff")):
+        with pytest.raises(recipe.data.DataError, match=rf"{path.name} is no UTF-8 \(byte {byte}\)"):
+            list(recipe.data.read([path], "text"))
+    lines.write_text('{"text": "a"}\n{"text": 5}\n')
+    with pytest.raises(recipe.data.DataError, match="line 2: field 'text' is no text, but 5"):
+        list(recipe.data.read([lines], "text"))
+    half.write_text('{"text": "a \\ud800 b"}\n')
+    assert [d.text for d in recipe.data.read([half], "text")] == ["a ? b"]
+    pytest.importorskip("pyarrow")
+    rows = tmp_path / "rows.parquet"
+    rows.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(recipe.data.DataError, match=r"rows.parquet is damaged, or no Parquet"):
+        list(recipe.data.read([rows], "text"))
+
+
+def test_tokens_are_whole_or_not_there(
+    recipe: SimpleNamespace, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making them anew leaves those of a run under way alone; what is cut off is not taken for less text."""
+    out = tmp_path / "tokens"
+    shutil.copytree(folder, out)
+    before = recipe.data.Tokens(out, "train", 96)
+    first = before.at(0, 3)
+    documents = [recipe.data.Document(_words(90, 100 + seed), "made") for seed in range(9)]
+    recipe.data.prepare(documents, out, tokenizer="bytes", held_out=0.2)
+    assert (before.at(0, 3) == first).all()
+    assert (recipe.data.Tokens(out, "train", 96).at(0, 3) != first).any()
+    os.truncate(out / "train.bin", 400)
+    with pytest.raises(recipe.data.DataError, match=r"train.bin has 200 tokens, and meta.json says \d+"):
+        recipe.data.Tokens(out, "train", 96)
+    monkeypatch.setattr(recipe.data, "_encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe.data.prepare(documents, out, tokenizer="bytes", held_out=0.2)
+    with pytest.raises(recipe.data.DataError, match="holds no tokens"):
+        recipe.data.Tokens(out, "train", 96)
 
 
 def test_windows_are_a_function_of_seed_and_place(recipe: SimpleNamespace, folder: Path) -> None:
@@ -380,6 +422,49 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(
     (moved / "meta.json").write_text(json.dumps(meta | {"sha256": "0"}))
     with pytest.raises(recipe.config.ConfigError, match="moved holds other tokens than then"):
         recipe.train.train(same, killed)
+    _check_folders_of_others(recipe, config, killed, expected)
+
+
+def _check_folders_of_others(
+    recipe: SimpleNamespace, config: Any, out: Path, expected: dict[int, list[Any]]
+) -> None:
+    """Nothing of a run is lost to another, nor to a damaged checkpoint."""
+    with file_lock(out / "lock"), pytest.raises(recipe.config.ConfigError, match="another run writes into"):
+        recipe.train.train(config, out)
+    last = out / "checkpoints/step-00000010.pt"
+    os.truncate(last, last.stat().st_size // 2)
+    with pytest.raises(recipe.config.ConfigError, match=r"10.pt is damaged \(.*\): delete it, and"):
+        recipe.train.train(config, out)
+    last.unlink()
+    recipe.train.train(config, out)
+    assert _losses(out) == expected
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(recipe.config.ConfigError, match="the log of 10 steps and no checkpoint"):
+        recipe.train.train(config, out)
+    assert _losses(out) == expected
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(
+    recipe: SimpleNamespace, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say."""
+    config, save, out = recipe.config.load(tiny), torch.save, tmp_path / "run"
+
+    def write_half(state: dict[str, Any], file: Any) -> None:
+        save(state, file)
+        if state["step"] == 6:
+            raise RuntimeError("unexpected pos 707904 vs 707796")  # what PyTorch's writer says
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="no checkpoint could be written, is the disk full"):
+        recipe.train.train(config, out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003.pt"]
+
+
+def test_too_little_held_out_text_is_said_at_once(recipe: SimpleNamespace, tiny: Path) -> None:
+    place = recipe.train.Place(0, 4, torch.device("cpu"))
+    with pytest.raises(recipe.data.DataError, match="2 held-out sequences for 4 processes"):
+        recipe.train.start(recipe.config.load(tiny, ["train.micro_batch=1"]), place)
 
 
 def test_copies_stand_at_their_distance(recipe: SimpleNamespace, tiny: Path, folder: Path) -> None:
@@ -475,6 +560,13 @@ def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path,
     table = recipe.tables.quality({"a": lines, "b": again})
     mean = end["held_out_loss"] + 0.5
     assert f"| spattention | 2 | {mean:.4f} ± {0.5**0.5:.4f} |" in table
+    log = tmp_path / "half.jsonl"
+    log.write_text((out / "log.jsonl").read_text() + '{"step": 31, "lo')
+    assert recipe.tables.read_lines(log) == lines
+    for text in ("", "5\n", '{"loss": 1}\n', "[train\n"):
+        log.write_text(text)
+        with pytest.raises(recipe.tables.TableError, match=r"half\.jsonl is no log"):
+            recipe.tables.read_lines(log)
     with pytest.raises(recipe.tables.TableError, match="ended at step 29 of 30"):
         recipe.tables.quality({"a": [line for line in lines if line.get("step", 0) < 30]})
     _check_saved_model(recipe, config, lines[-1]["held_out_loss"], out / "model")
@@ -596,6 +688,7 @@ def test_shipped_configurations_are_right(recipe: SimpleNamespace) -> None:
         ("attention.name=performer", r"attention.name\[0\] is one of spattention, .* got 'performer'"),
         ('attention.name=["dense"]', "attention.name has 1 names, model.layers is 2"),
         ("attention.window=3", "is sliding_window's"),
+        ("model.heads=4", r"model.hidden / model.heads \(16\) is a multiple of 8 from 32 to 256"),
         ("model.heads=3", r"model.hidden \(64\) is a multiple of model.heads \(3\)"),
         ("model.experts_per_token=5", "5 experts a token of 4"),
         ("train", "section.key=value"),
@@ -615,6 +708,12 @@ def test_wrong_files_say_what_is_wrong(recipe: SimpleNamespace, tmp_path: Path, 
         recipe.config.load(loop)
     with pytest.raises(recipe.config.ConfigError, match="no configuration"):
         recipe.config.load(tmp_path / "none.toml")
+    loop.write_text("extends = 5")
+    with pytest.raises(recipe.config.ConfigError, match="extends is the name of a file, got 5"):
+        recipe.config.load(loop)
+    loop.write_text("train = 5")
+    with pytest.raises(recipe.config.ConfigError, match=r"\[train\] is a section of settings, got 5"):
+        recipe.config.load(loop, ["train.steps=3"])
     loop.write_text("[train")
     with pytest.raises(recipe.config.ConfigError, match="is no TOML"):
         recipe.config.load(loop)

@@ -145,6 +145,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is the name of a file, got {base!r}")
     merged = _read(path.parent / base, (*seen, path.resolve()))
     for section, entries in values.items():
         if isinstance(entries, dict) and isinstance(merged.get(section), dict):
@@ -239,6 +241,13 @@ def _check(config: Config) -> None:
             f"model.hidden ({model.hidden}) is a multiple of model.heads ({model.heads}), "
             f"which is one of model.kv_heads ({model.kv_heads})"
         )
+    head_dim = model.hidden // model.heads
+    by_kernels = attention.implementation == "auto" and any(name in BANDED for name in config.names)
+    if head_dim % 2 or (by_kernels and (head_dim % 8 or not 32 <= head_dim <= 256)):
+        raise ConfigError(
+            f"model.hidden / model.heads ({head_dim}) is a multiple of 8 from 32 to 256"
+            + ("" if by_kernels else ", or even where no layer is banded")
+        )
     if model.experts_per_token > model.experts:
         raise ConfigError(f"{model.experts_per_token} experts a token of {model.experts}")
     if train.context_parallel > 1:
@@ -287,7 +296,9 @@ def load(path: Path, settings: typing.Sequence[str] = ()) -> Config:
     values = _read(path)
     for text in settings:
         section, key, value = _parse_set(text)
-        values.setdefault(section, {})[key] = value
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ConfigError(f"[{section}] is a section of settings, got {values[section]!r}")
+        values[section][key] = value
     sections = typing.get_type_hints(Config)
     for name in values:
         if name not in sections:

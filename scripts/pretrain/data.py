@@ -263,48 +263,78 @@ def _licence(package: str, root: Path) -> str:
     return ", ".join(named) or f"see {root / 'usr/share/doc' / package / 'copyright'}"
 
 
+def _text_of(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place} is no text, but {value!r:.40}")
+    # Half of a surrogate pair, which JSON can hold and UTF-8 can't.
+    return value.encode(errors="replace").decode()
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
+            yield _text_of(value, f"{path}, line {number}: field {field!r}")
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if field not in table.schema_arrow.names:
+            raise DataError(f"{path} has no column {field!r}, but {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=[field]):
+            for value in batch[field].to_pylist():
+                if value is not None:
+                    yield _text_of(value, f"{path}: column {field!r}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is damaged, or no Parquet: {error}") from error
+
+
+def _read_whole(path: Path, field: str) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+_READERS = {".txt": _read_whole, ".md": _read_whole, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
 def read(paths: Iterable[Path], field: str) -> Iterator[Document]:
     """Documents of ``.txt``/``.md`` (a file each), ``.jsonl`` and ``.parquet`` files, or of folders of these.
 
     Raises
     ------
     DataError
-        A file that is missing, of another kind or without the field; Parquet without pyarrow.
+        A file that is missing, damaged, of another kind or encoding, or without the field; Parquet without
+        pyarrow.
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl", ".parquet"))
+            inside = sorted(p for p in path.rglob("*") if p.suffix in _READERS)
             if not inside:
                 raise DataError(f"{path} has no .txt, .md, .jsonl or .parquet files")
             yield from read(inside, field)
         elif not path.exists():
             raise DataError(f"there is no {path}")
-        elif path.suffix in (".txt", ".md"):
-            yield Document(path.read_text(encoding="utf-8"), path.name)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        text = json.loads(line)[field] if line.strip() else ""
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise DataError(
-                            f"{path}, line {number}: no JSON object with a field {field!r}"
-                        ) from error
-                    if not isinstance(text, str):
-                        raise DataError(
-                            f"{path}, line {number}: field {field!r} is no text, but {text!r:.40}"
-                        )
-                    yield Document(text, path.name)
-        elif path.suffix == ".parquet":
+        elif path.suffix in _READERS:
             try:
-                import pyarrow.parquet
-            except ImportError as error:
-                raise DataError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from error
-            table = pyarrow.parquet.ParquetFile(path)
-            if field not in table.schema_arrow.names:
-                raise DataError(f"{path} has no column {field!r}, but {', '.join(table.schema_arrow.names)}")
-            for batch in table.iter_batches(columns=[field]):
-                yield from (Document(text, path.name) for text in batch[field].to_pylist() if text)
+                for text in _READERS[path.suffix](path, field):
+                    yield Document(text, path.name)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path} is no UTF-8 (byte {error.object[error.start]:#04x}): convert it, by iconv -f "
+                    "LATIN1 -t UTF-8, say"
+                ) from error
+            except OSError as error:
+                raise DataError(f"{path} can't be read: {error}") from error
         else:
             raise DataError(f"{path}: a document is .txt, .md, .jsonl or .parquet")
 
@@ -416,11 +446,15 @@ def prepare(
     held_out: float = 0.02,
     root: Path = Path("/"),
 ) -> dict[str, Any]:
-    """Write ``train.bin``, ``held_out.bin``, ``sources.json`` and ``meta.json``, which it returns."""
+    """Write ``train.bin``, ``held_out.bin``, ``sources.json`` and ``meta.json``, which it returns.
+
+    A run that reads the folder's earlier tokens keeps them; ``meta.json`` is there only beside its tokens.
+    """
     if not 0 < held_out < 1:
         raise DataError(f"the held-out share is between 0 and 1, got {held_out}")
     parts = dict(zip(("train", "held_out"), split(deduplicate(documents), held_out), strict=True))
     out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)
     bpe = _train_bpe(parts["train"], vocabulary, out) if tokenizer == "bpe" else None
     separator = BYTES_SEPARATOR if bpe is None else bpe.token_to_id(SEPARATOR)
     size = 257 if bpe is None else bpe.get_vocab_size()
@@ -434,7 +468,9 @@ def prepare(
     digest = hashlib.sha256()
     for name, part in parts.items():
         tokens = _encode(part, bpe, separator).astype(kind)
-        tokens.tofile(out / f"{name}.bin")
+        partial = out / f"{name}.partial"
+        partial.write_bytes(tokens.tobytes())
+        partial.replace(out / f"{name}.bin")
         digest.update(tokens.tobytes())
         size_bytes = sum(len(document.text.encode()) for document in part)
         meta[name] = {"documents": len(part), "tokens": len(tokens), "bytes": size_bytes}
@@ -448,7 +484,9 @@ def prepare(
         for source, count in sources.most_common()
     ]
     (out / "sources.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    partial = out / "meta.partial"
+    partial.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out / "meta.json")
     return meta
 
 
@@ -470,6 +508,12 @@ class Tokens:
                 f"{folder} holds no tokens ({error}); make them with "
                 f"python scripts/pretrain/data.py --out {folder}"
             ) from error
+        expected = self.meta[part]["tokens"]
+        if len(self.tokens) != expected:
+            raise DataError(
+                f"{folder / part}.bin has {len(self.tokens)} tokens, and meta.json says {expected}: copy the "
+                "folder again, or make it anew with python scripts/pretrain/data.py"
+            )
         self.context, self.seed = context, seed
         self.windows = (len(self.tokens) - 1) // context
         if self.windows < 1:
@@ -532,7 +576,7 @@ def main() -> None:
             held_out=arguments.held_out,
             root=arguments.root,
         )
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(str(error))
     print(json.dumps(meta, indent=1))
 

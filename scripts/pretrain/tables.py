@@ -33,20 +33,25 @@ class TableError(ValueError):
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a log or of measurements.
+    """The lines of a log or of measurements, but for a last one that was not written to its end.
 
     Raises
     ------
     TableError
-        No such file, or a line in it that is no JSON.
+        No such file, or one that train.py and throughput.py do not write.
     """
     path = path / "log.jsonl" if path.is_dir() else path
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except OSError as error:
         raise TableError(f"no log {path}: {error.strerror}") from error
     except ValueError as error:
         raise TableError(f"{path} is no log: {error}") from error
+    known = ("run", "step", "forward_backward")
+    if not lines or not all(isinstance(line, dict) and any(name in line for name in known) for line in lines):
+        raise TableError(f"{path} is no log of train.py, and has no measurements of throughput.py")
+    return lines
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -315,7 +320,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         read = {str(path): read_lines(path) for path in arguments.runs}
-        logs = {name: lines for name, lines in read.items() if Path(name).is_dir()}
+        logs = {name: lines for name, lines in read.items() if "forward_backward" not in lines[0]}
         measured = [line for name, lines in read.items() if name not in logs for line in lines]
         if logs:
             print(quality(logs))

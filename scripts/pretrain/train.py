@@ -16,7 +16,9 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from spattn_tvm.file_lock import LockedError, file_lock
 from spattn_tvm.provenance import device_facts, installed_versions
 
 KEPT_CHECKPOINTS = 2
@@ -218,10 +221,18 @@ def save_checkpoint(folder: Path, step: int, run: Run) -> None:
             "data": run.training.meta["sha256"],
         }
         partial = folder / "partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):
+                raise OSError(
+                    f"{folder}: no checkpoint could be written, is the disk full? ({error})"
+                ) from error
+            raise
         partial.replace(folder / f"step-{step:08d}.pt")
         for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             old.unlink()
@@ -244,7 +255,13 @@ def load_checkpoint(path: Path, run: Run) -> int:
         The run was another one: names the settings that differ.
     """
     config, place = run.config, run.place
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): delete it, and the run goes on from the one "
+            "before"
+        ) from error
     # Settings that there were not yet had the effect of their defaults.
     was, now = _flat(Config().as_dict()) | _flat(state["config"]), _flat(config.as_dict())
     differing = [name for name in now if name not in FREE_ON_RESUME and was[name] != now[name]]
@@ -278,6 +295,36 @@ def load_checkpoint(path: Path, run: Run) -> int:
 
 
 # --- logs -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def occupied(out: Path, place: Place) -> Iterator[None]:
+    """Keeps a run's folder from other runs.
+
+    Raises
+    ------
+    ConfigError
+        A run that is under way writes there, or one did whose checkpoints are gone.
+    """
+    if not place.is_first:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    run = next((line["run"] for line in read_log(out / "log.jsonl") if "run" in line), None)
+    if run is not None and not _checkpoints(out / "checkpoints"):
+        made = max(line.get("step", 0) for line in read_log(out / "log.jsonl"))
+        # Steps behind the first checkpoint are logged once that is written.
+        if made > run["config"]["train"]["checkpoint_every"]:
+            raise ConfigError(
+                f"{out} has the log of {made} steps and no checkpoint to go on from: give another --out, or "
+                "delete log.jsonl to begin anew"
+            )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(file_lock(out / "lock", wait=False))
+        except LockedError as error:
+            raise ConfigError(f"another run writes into {out} ({error}): give another --out") from error
+        yield
 
 
 class Log:
@@ -371,8 +418,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     place, settings = run.place, run.config.train
     windows = run.held_out.first(settings.evaluate_sequences)
     each = len(windows) // place.batches
-    if not each:
-        raise DataError(f"{len(windows)} held-out sequences for {place.batches} processes or groups of them")
     windows = windows[place.batch * each : (place.batch + 1) * each]
     positions = torch.from_numpy(run.held_out.positions(windows))
     nats = _nats(run, torch.from_numpy(windows), positions)
@@ -463,6 +508,11 @@ def start(config: Config, place: Place) -> Run:
     folder = Path(config.data.folder)
     training = Tokens(folder, "train", config.data.context, settings.seed)
     held_out = Tokens(folder, "held_out", config.data.context)
+    if min(settings.evaluate_sequences, held_out.windows) < place.batches:
+        raise DataError(
+            f"{min(settings.evaluate_sequences, held_out.windows)} held-out sequences for {place.batches} "
+            "processes or groups of them: raise train.evaluate_sequences, or hold out more text"
+        )
     torch.manual_seed(settings.seed)
     with place.device:
         model = LanguageModel(config, training.meta["vocabulary"], place.group)
@@ -548,7 +598,7 @@ def export(run: Run, weights: dict[str, Any], folder: Path) -> None:
 def train(config: Config, out: Path) -> None:
     """Train to the last step, from the last checkpoint in `out` if there is one."""
     settings = config.train
-    with placed(config) as place:
+    with placed(config) as place, occupied(out, place):
         run = start(config, place)
         known = _checkpoints(out / "checkpoints")
         done = load_checkpoint(known[-1], run) if known else 0
@@ -614,8 +664,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         train(load_arguments(arguments), arguments.out)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, FloatingPointError) as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{error}. Once that is mended, the same command goes on from the last checkpoint")
+    except KeyboardInterrupt:
+        print("stopped: given again, the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
