@@ -153,7 +153,7 @@ def _fits(entry: BundledKernel, device: MachineTarget) -> bool:
 
 
 def _refuse(folder: Path, reason: str) -> ValueError:
-    return ValueError(f"{folder} is refused as a bundle: {reason}")
+    return ValueError(f"{folder} is refused as a bundle: {shown(reason, 1000)}")
 
 
 def _typed(folder: Path, what: str, value: Any, kind: type) -> Any:

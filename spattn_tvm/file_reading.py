@@ -65,7 +65,7 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def shown(text: object) -> str:
-    """Text for a message: of bounded length, and printable everywhere."""
+def shown(text: object, most: int = _SHOWN_CHARACTERS) -> str:
+    """Text for a message: of so many letters at most, and printable everywhere."""
     line = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} …"
+    return line if len(line) <= most else f"{line[:most]} …"

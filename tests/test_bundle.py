@@ -249,6 +249,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(status="best")),
         "has status 'best'",
     ),
+    "a text without end": (
+        lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(status="best" * 10_000)),
+        "has status 'bestbest",
+    ),
     "decisions": (
         lambda folder: change_manifest(folder, lambda m: m["kernels"][0].update(decisions={"a": "b"})),
         "decisions must map names to integers",
@@ -413,8 +417,9 @@ def test_anything_but_an_untouched_bundle_is_refused(
     monkeypatch.setattr(dispatch, "load_library", lambda *a, **k: pytest.fail("a library was opened"))
     load_bundle(copy, register=False)
     damage(copy)
-    with pytest.raises(ValueError, match=f"copy is refused as a bundle: .*{message}"):
+    with pytest.raises(ValueError, match=f"copy is refused as a bundle: .*{message}") as refusal:
         load_bundle(copy)
+    assert len(str(refusal.value)) < 1500
     assert bundle_module._registered == []
 
 
