@@ -8,10 +8,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # One import for all ranks; what is not installed is left out.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,6 +27,12 @@ _CONTEXT.set_forkserver_preload(
         "spattn_tvm.integrations.transformers",
     ]
 )
+
+
+@cache
+def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """The ranks as a mesh, made once: each group of a mesh has threads of its own until its process ends."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 class RankError(AssertionError):

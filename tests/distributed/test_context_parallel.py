@@ -20,8 +20,7 @@ from rank_problems import (
     draw_problem,
     draw_tensors,
 )
-from rank_processes import RankError, Ranks
-from torch.distributed.device_mesh import init_device_mesh
+from rank_processes import RankError, Ranks, mesh_of
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -157,7 +156,7 @@ def test_gather_is_the_inverse_of_take(ranks: Ranks) -> None:
 
 def _mesh_checkpoint_and_autocast(problem: Problem) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("context",))
+    mesh = mesh_of((world,), ("context",))
     q, k, v, do = (problem.shards.take(t, rank, 2).clone() for t in draw_tensors(problem))
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     options = {"strategy": problem.strategy, "shards": problem.shards, "parts": problem.parts}
@@ -323,7 +322,7 @@ def _refuse_alike() -> None:
     """What is wrong on all ranks is said before anything travels."""
     tensors = [torch.zeros(1, 4, 8, 32) for _ in range(3)]
     wide = [torch.zeros(1, 4, 8, 33) for _ in range(3)]
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of((2,))
     placed = [DTensor.from_local(tensor, mesh, [Shard(2)]) for tensor in tensors]
     cases: list[tuple[list[torch.Tensor], dict[str, Any], type[Exception], str]] = [
         (placed, {}, TypeError, "q is a DTensor: pass its local part, or call banded_attention"),
@@ -350,7 +349,7 @@ def _call_in_groups() -> None:
     expected = banded_attention(*whole, problem.layout)
     alone = [dist.new_group([each]) for each in range(3)]
     outer = dist.new_group([0, 2])
-    submesh = init_device_mesh("cpu", (3,))
+    submesh = mesh_of((3,))
     shards = Shards.contiguous(32, 2)
     for strategy in ("heads", "bands"):
         o = context_parallel_attention(*whole, problem.layout, alone[rank], strategy=strategy)
@@ -389,6 +388,6 @@ def test_calls_that_are_wrong_on_all_ranks_are_refused(two: Ranks) -> None:
 def _refuse_mesh() -> None:
     tensors = [torch.zeros(1, 4, 8, 32)] * 3
     with pytest.raises(ValueError, match=r'the mesh has 2 dimensions: pass the one .* mesh\["context"\]'):
-        context_parallel_attention(*tensors, BandLayout.causal(4), init_device_mesh("cpu", (1, 2)))
+        context_parallel_attention(*tensors, BandLayout.causal(4), mesh_of((1, 2)))
     with pytest.raises(TypeError, match="group_or_mesh must be a ProcessGroup"):
         context_parallel_attention(*tensors, BandLayout.causal(4), "world")
