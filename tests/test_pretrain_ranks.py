@@ -212,28 +212,26 @@ def _lines(out: Path) -> dict[int, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_a_run_of_shared_sequences_is_that_of_one_process(
-    recipe: SimpleNamespace, two: Ranks, four: Ranks, tiny: Path, tmp_path: Path, parallel: str
+    recipe: SimpleNamespace, four: Ranks, tiny: Path, tmp_path: Path, parallel: str
 ) -> None:
-    """Also from a checkpoint on, and on a mesh of data and context."""
-    settings = [f"train.parallel={parallel}"]
+    """On a mesh of data and context; also from a checkpoint on."""
+    settings, out = [f"train.parallel={parallel}"], tmp_path / "four"
     recipe.train.train(recipe.config.load(tiny, settings), tmp_path / "one")
     expected = _lines(tmp_path / "one")
     assert sorted(expected) == [1, 2, 3, 4] and expected[4][0]["tokens"] == 4 * 4 * 90
     shared = [*settings, "train.context_parallel=2"]
-    for ranks in (two, four):
-        out = tmp_path / str(ranks.ranks)
-        assert not any(ranks.call(_train, str(tiny), str(out), *shared))
-        found = _lines(out)
-        (out / "checkpoints/step-00000004.pt").unlink()
-        assert not any(ranks.call(_train, str(tiny), str(out), *shared))
-        assert _lines(out) == found
-        assert found.keys() == expected.keys()
-        for step, lines in expected.items():
-            for mine, theirs in zip(found[step], lines, strict=True):
-                assert mine.keys() == theirs.keys()
-                for name, value in theirs.items():
-                    assert mine[name] == pytest.approx(value, rel=1e-4), (step, name)
-    for refused in two.call(_train, str(tiny), str(tmp_path / "2"), *settings):
+    assert not any(four.call(_train, str(tiny), str(out), *shared))
+    found = _lines(out)
+    (out / "checkpoints/step-00000004.pt").unlink()
+    assert not any(four.call(_train, str(tiny), str(out), *shared))
+    assert _lines(out) == found
+    assert found.keys() == expected.keys()
+    for step, lines in expected.items():
+        for mine, theirs in zip(found[step], lines, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name, value in theirs.items():
+                assert mine[name] == pytest.approx(value, rel=1e-4), (step, name)
+    for refused in four.call(_train, str(tiny), str(out), *settings, "train.micro_batch=1"):
         assert "train.context_parallel was 2, is 1" in refused
 
 
