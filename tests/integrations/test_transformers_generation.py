@@ -248,6 +248,59 @@ def test_beams_and_samples_are_those_without_a_cache(kind: str, models: dict[str
         assert torch.equal(*sequences)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "several samples of a prompt": {"do_sample": True, "num_return_sequences": 3},
+    "several beams of a prompt": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled beams, in chunks": {"num_beams": 2, "do_sample": True, "prefill_chunk_size": 7},
+    "guesses from the prompt": {"prompt_lookup_num_tokens": 4},
+    "guesses of the first layer": {"assistant_early_exit": 1},
+    "a static cache by name": {"cache_implementation": "static"},
+    "a static cache by name, beams": {"cache_implementation": "static", "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_generate_are_those_without_a_cache(way: str, models: dict[str, Any]) -> None:
+    settings = WAYS[way]
+    model = _with(models["llama"], LAYOUTS["spattention"])
+    ids, mask = _prompts(random.Random(11), 2, is_padded=True)
+    if "guesses" in way:  # transformers takes one row
+        ids = torch.cat((ids, ids), 1)[:1, 1:]
+        mask = torch.ones_like(ids)
+    is_named = "cache_implementation" in settings
+    without = {
+        name: value
+        for name, value in settings.items()
+        if name in ("do_sample", "num_return_sequences", "num_beams")
+    }
+    sequences = []
+    for given in (
+        without | {"use_cache": False},
+        settings if is_named else settings | {"cache": make_cache(model)},
+    ):
+        torch.manual_seed(1)
+        given = {"do_sample": False, "max_new_tokens": 10} | given
+        sequences.append(model.generate(ids, attention_mask=mask, **given))
+    assert torch.equal(*sequences)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_padded_rows_go_on_and_go_back(is_static: bool, models: dict[str, Any]) -> None:
+    """A second turn, then the same again after a crop."""
+    model = _with(models["llama"], LAYOUTS["hybrid"])
+    ids, mask = _prompts(random.Random(12), 2, is_padded=True)
+    cache = make_cache(model, is_static=is_static, max_length=CONTEXT, slack=16)
+    ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=5, do_sample=False)
+    more = torch.randint(2, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(8))
+    ids = torch.cat((ids, more), 1)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, cache=cache, **settings), expected)
+    cache.crop(-9)
+    assert torch.equal(model.generate(ids, cache=cache, **settings), expected)
+
+
 @pytest.mark.parametrize("kind", ["banded", "paged", "dynamic"])
 def test_a_conversation_goes_on_where_it_was(kind: str, models: dict[str, Any]) -> None:
     model = _with(models["olmoe"], LAYOUTS["spattention"])
