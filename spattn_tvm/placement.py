@@ -7,12 +7,28 @@ reference.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bands import LIMIT, BandLayout
+
+
+class Placement(NamedTuple):
+    """Where the queries and the keys of a call lie, as ``banded_attention`` describes it."""
+
+    cu_seqlens: Tensor | Sequence[int] | None = None
+    cu_seqlens_k: Tensor | Sequence[int] | None = None
+    query_offset: int | Tensor | None = None
+    kv_lengths: Tensor | None = None
+    kv_starts: Tensor | None = None
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether the keys are the queries' own rows, if there are as many."""
+        return all(given is None for given in self[1:])
 
 
 def check_row_values(name: str, values: Any, batch: int, device: torch.device) -> None:
@@ -29,16 +45,7 @@ def check_row_values(name: str, values: Any, batch: int, device: torch.device) -
         raise ValueError(f"{name} must be on the device of q, {device}, got {values.device}")
 
 
-def check_placement(
-    layout: BandLayout,
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: object,
-    cu_seqlens_k: object,
-    query_offset: Any,
-    kv_lengths: Any,
-    kv_starts: Any,
-) -> None:
+def check_placement(layout: BandLayout, q: Tensor, k: Tensor, placement: Placement) -> None:
     """Raise where the places of queries and keys contradict one another, their shapes or the layout.
 
     Parameters
@@ -46,10 +53,8 @@ def check_placement(
     layout : BandLayout
     q, k : Tensor
         ``(B, Hq, Nq, D)`` and ``(B, Hkv, Nk, D)``.
-    cu_seqlens, cu_seqlens_k : Tensor, sequence of int or None
-        Whether they are there matters here, not what they hold.
-    query_offset, kv_lengths, kv_starts
-        As in ``banded_attention``; may be invalid.
+    placement : Placement
+        May hold anything. Of boundaries it matters here whether they are there, not what they hold.
 
     Raises
     ------
@@ -59,8 +64,9 @@ def check_placement(
     TypeError
         A `query_offset` that is neither an int nor an integer tensor, other dtypes.
     """
+    cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts = placement
     queries, keys = q.shape[2], k.shape[2]
-    rows = {"query_offset": query_offset, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
+    rows: dict[str, Any] = {"query_offset": query_offset, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
     given = [name for name, value in rows.items() if value is not None]
     if cu_seqlens is not None and given:
         raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .bands import LIMIT, BandLayout
 from .cache_forms import CachePlaces, check_cache, check_cache_values
-from .placement import check_placement, clamp_offset, place_rows
+from .placement import Placement, check_placement, clamp_offset, place_rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -114,21 +113,11 @@ class _Packing:
         return keys.masked_fill(outside[:, None, :, None], 0.0)
 
 
-def _pack(
-    layout: BandLayout,
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    cu_seqlens_k: Tensor | Sequence[int] | None = None,
-    query_offset: int | Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-) -> _Packing:
-    check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+def _pack(layout: BandLayout, q: Tensor, k: Tensor, placement: Placement) -> _Packing:
+    check_placement(layout, q, k, placement)
+    cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts = placement
     queries, keys, device = q.shape[2], k.shape[2], q.device
-    own_bands = queries == keys and all(
-        given is None for given in (cu_seqlens_k, query_offset, kv_lengths, kv_starts)
-    )
+    own_bands = queries == keys and placement.has_own_keys
     lengths = document_lengths(cu_seqlens, queries)
     key_lengths = [keys] if cu_seqlens is None else lengths
     if cu_seqlens_k is not None:
@@ -250,7 +239,8 @@ def reference_gradients(
     """
     _check_inputs(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    packing = _pack(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    placement = Placement(cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    packing = _pack(layout, q, k, placement)
     group = q.shape[1] // k.shape[1]
     q, k, v, o, lse, do = (_promoted(tensor) for tensor in (q, k, v, o, lse, do))
     k, v = (packing.existing(tensor).repeat_interleave(group, 1) for tensor in (k, v))
@@ -274,15 +264,14 @@ def reference_gradients(
 
 
 def _pack_shapes(
-    layout: BandLayout, length: int, device: torch.device, places: dict[str, Any], kv_length: int | None
+    layout: BandLayout, length: int, device: torch.device, placement: Placement, kv_length: int | None
 ) -> _Packing:
-    by_row = [places[name] for name in ("query_offset", "kv_lengths", "kv_starts")]
-    batch = next((len(value) for value in by_row if isinstance(value, Tensor) and value.dim()), 1)
+    batch = next((len(value) for value in placement[2:] if isinstance(value, Tensor) and value.dim()), 1)
     q, k = (
         torch.empty((batch, 1, rows, 0), device=device)
         for rows in (length, length if kv_length is None else kv_length)
     )
-    return _pack(layout, q, k, **places)
+    return _pack(layout, q, k, placement)
 
 
 def attention_mask(
@@ -315,14 +304,8 @@ def attention_mask(
     Tensor
         Bool ``(H, Nq, Nk)``; ``(B, H, Nq, Nk)`` where a tensor ``(B,)`` places queries or keys.
     """
-    places = {
-        "cu_seqlens": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens_k,
-        "query_offset": query_offset,
-        "kv_lengths": kv_lengths,
-        "kv_starts": kv_starts,
-    }
-    packing = _pack_shapes(layout, length, torch.device(device), places, kv_length)
+    placement = Placement(cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    packing = _pack_shapes(layout, length, torch.device(device), placement, kv_length)
     mask = packing.mask(0, length, 0, length if kv_length is None else kv_length)
     return mask if packing.has_ranges else mask[0]
 
@@ -348,14 +331,8 @@ def flex_mask_mod(
     device : torch.device or str
         Where the attention runs: the mask reads the layout's table there.
     """
-    places = {
-        "cu_seqlens": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens_k,
-        "query_offset": query_offset,
-        "kv_lengths": kv_lengths,
-        "kv_starts": kv_starts,
-    }
-    packing = _pack_shapes(layout, length, torch.device(device), places, kv_length)
+    placement = Placement(cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    packing = _pack_shapes(layout, length, torch.device(device), placement, kv_length)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return packing.allowed(b, h, q_idx, kv_idx)
@@ -426,7 +403,8 @@ def reference_attention(
     """
     _check_inputs(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    packing = _pack(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    placement = Placement(cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    packing = _pack(layout, q, k, placement)
     group = q.shape[1] // k.shape[1]
     q, k, v = _promoted(q), _promoted(k), _promoted(v)
     k, v = (packing.existing(tensor).repeat_interleave(group, 1) for tensor in (k, v))

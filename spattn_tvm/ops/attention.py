@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import implementations
-from spattn_tvm.placement import check_placement
+from spattn_tvm.placement import Placement, check_placement
 from spattn_tvm.torch_private import is_any_autocast_enabled, is_differentiated
 
 from . import flops  # noqa: F401  (registers formulas)
@@ -312,7 +312,8 @@ def banded_attention(
         shared |= {"deterministic": deterministic, "return_lse": return_lse}
         outputs = attend_sharded(banded_attention, q, k, v, layout, by_row, shared, can_share_rows=True)
         return cast("Tensor | tuple[Tensor, Tensor]", outputs)
-    check_placement(layout, q, k, cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    placement = Placement(cu_seqlens, cu_seqlens_k, query_offset, kv_lengths, kv_starts)
+    check_placement(layout, q, k, placement)
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, cu_seqlens_k, q.device)
     if scale is None:

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.dispatch import Kernel, find_kernel
 from spattn_tvm.launch import Domain, launch_backward, launch_forward, like
+from spattn_tvm.placement import Placement
 from spattn_tvm.reference import reference_attention, reference_gradients
 from spattn_tvm.torch_private import (
     count_dispatch_modes,
@@ -56,11 +57,10 @@ class Call(NamedTuple):
     deterministic: bool
     impl: str
 
-    def placement(self) -> dict[str, Any]:
-        """Keyword arguments of the reference."""
-        names = ("cu_seqlens", "cu_seqlens_k", "kv_lengths", "kv_starts")
+    @property
+    def placement(self) -> Placement:
         offset = self.query_offset if self.query_offsets is None else self.query_offsets
-        return {"query_offset": offset, **{name: getattr(self, name) for name in names}}
+        return Placement(self.cu_seqlens, self.cu_seqlens_k, offset, self.kv_lengths, self.kv_starts)
 
 
 # The tensors and the settings of a Call.
@@ -119,6 +119,7 @@ def check_finite(scale: float) -> None:
 
 def _find(direction: str, q: Tensor, k: Tensor, call: Call) -> tuple[Kernel, Domain | None]:
     """The kernel that serves a call, and which keys its queries attend to unless that is the reference."""
+    # Not by `Call.placement`: each eager backward comes by here, and that costs 2 us.
     cu_seqlens, cu_seqlens_k, offsets, kv_lengths, kv_starts, offset, layout, _, deterministic, impl = call
     offset = offset if offsets is None else offsets
     is_usual = cu_seqlens_k is None and offset is None and kv_lengths is None and kv_starts is None
@@ -140,7 +141,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     if domain is None:
         layout = BandLayout.from_spec(call.layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            o, lse = reference_attention(q, k, v, layout, scale=call.scale, **call.placement())
+            o, lse = reference_attention(q, k, v, layout, scale=call.scale, **call.placement._asdict())
             return like(o, q), lse.to(lse_dtype(q.dtype))
     return launch_forward(kernel, q, k, v, domain, call.scale)
 
@@ -159,7 +160,7 @@ def _backward(
         layout = BandLayout.from_spec(call.layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = reference_gradients(
-                q, k, v, o, lse, do, dlse, layout, scale=call.scale, **call.placement()
+                q, k, v, o, lse, do, dlse, layout, scale=call.scale, **call.placement._asdict()
             )
             return like(dq, q), like(dk, k), like(dv, v)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype).contiguous()
