@@ -59,8 +59,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    text = f"{statistics.mean(values):,.{digits}f}"
+def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    text = f"{statistics.mean(values):{sign},.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
@@ -90,12 +90,11 @@ def _names(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
 
 
-def verdict(losses: dict[str, dict[int, float]]) -> str:
-    """In one sentence: does the paper's claim hold?
+def paired_differences(losses: dict[str, dict[int, float]]) -> dict[str, list[float]]:
+    """Of each attention, how much more it loses than spattention with the same seed.
 
-    Runs of one seed have the same initial weights and the same batches, so that two attentions are compared
-    by the mean of their differences over the seeds that both have. A difference counts if it is more than
-    twice the largest standard deviation of an attention over its seeds.
+    Runs of one seed have the same initial weights and the same batches, which losses depend on more than on
+    attention: only these are compared.
 
     Parameters
     ----------
@@ -103,35 +102,43 @@ def verdict(losses: dict[str, dict[int, float]]) -> str:
         Held-out nats a token by attention and seed.
     """
     ours = losses.get("spattention", {})
-    differences = {
-        label: statistics.mean(
-            losses[label][seed] - ours[seed] for seed in ours.keys() & losses[label].keys()
-        )
-        for label in ("dense", *BASELINES)
-        if ours.keys() & losses.get(label, {}).keys()
+    return {
+        label: [runs[seed] - ours[seed] for seed in sorted(ours.keys() & runs.keys())]
+        for label, runs in losses.items()
     }
-    missing = [label for label in ("dense", *BASELINES) if label not in differences]
-    spreads = [statistics.stdev(runs.values()) for runs in losses.values() if len(runs) > 1]
+
+
+def verdict(losses: dict[str, dict[int, float]]) -> str:
+    """In one sentence: does the paper's claim hold?
+
+    A difference counts if its mean over seeds is more than twice the largest standard deviation of one.
+    """
+    found = paired_differences(losses)
+    missing = [label for label in ("dense", *BASELINES) if not found.get(label)]
+    spreads = [statistics.stdev(values) for values in found.values() if len(values) > 1 and any(values)]
     if missing or not spreads:
         lack = (
             f"are no runs of {_names(['spattention', *missing])} with the same seed"
             if missing
-            else "is no second seed"
+            else "is no second seed of spattention and another"
         )
         return f"Whether the paper's claim holds here ({CLAIM}) is open: there {lack}."
     least = 2 * max(spreads)
-    is_on_par = differences["dense"] >= -least
-    behind = [label for label in BASELINES if differences[label] <= least]
-    is_better = "better than" if differences["dense"] > least else "on par with"
-    parts = [f"{is_better if is_on_par else 'worse than'} dense ({-differences['dense']:+.4f} nats/token)"]
-    for wins, words in ((True, "better than"), (False, "not better than")):
-        labels = [label for label in BASELINES if (label not in behind) == wins]
+    means = {label: statistics.mean(values) for label, values in found.items() if values}
+    is_on_par = means["dense"] >= -least
+    is_better = "better than" if means["dense"] > least else "on par with"
+    parts = [f"{is_better if is_on_par else 'worse than'} dense ({-means['dense']:+.4f} nats/token)"]
+    ahead = [label for label in BASELINES if means[label] > least]
+    for words, labels in (
+        ("better than", ahead),
+        ("not better than", [label for label in BASELINES if label not in ahead]),
+    ):
         if labels:
-            parts.append(f"{words} {_names([f'{label} ({-differences[label]:+.4f})' for label in labels])}")
-    holds = "holds" if is_on_par and not behind else "does not hold"
+            parts.append(f"{words} {_names([f'{label} ({-means[label]:+.4f})' for label in labels])}")
+    holds = "holds" if is_on_par and len(ahead) == len(BASELINES) else "does not hold"
     return (
         f"The paper's claim ({CLAIM}) {holds} here: SPAttention is {', '.join(parts)}, where a difference of "
-        f"more than {least:.4f} counts, twice the largest spread over seeds."
+        f"more than {least:.4f} counts, twice the largest spread of one over seeds."
     )
 
 
@@ -166,8 +173,14 @@ def quality(logs: dict[str, list[Line]]) -> str:
     def value(runs: list[tuple[Line, Line, list[Line]]], name: str, digits: int) -> str:
         return _spread([end[name] for _, end, _ in runs], digits)
 
+    losses = {
+        label: {run["config"]["train"]["seed"]: end["held_out_loss"] for run, end, _ in runs}
+        for label, runs in rows.items()
+    }
+    behind = paired_differences(losses)
     ranked = sorted(
-        rows.items(), key=lambda row: statistics.mean(end["held_out_loss"] for _, end, _ in row[1])
+        rows.items(),
+        key=lambda row: statistics.mean(behind[row[0]] if all(behind.values()) else losses[row[0]].values()),
     )
     table = []
     for label, runs in ranked:
@@ -181,6 +194,7 @@ def quality(logs: dict[str, list[Line]]) -> str:
                 label,
                 str(len(runs)),
                 value(runs, "held_out_loss", 4),
+                _spread(behind[label], 4, "+") if behind[label] and label != "spattention" else "–",
                 value(runs, "held_out_bits_per_byte", 4),
                 f"{statistics.mean(speeds):,.0f}",
                 f"{statistics.mean(shares):.1%}" if shares else "–",
@@ -189,17 +203,29 @@ def quality(logs: dict[str, list[Line]]) -> str:
         )
     run, _, rates = ranked[0][1][0]
     devices = sorted({one["device"]["name"] for _, runs in ranked for one, _, _ in runs})
-    header = ("attention", "seeds", "held-out nats/token", "bits/byte", "tokens/s", "MFU", "peak GiB")
+    header = (
+        "attention",
+        "seeds",
+        "held-out nats/token",
+        "minus spattention, same seeds",
+        "bits/byte",
+        "tokens/s",
+        "MFU",
+        "peak GiB",
+    )
     caption = (
         f"{run['parameters'] / 1e6:,.1f} M parameters, context {run['config']['data']['context']:,}, "
         f"{rates[-1]['tokens'] / 1e6:,.1f} M tokens a run, "
         f"{', '.join(devices)}"
     )
-    losses = {
-        label: {run["config"]["train"]["seed"]: end["held_out_loss"] for run, end, _ in runs}
-        for label, runs in ranked
-    }
     parts = [caption, markdown(header, table), verdict(losses)]
+    seeds = set.intersection(*(set(runs) for runs in losses.values())) or set.union(
+        *map(set, losses.values())
+    )
+    shared = [
+        (label, [end for run, end, _ in runs if run["config"]["train"]["seed"] in seeds])
+        for label, runs in ranked
+    ]
     for title, name, pick in (
         (
             "Held-out nats/token from a position within the document on, up to the next",
@@ -208,16 +234,20 @@ def quality(logs: dict[str, list[Line]]) -> str:
         ),
         ("Nats/token of text that stood so many tokens before", "copies_by_distance", "copy"),
     ):
-        columns = list(dict.fromkeys(key for _, runs in ranked for _, end, _ in runs for key in end[name]))
+        columns = list(dict.fromkeys(key for _, ends in shared for end in ends for key in end[name]))
         by_label = []
-        for label, runs in ranked:
+        for label, ends in shared:
             cells = [
-                [end[name][key][pick] if pick else end[name][key] for _, end, _ in runs if key in end[name]]
+                [end[name][key][pick] if pick else end[name][key] for end in ends if key in end[name]]
                 for key in columns
             ]
             by_label.append([label, *(_spread(values, 3) if values else "–" for values in cells)])
         if columns:
-            parts += [title, markdown(("attention", *(f"{int(key):,}" for key in columns)), by_label)]
+            numbers = ", ".join(map(str, sorted(seeds)))
+            parts += [
+                f"{title} (seed{'s' * (len(seeds) > 1)} {numbers})",
+                markdown(("attention", *(f"{int(key):,}" for key in columns)), by_label),
+            ]
     return "\n\n".join(parts)
 
 
@@ -255,10 +285,16 @@ def throughput(lines: Sequence[Line]) -> str:
 
 
 def _by_label(logs: dict[str, list[Line]]) -> dict[str, list[list[Line]]]:
-    found: dict[str, list[list[Line]]] = {}
+    """Runs by attention: those of the seeds that all attentions have, if there are any."""
+    found: dict[str, dict[int, list[Line]]] = {}
     for lines in logs.values():
-        found.setdefault(next(line["run"]["label"] for line in lines if "run" in line), []).append(lines)
-    return found
+        run = next(line["run"] for line in lines if "run" in line)
+        found.setdefault(run["label"], {})[run["config"]["train"]["seed"]] = lines
+    shared = set.intersection(*(set(runs) for runs in found.values()))
+    return {
+        label: [lines for seed, lines in runs.items() if seed in shared or not shared]
+        for label, runs in found.items()
+    }
 
 
 def _mean_curve(curves: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
@@ -268,7 +304,7 @@ def _mean_curve(curves: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
-    """Loss over steps, the mean over the seeds of an attention: of held-out text.
+    """Loss of held-out text over steps, the mean over the seeds that all attentions have.
 
     Where all runs are of one attention, of training text too, as the mean of the last `window` steps.
     """
@@ -293,7 +329,7 @@ def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
 
 
 def plot_distances(logs: dict[str, list[Line]], path: Path) -> None:
-    """Loss of text that stood so many tokens before, the mean over the seeds of an attention."""
+    """Loss of text that stood so many tokens before, the mean over the seeds that all attentions have."""
     series = []
     for label, runs in _by_label(logs).items():
         copies = [lines[-1].get("copies_by_distance", {}) for lines in runs]
