@@ -71,9 +71,16 @@ def shared_bytes_most(arch: str, blocks: int = 1) -> int:
     return min(shared // 128 * 128, of_block)
 
 
+def registers_at_launch(threads: int, blocks: int = 1) -> int:
+    """Registers that a block's threads are allotted each when `blocks` blocks of `threads` run on a
+    multiprocessor. From sm_90a on warpgroups may hand them to one another.
+    """
+    return _REGISTERS_OF_MULTIPROCESSOR // (threads * blocks) // 8 * 8
+
+
 def registers_most(threads: int, blocks: int = 1) -> int:
     """Registers that a thread can have when `blocks` blocks of `threads` run on a multiprocessor."""
-    return min(_REGISTERS_OF_MULTIPROCESSOR // (threads * blocks) // 8 * 8, _REGISTERS_OF_THREAD)
+    return min(registers_at_launch(threads, blocks), _REGISTERS_OF_THREAD)
 
 
 @dataclass(frozen=True)

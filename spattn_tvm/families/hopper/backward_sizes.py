@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spattn_tvm.target import shared_bytes_most
+
 WARPGROUP_ROWS = 64  # rows of one wgmma
 PLANE = 64  # columns of a swizzled row: a tile of more columns lies in planes
 SWIZZLE_ROW_BYTES = 128
@@ -20,7 +22,7 @@ TILE_COUNTS_AT = 16  # in those
 QUEUE = 2  # tiles that the tile warp may be ahead of the chunk warp
 QUEUE_INFO_BYTES = 48  # what `offer_tile` writes of one
 ONE_PASS_QUERIES = 64  # of a chunk, where both passes are one
-SHARED_LIMIT = 232448  # bytes a CTA may use on sm_90
+SHARED_LIMIT = shared_bytes_most("sm_90a")
 
 Arena = tuple[dict[str, int], int]  # the byte offset of each region, and the bytes in all
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.target import registers_at_launch
 
 from .backward_sizes import (
     ONE_PASS_QUERIES,
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 HEAD_DIMS = (64, 128)
-
-REGISTERS = 65536
-LAUNCH_GRAIN = 8  # registers a thread are allotted in multiples of this
 
 # What a consumer thread keeps besides accumulators and operands: addresses, loop state, masks. ptxas spilled
 # nothing where these left room, and serialized every wgmma (C7512) where they did not.
@@ -78,8 +76,7 @@ def _dkv_registers(decisions: Decisions, head_dim: int) -> int:
 
 def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | None:
     """Registers move between warpgroups only within what the launch allotted to all of them alike."""
-    threads = 128 * (warpgroups + 1)
-    launch = REGISTERS // threads // LAUNCH_GRAIN * LAUNCH_GRAIN
+    launch = registers_at_launch(128 * (warpgroups + 1))
     if warpgroups * consumers + producer > (warpgroups + 1) * launch:
         return (
             f"{warpgroups} warpgroups of {consumers} and one of {producer} registers a thread, "

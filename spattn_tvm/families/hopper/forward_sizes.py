@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spattn_tvm.target import registers_at_launch, shared_bytes_most
+
 WARPGROUP_ROWS = 64
 PLANE = 64  # columns of a 128-byte swizzled row of 2-byte elements
-REGISTERS_PER_BLOCK = 65536
 PRODUCER_REGISTERS_LEAST = 24
-SHARED_BYTES_MOST = 232_448 - 1024  # 227 KB, less what aligning the arena may take
+SHARED_BYTES_MOST = shared_bytes_most("sm_90a") - 1024  # which aligning the arena may take
 
 # What the decoding thread tells the others about a tile, as int32 words in shared memory.
 TILE_WORDS = 16
@@ -20,7 +21,7 @@ OTHER_BARRIERS = 7
 
 def entry_registers(warpgroups: int) -> int:
     """Registers of each thread at launch: what the hardware can give all threads, in steps of 8."""
-    return REGISTERS_PER_BLOCK // (128 * warpgroups) // 8 * 8
+    return registers_at_launch(128 * warpgroups)
 
 
 def producer_registers(consumer_warpgroups: int, consumer_registers: int) -> int:
