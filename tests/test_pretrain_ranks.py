@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,11 @@ def tiny(recipe: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
 # --- a batch ------------------------------------------------------------------------------------------------
 
 
+def _place(config: Any) -> Any:
+    make_place = import_recipe().train.make_place
+    return make_place(config, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
 def _gradients(model: Any) -> list[torch.Tensor]:
     found = [parameter.grad for parameter in model.parameters()]
     return [each.full_tensor() if isinstance(each, DTensor) else each for each in found]
@@ -101,10 +107,9 @@ def _compare_batch(path: str, strategy: str, *settings: str) -> None:
     """Loss, tokens' losses and gradients, of whole batches in one process and of shared ones in all."""
     recipe = import_recipe()
     load, train, context = recipe.config.load, recipe.train, recipe.context
-    ranks = dist.get_world_size()
     alone = load(Path(path), list(settings))
     config = load(Path(path), [*settings, "train.context_parallel=2"])
-    place = train.make_place(config, dist.get_rank(), ranks, torch.device("cpu"))
+    place = _place(config)
     run = train.start(config, place)
     torch.manual_seed(alone.train.seed)
     whole = train.LanguageModel(alone, 257)
@@ -124,7 +129,7 @@ def _compare_batch(path: str, strategy: str, *settings: str) -> None:
     # What each rank's loss is the mean of.
     total = mine.detach().clone()
     dist.all_reduce(total)
-    assert total.item() / ranks == pytest.approx(sum(losses), rel=1e-5)
+    assert total.item() / place.world == pytest.approx(sum(losses), rel=1e-5)
     wanted = _gradients(whole)
     names = [name for name, _ in whole.named_parameters()]
     for name, ours, theirs in zip(names, _gradients(run.model), wanted, strict=True):
@@ -149,6 +154,27 @@ def test_a_shared_batch_has_the_gradients_of_a_whole_one(
         _compare_batch, str(tiny), "heads", *settings, 'attention.name=["exclusive", "dense"]',
         "model.kind=llama", "train.activation_checkpointing=true",
     )  # fmt: skip
+
+
+def _compare_mixed_precision(path: str, *settings: str) -> None:
+    recipe = import_recipe()
+    config = recipe.config.load(Path(path), ["train.parallel=fsdp2", "train.precision=autocast", *settings])
+    run = recipe.train.start(config, _place(config))
+    torch.manual_seed(config.train.seed)
+    whole = recipe.model.LanguageModel(replace(config, train=replace(config.train, context_parallel=1)), 257)
+    windows = run.training.at(0, 2)
+    tokens, positions = torch.from_numpy(windows), torch.from_numpy(run.training.positions(windows))
+    loss, nats = run.model(tokens, positions)
+    loss.backward()
+    assert nats.dtype is torch.float32
+    torch.testing.assert_close(nats, whole(tokens, positions)[1], rtol=0, atol=0.1)
+    assert all(gradient.isfinite().all() for gradient in _gradients(run.model))
+
+
+def test_fully_sharded_parameters_in_mixed_precision(two: Ranks, tiny: Path) -> None:
+    """FSDP2 casts what a forward pass is called with, whole structures of it."""
+    two.call(_compare_mixed_precision, str(tiny), "train.context_parallel=2")
+    two.call(_compare_mixed_precision, str(tiny), 'attention.name=["longformer", "exclusive"]')
 
 
 def _balance(seed: int) -> None:
@@ -181,8 +207,7 @@ def test_experts_are_balanced_over_all_rows(two: Ranks) -> None:
 @contextlib.contextmanager
 def _placed(config: Any) -> Iterator[Any]:
     """As for torchrun's processes, with the group that there is."""
-    make_place = import_recipe().train.make_place
-    yield make_place(config, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    yield _place(config)
 
 
 def _train(path: str, out: str, *settings: str) -> str:

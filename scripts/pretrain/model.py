@@ -155,6 +155,25 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
+class BatchAttention:
+    """What the attention function needs of a batch beside tensors.
+
+    No dataclass and no container: those FSDP2 takes apart, for tensors to cast, and puts together again.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+    masks : dict of Layer to Tensor or BlockMask
+        Of the layers that have some.
+    shared : SharedBatch or None
+    """
+
+    def __init__(
+        self, layers: tuple[Layer, ...], masks: dict[Layer, Any], shared: SharedBatch | None = None
+    ) -> None:
+        self.layers, self.masks, self.shared = layers, masks, shared
+
+
 def peer_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -162,16 +181,15 @@ def peer_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    peers: dict[int, tuple[Layer, Tensor | BlockMask | None]] | None = None,
-    shared: SharedBatch | None = None,
+    batch: BatchAttention | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function, in transformers' form, of models with a layer that is not banded, and of ranks
     that share a batch's sequences.
     """
-    if peers is None:
+    if batch is None:
         raise ValueError("attention by name runs inside of LanguageModel, which hands it the layers' masks")
-    layer, mask = peers[module.layer_idx]
+    layer, shared = batch.layers[module.layer_idx], batch.shared
     if layer.means == "bands" and shared is None:
         return banded_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     # Autocast leaves queries and keys in float32 behind their norms, and casts for PyTorch's operators only.
@@ -187,7 +205,7 @@ def peer_attention_forward(
             o = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
             )
-    elif isinstance(mask, BlockMask):
+    elif isinstance(mask := batch.masks.get(layer), BlockMask):
         o = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=groups > 1)
     else:
         assert mask is not None
@@ -292,7 +310,7 @@ class LanguageModel(nn.Module):
         if config.train.activation_checkpointing:
             self.model.activation_checkpointing_enable()
 
-    def _peers(self, positions: Tensor) -> dict[int, tuple[Layer, Any]]:
+    def _masks(self, positions: Tensor) -> dict[Layer, Any]:
         masks: dict[Layer, Any] = {}
         is_joined = self.config.data.documents == "joined"
         if is_joined:
@@ -301,7 +319,7 @@ class LanguageModel(nn.Module):
             if layer.means in ("flex", "eager") and layer not in masks:
                 rows = positions[:1] if is_joined else positions
                 masks[layer] = _make_mask(layer, self.config.model.heads, self.config.data.context, rows)
-        return {index: (layer, masks.get(layer)) for index, layer in enumerate(self.layers)}
+        return masks
 
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of windows of tokens.
@@ -330,9 +348,9 @@ class LanguageModel(nn.Module):
         if shared is not None:
             positions = positions.expand(inputs.shape)
             inputs, targets, positions = (shared.own(rows) for rows in (inputs, targets, positions))
-            arguments = {"shared": shared, "peers": dict(enumerate((layer, None) for layer in self.layers))}
+            arguments["batch"] = BatchAttention(self.layers, {}, shared)
         elif not self.all_banded:
-            arguments["peers"] = self._peers(positions)
+            arguments["batch"] = BatchAttention(self.layers, self._masks(positions))
         shape = self.config.model
         if shape.kind == "olmoe":
             arguments["output_router_logits"] = True
