@@ -147,6 +147,16 @@ def _reach(layout: BandLayout, first: int, count: int) -> int:
     return max((high for head in layout.bands(LIMIT)[first : first + count] for _, high in head), default=-1)
 
 
+def rings_suffice(layout: BandLayout, q: Tensor, ring: Tensor | None) -> bool:
+    """Do valid rings hold what the bands of their query heads need, however long the rows are?"""
+    if ring is None:
+        return True
+    group, queries = q.shape[1] // ring.shape[0], q.shape[2]
+    return all(
+        size >= _reach(layout, head * group, group) + queries for head, (_, size) in enumerate(ring.tolist())
+    )
+
+
 def check_cache_values(layout: BandLayout, q: Tensor, k_cache: Tensor, places: CachePlaces) -> None:
     """Raise where what a host knows of a cache would lead out of it; reads the tensors, which are valid.
 

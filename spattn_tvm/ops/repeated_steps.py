@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.cache_forms import CachePlaces
+from spattn_tvm.cache_forms import CachePlaces, rings_suffice
 from spattn_tvm.dispatch import call_on_change
 from spattn_tvm.launch import Decode, ready_decode
 from spattn_tvm.torch_private import (
@@ -47,6 +47,8 @@ class _Prepared:
     cache_starts: Tensor
     block_table: Tensor
     ring: Tensor
+    # On a CPU, the values of rings that suffice whatever the lengths; they are compared in each step.
+    ring_values: list[list[int]]
     index: int
     stream: int
 
@@ -75,8 +77,10 @@ def remember_step(
     """Let `decode_again` serve steps like this one, which was plain, valid and without gradient."""
     index = q.get_device()
     tensors = [q, k_cache, v_cache, *(place for place in places if place is not None)]
-    if index < 0 and (places.block_table is not None or places.ring is not None):
-        return  # `decode_again` leaves these to the checks of their values
+    if index < 0 and places.block_table is not None:
+        return  # `decode_again` leaves it to the checks of its values
+    if index < 0 and not rings_suffice(BandLayout.from_spec(layout), q, places.ring):
+        return
     if (index >= 0 and is_capturing()) or len({id(tensor) for tensor in tensors}) < len(tensors):
         return
     key = _key(layout, impl, q, k_cache, places)
@@ -106,6 +110,7 @@ def remember_step(
         cache_starts=domain.cache_starts,
         block_table=domain.block_table,
         ring=domain.ring,
+        ring_values=[] if index >= 0 or places.ring is None else places.ring.tolist(),
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
@@ -162,7 +167,9 @@ def decode_again(
         return None
     if prepared.index < 0:
         # A CPU's values are checked; what is not simply right goes to where errors are raised.
-        if block_table is not None or ring is not None or not _lies_within(lengths, prepared.longest):
+        if block_table is not None or not _lies_within(lengths, prepared.longest):
+            return None
+        if ring is not None and ring.tolist() != prepared.ring_values:
             return None
         if starts is not None and not _lies_within(starts, prepared.longest):
             return None

@@ -11,7 +11,7 @@ from decode_problems import FORMS, DecodeProblem, random_decode
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spattn_tvm import banded_attention, banded_attention_decode
+from spattn_tvm import BandedCache, banded_attention, banded_attention_decode
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops import repeated_steps
 from spattn_tvm.reference import reference_decode
@@ -180,6 +180,37 @@ def test_repeated_steps_raise_as_first_ones_do(launches: list[int]) -> None:
         step()
     with torch.no_grad():
         assert not step().requires_grad
+
+
+def test_repeated_steps_over_rings_follow_their_values(launches: list[int]) -> None:
+    """Whoever changes them, past the counter of versions too."""
+    cache = BandedCache(LAYOUT, batch_size=2, num_kv_heads=2, head_dim=32)
+    other = BandedCache(LAYOUT, batch_size=2, num_kv_heads=2, head_dim=32)
+    q, k, v = draw()
+    for end in range(1, 60):
+        row = slice(end - 1, end)
+        for each in (cache, other):
+            o = each.attend(q[:, :, :1], k[:, :, row], v[:, :, row])
+        expected = reference_decode(q[:, :, :1], k, v, LAYOUT, cache_lengths=torch.tensor([end, end]))[0]
+        torch.testing.assert_close(o, expected, **CLOSE)
+    assert len(launches) > 100
+    ring = cache.ring.clone()
+
+    def step() -> Tensor:
+        return banded_attention_decode(
+            q[:, :, :1], cache.keys, cache.values, LAYOUT, cache_lengths=cache.lengths, ring=ring
+        )
+
+    before = len(launches)
+    torch.testing.assert_close(step(), expected, **CLOSE)
+    assert len(launches) == before + 1
+    for changed in ([0, -1], [0, 10**6], [-1, 50]):
+        kept = ring[0].clone()
+        ring.numpy()[0] = changed
+        with pytest.raises(ValueError, match=r"ring\[0\]"):
+            step()
+        ring[0] = kept
+    torch.testing.assert_close(step(), expected, **CLOSE)
 
 
 def test_a_cache_that_grows_is_not_prepared_for(launches: list[int]) -> None:
