@@ -693,8 +693,13 @@ def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:
     table = recipe.tables.throughput(
         [line("spattention", 1.0), line("dense", 200.0), line("spattention", 300.0), line("bound", 7.0, 9)]
     )
-    assert "| 4,096 | spattention | 300 (1.50x) | 25.0% | 300 (1.50x) | – | 1.0 |" in table
-    assert "| 9 | bound | 7 | 25.0% | 7 | – | 1.0 |" in table
+    assert "| 4,096 | 4 | spattention | 300 (1.50x) | – | 25.0% | 300 (1.50x) | – | – | 1.0 |" in table
+    assert "| 9 | 4 | bound | 7 | 100.0% | 25.0% | 7 | 100.0% | – | 1.0 |" in table
+    rows = [line("spattention", 300.0), line("dense", 200.0), line("bound", 400.0)]
+    assert "| 300 (1.50x) | 75.0% | 25.0% |" in recipe.tables.throughput(rows)
+    for name, value in (("layers", 2), ("device", "another")):
+        with pytest.raises(recipe.tables.TableError, match=f"at 4,096 tokens can't be compared: {name} "):
+            recipe.tables.throughput([rows[0] | {name: value}, *rows[1:]])
 
 
 # --- configurations -----------------------------------------------------------------------------------------

@@ -254,26 +254,43 @@ def quality(logs: dict[str, list[Line]]) -> str:
 def throughput(lines: Sequence[Line]) -> str:
     """The throughput table; of equal measurements the last one counts.
 
-    Ratios are to dense attention at the same length on as many processes.
+    Ratios are to dense attention at the same length on as many processes, and so are shares of the bound.
+
+    Raises
+    ------
+    TableError
+        Rows of a length that are of other layers, or of another device.
     """
     latest = {(line["context"], line.get("processes", 1), line["label"]): line for line in lines}
     table = []
     for context, processes, label in sorted(latest):
         line = latest[context, processes, label]
-        dense = latest.get((context, processes, "dense"))
-        cells = [f"{context:,}", label if processes == 1 else f"{label}, {processes} processes"]
+        dense, bound = (latest.get((context, processes, name)) for name in ("dense", "bound"))
+        for other in (dense, bound):
+            for name in ("layers", "parameters", "device"):
+                if other is not None and line[name] != other[name]:
+                    raise TableError(
+                        f"{label} and {other['label']} at {context:,} tokens can't be compared: {name} "
+                        f"{line[name]} and {other[name]}; measure both again"
+                    )
+        name = label if processes == 1 else f"{label}, {processes} processes"
+        cells = [f"{context:,}", str(line["layers"]), name]
         for what in ("forward_backward", "with_optimizer"):
             rate = line[what]["tokens_per_second"]
             ratio = f" ({rate / dense[what]['tokens_per_second']:.2f}x)" if dense else ""
             share = line[what]["mfu"]
-            cells += [f"{rate:,.0f}{ratio}", f"{share:.1%}" if share else "–"]
+            of_bound = f"{rate / bound[what]['tokens_per_second']:.1%}" if bound else "–"
+            cells += [f"{rate:,.0f}{ratio}", of_bound, f"{share:.1%}" if share else "–"]
         table.append([*cells, f"{line['peak_memory_bytes'] / 2**30:.1f}"])
     header = (
         "tokens",
+        "layers",
         "attention",
         "forward + backward, tokens/s",
+        "of the bound",
         "MFU",
         "with optimizer, tokens/s",
+        "of the bound",
         "MFU",
         "peak GiB",
     )
