@@ -192,7 +192,7 @@ def context_parallel_attention(
             "scale": scale,
             "strategy": plan.strategy,
             "parts": count,
-            "requires grad": torch.is_grad_enabled() and tuple(t.requires_grad for t in (q, k, v)),
+            "requires grad": tuple(torch.is_grad_enabled() and t.requires_grad for t in (q, k, v)),
         },
     )
     rank = dist.get_rank(group)

@@ -251,6 +251,20 @@ def test_ranks_that_differ_are_named_on_each_rank(
     two.call(compare_with_one_process, simple())
 
 
+def _differ_in_gradients(scale: float) -> None:
+    problem, rank = simple(), dist.get_rank()
+    q, k, v = (problem.shards.take(t, rank, 2).clone() for t in draw_tensors(problem)[:3])
+    # No gradient is asked for on either.
+    with torch.set_grad_enabled(rank == 0):
+        attend_here(problem, q, k.requires_grad_(rank == 1), v, scale=scale)
+    with pytest.raises(ValueError, match=r"requires grad \(False, True, False\) on rank 0 against"):
+        attend_here(problem, q, k.requires_grad_(rank == 0), v, scale=2 * scale)
+
+
+def test_gradients_that_one_rank_asks_for_are_named(two: Ranks) -> None:
+    two.call(_differ_in_gradients, 0.77)
+
+
 def test_a_rank_that_refuses_its_arguments_on_the_first_call_ends_the_others() -> None:
     processes = Ranks(3, timeout_s=30)
     try:
