@@ -41,7 +41,7 @@ class SharedBatch:
 
     @classmethod
     def of(cls, positions: Tensor, is_joined: bool, group: dist.ProcessGroup) -> SharedBatch:
-        """Each sequence is cut head to tail: equally many tokens, and equal causal work, for each rank.
+        """Each sequence is cut head to tail: nearly as many tokens, and as much causal work, for each rank.
 
         Parameters
         ----------
