@@ -20,30 +20,27 @@ def rows_of(tensor, batch, head, first_row, rows):
     )
 
 
-@T.inline
+# These are written with TVM's builder: for a T.inline function, TVM asks Python for the source of all frames
+# above, and a kernel that calls fifteen of them takes two or three times as long to parse.
+
+
 def fill(target, first_row, rows, lanes, value):
     """``target[first_row + u, r] = value(u, r)``; the rows are unrolled, the lanes one vector operation."""
-    for u in T.unroll(rows):
-        for r in T.vectorized(lanes):
-            target[first_row + u, r] = value(u, r)
+    with T.unroll(rows) as u, T.vectorized(lanes) as r:
+        T.buffer_store(target, value(u, r), [first_row + u, r])
 
 
-@T.inline
 def multiply_add(tile, rows, lanes, depth, left, right):
     """``tile[u, r] += sum_t left(u, t) * right(t, r)``: a matrix product, one broadcast times one vector."""
-    for t in T.serial(depth):
-        for u in T.unroll(rows):
-            for r in T.vectorized(lanes):
-                tile[u, r] = tile[u, r] + left(u, t) * right(t, r)
+    with T.serial(depth) as t, T.unroll(rows) as u, T.vectorized(lanes) as r:
+        T.buffer_store(tile, tile[u, r] + left(u, t) * right(t, r), [u, r])
 
 
-@T.inline
 def widen(target, rows, dim, lanes, value):
     """``target[j, d] = float32(value(j, d))`` for ``rows`` rows, ``lanes`` at a time."""
-    for j in T.serial(rows):
-        for chunk in T.serial(dim // lanes):
-            for lane in T.vectorized(lanes):
-                target[j, chunk * lanes + lane] = T.cast(value(j, chunk * lanes + lane), "float32")
+    with T.serial(rows) as j, T.serial(dim // lanes) as chunk, T.vectorized(lanes) as lane:
+        column = chunk * lanes + lane
+        T.buffer_store(target, T.cast(value(j, column), "float32"), [j, column])
 
 
 def _halves(tile, row, lanes, block, offset):
@@ -60,22 +57,17 @@ def _halves(tile, row, lanes, block, offset):
     )
 
 
-@T.inline
 def add_halves(tile, lanes, block):
     """From ``block`` rows, of which each has a block of so many lanes for some rows of the beginning, to half
     as many: the sums of the blocks' halves.
     """
     if block <= lanes:
-        for u in T.unroll(block // 2):
-            tile[u, T.Ramp(0, 1, lanes)] = _halves(tile, u, lanes, block, 0) + _halves(
-                tile, u, lanes, block, block // 2
-            )
+        with T.unroll(block // 2) as u:
+            sums = _halves(tile, u, lanes, block, 0) + _halves(tile, u, lanes, block, block // 2)
+            T.buffer_store(tile, sums, [u, T.Ramp(0, 1, lanes)])
 
 
-@T.inline
 def sum_rows(tile, lanes):
     """The sums of the ``lanes`` rows of a square tile, in its first row."""
-    add_halves(tile, lanes, 16)
-    add_halves(tile, lanes, 8)
-    add_halves(tile, lanes, 4)
-    add_halves(tile, lanes, 2)
+    for block in (16, 8, 4, 2):
+        add_halves(tile, lanes, block)
