@@ -7,7 +7,6 @@ copies memory. The cache is contiguous and full.
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .clocks import _CpuClock, _CudaClock
 from .peers import window_sizes
+from .report import report_head
 
 if TYPE_CHECKING:
     import torch
@@ -249,11 +248,7 @@ def _measured(
             _time_problem(problem, names, place, clock, copied, rounds, seed, report) for problem in problems
         ]
     return {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "target": target.folder,
-        "device": device_facts(place),
-        "versions": versions(_VERSIONED_PACKAGES),
+        **report_head(1, target, place, _VERSIONED_PACKAGES),
         "threads": torch.get_num_threads(),
         "copy_gb_s": copied * 1e-9,
         "method": {"rounds": rounds, "seed": seed, "statistic": "median"},

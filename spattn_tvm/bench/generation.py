@@ -9,7 +9,6 @@ of the whole sequence without a cache.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.extras import install_hint
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import detect_cpu, detect_cuda
 
+from .report import report_head
 from .run import find_device
 
 if TYPE_CHECKING:
@@ -347,11 +346,7 @@ def benchmark_generation(
                 for problem in problems
             ]
         return {
-            "format": 1,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "target": target.folder,
-            "device": device_facts(place),
-            "versions": versions(_VERSIONED_PACKAGES),
+            **report_head(1, target, place, _VERSIONED_PACKAGES),
             "threads": torch.get_num_threads(),
             "method": {"rounds": rounds, "tokens": tokens, "seed": seed, "statistic": "median"},
             "results": results,

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.provenance import available_cpus, device_facts, versions
+from spattn_tvm.provenance import available_cpus
 from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .case import Case
 from .inputs import Inputs
 from .masked_peers import PeerUnavailable, first_line
+from .report import report_head
 
 if TYPE_CHECKING:
     import torch
@@ -550,11 +551,9 @@ def benchmark_ranks(
             for index in range(len(tasks))
         ]
     return {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "target": (detect_cpu() if device == "cpu" else detect_cuda(0)).folder,
-        "device": device_facts(torch.device(device)),
-        "versions": versions(_VERSIONED_PACKAGES),
+        **report_head(
+            1, detect_cpu() if device == "cpu" else detect_cuda(0), torch.device(device), _VERSIONED_PACKAGES
+        ),
         "ranks": ranks,
         "method": {"rounds": rounds, "seed": seed, "statistic": "median of the slowest rank"},
         "results": [

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spattn_tvm.provenance import device_facts, versions
+from spattn_tvm.target import MachineTarget
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -79,6 +82,19 @@ def fill_ratios(timings: Sequence[Timing], matmul_tflops: float) -> None:
         timing.matmul_tflops = matmul_tflops
         if timing.median_ms is not None and timing.step_name in dense:
             timing.ratio_to_dense = timing.median_ms / dense[timing.step_name]
+
+
+def report_head(
+    number: int, target: MachineTarget, device: torch.device, packages: Sequence[str]
+) -> dict[str, Any]:
+    """How a report begins: its format's number, when, and on what it was measured."""
+    return {
+        "format": number,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "target": target.folder,
+        "device": device_facts(device),
+        "versions": versions(packages),
+    }
 
 
 def write_report(report: Mapping[str, Any], folder: Path, kind: str = "benchmarks") -> Path:

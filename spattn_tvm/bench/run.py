@@ -28,7 +28,6 @@ ran: ``what`` it makes for one length and mask ("" for nothing; another length n
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import re
 import time
@@ -38,7 +37,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.bands import BandLayout
-from spattn_tvm.provenance import device_facts, versions
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 
 from .case import Case
@@ -53,7 +51,7 @@ from .peers import (
     is_ours,
     peers_for,
 )
-from .report import FORMAT, Timing, fill_ratios
+from .report import FORMAT, Timing, fill_ratios, report_head
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -381,11 +379,7 @@ def benchmark(
                 results.append(_benchmark_case(bench, case, report_case))
                 clock.forget()
         return {
-            "format": FORMAT,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "target": target.folder,
-            "device": device_facts(place),
-            "versions": versions(_VERSIONED_PACKAGES),
+            **report_head(FORMAT, target, place, _VERSIONED_PACKAGES),
             "threads": torch.get_num_threads(),
             "method": {
                 "rounds": rounds,
