@@ -5,7 +5,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from spattn_tvm import launch
 from spattn_tvm.families import family_names, unregister_family
+
+if TYPE_CHECKING:
+    from rank_processes import Ranks
 
 # A first example may compile a kernel, which no per-example deadline allows for.
 settings.register_profile("spattn", deadline=None, print_blob=True)
@@ -72,6 +75,26 @@ def seed() -> int:
     value = int(os.environ.get("SPATTN_TEST_SEED") or random.randrange(2**32))
     print(f"SPATTN_TEST_SEED={value}")
     return value
+
+
+def _ranks(count: int) -> Iterator["Ranks"]:
+    from rank_processes import Ranks
+
+    processes = Ranks(count)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator["Ranks"]:
+    """Two processes of a gloo group, for a file's tests."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator["Ranks"]:
+    """Four, as `two`."""
+    yield from _ranks(4)
 
 
 @pytest.fixture(scope="module")

@@ -63,20 +63,6 @@ def recipe() -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    processes = Ranks(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
 def tiny(recipe: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with documents that are shorter and longer than its context, as bytes; two ranks can't
     cut the context into equal chunks."""

@@ -36,13 +36,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes.close()
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
-
-
 def simple(strategy: str = "heads", **changes: object) -> Problem:
     return replace(
         Problem(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,20 +22,6 @@ from spattn_tvm.ops.decode import banded_attention_decode
 
 LAYOUT = BandLayout.spattention(8, 64)
 SWEEP = int(os.environ.get("SPATTN_SWEEP", "2"))
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    processes = Ranks(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 # --- DTensors ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from banded_models import CONTEXT, HEADS, VOCABULARY, make_model
 from rank_processes import Ranks
 
 from spattn_tvm.bands import BandLayout
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def _tokens() -> torch.Tensor:
