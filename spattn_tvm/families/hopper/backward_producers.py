@@ -239,16 +239,15 @@ def clear_rows(plan, starts, rows, first, end, lane):
 @T.inline
 def clear_statistics(plan, at, stage, clear_to, clear_from, lane):
     # Two queries are 16 bytes: lse of both, then delta of both. What else is 0 there, a masked score turns
-    # into the weight 0; an infinity or a NaN it would not.
-    query: T.int32 = lane
-    while query < plan.chunk_rows:
-        if T.Or(query < clear_to, query >= clear_from):
-            word: T.uint32 = at("stats", stage, plan.chunk_rows * 8) + T.Cast(
-                "uint32", query // 2 * 16 + query % 2 * 4
-            )
-            T.ptx["st.shared.s32"](word, 0)
-            T.ptx["st.shared.s32"](word + T.uint32(8), 0)
-        query = query + LANES
+    # into the weight 0; an infinity or a NaN it would not. Lane 0 stores all: its arrival releases what it
+    # wrote itself. (Stored by all lanes before a warp synchronisation, they left racecheck in doubt.)
+    if lane == 0:
+        for pair in T.serial(plan.chunk_rows // 2):
+            word: T.uint32 = at("stats", stage, plan.chunk_rows * 8) + T.Cast("uint32", pair * 16)
+            for i in T.unroll(2):
+                if T.Or(2 * pair + i < clear_to, 2 * pair + i >= clear_from):
+                    T.ptx["st.shared.s32"](word + T.uint32(4 * i), 0)
+                    T.ptx["st.shared.s32"](word + T.uint32(4 * i + 8), 0)
 
 
 @T.inline
