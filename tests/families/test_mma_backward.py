@@ -154,6 +154,25 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
     assert any(name.startswith("RED") for name in count) != deterministic
 
 
+@pytest.mark.timeout(120)
+def test_two_passes_at_head_dim_128_spill_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their loads look up in shared memory, others keep in registers."""
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            for deterministic in (False, True):
+                decisions = SPACE.untuned(head_dim, dtype, H200, deterministic=deterministic)
+                where = deterministic and head_dim == 128 and dtype != "float32"
+                assert all(part.looks_up == where for part in passes(decisions, head_dim, dtype))
+    obstacle = compile_obstacle(H200)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    decisions = SPACE.untuned(128, "bfloat16", H200, deterministic=True)
+    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", 128, decisions), H200)
+    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
+    assert not any(each["spill_store_bytes"] + each["spill_load_bytes"] for each in kernels.values())
+
+
 PROBLEMS: dict[str, dict[str, Any]] = {
     "one token": {"length": 1},
     "paper": {"length": 1024, "kv_heads": 16, "batch": 1},

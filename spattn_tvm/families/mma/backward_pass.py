@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from spattn_tvm.domains.key_range import document_keys, has_key, key_range, query_range
 from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
 
-from .backward_sizes import TILE_WORDS, Pass
+from .backward_sizes import KEPT_WORDS, TILE_WORDS, Pass
 from .blocks import BLOCK, Blocks, row_loader_macro, scalar, wait_macro
 
 LOG2E = math.log2(math.e)
@@ -29,7 +29,9 @@ PLACE, LOW, HIGH, SEGMENT = range(
 # Of a tile, in shared memory, because registers are what these kernels are short of: what makes a row's
 # number one of its own side's, the head, where the document's rows end there, the first of the columns that
 # there are, the first of the tile's rows that exist and where they end, the first head's bands, how many.
-TO_ROW, HEAD, OWN_END, COLUMN_BEGIN, LEAST, MOST, TABLE_AT, SEGMENTS = range(TILE_WORDS)
+TO_ROW, HEAD, OWN_END, COLUMN_BEGIN, LEAST, MOST, TABLE_AT, SEGMENTS = range(TILE_WORDS - KEPT_WORDS)
+# And, where sizes say so, the batch row and the segment's band, for the thread that notes what a chunk is.
+BATCH, BAND_LOW, BAND_HIGH = range(TILE_WORDS - KEPT_WORDS, TILE_WORDS - 1)
 NO_ROW = 2**30  # behind all columns: sums with distances stay inside int32
 
 
@@ -115,7 +117,7 @@ class TilePass:
         self.infos = self.view("info", "int32", sizes.stages * INFO_WORDS)
         self.arrived = self.view("arrived", "uint64", 1)
         self.left = self.view("left", "uint64", 1)
-        self.tile = self.view("tile", "int32", TILE_WORDS)
+        self.tile = self.view("tile", "int32", self.sizes.tile_words)
         self.lane = scalar("int32", thread % 32)
         self.quad = scalar("int32", self.lane // 4)
         for name in ("slot", "batch", "head", "document", "own_begin", "own_end", "own_row0", "row0", "end"):
@@ -168,6 +170,8 @@ class TilePass:
             most: T.int32 = T.min(self.own_row0 + rows, row_end) - to_row
             self.tile[LEAST] = least
             self.tile[MOST] = most
+            if self.sizes.looks_up:
+                self.tile[BATCH] = self.batch
             self.tile[HEAD] = self.head
             self.tile[SEGMENTS] = T.Select(least < most, 2 * self.group() if self.sizes.keys else 2, 0)
             first_head = T.meta_var(self.head * self.group() if self.sizes.keys else self.head)
@@ -192,11 +196,17 @@ class TilePass:
         self.my_row = scalar("int32", self.first_row + self.quad)
 
         # The two bands of each query head that reads, or is, this head.
-        self.first_head = scalar("int32", self.head * self.group() if sizes.keys else self.head)
+        head = self.tile[HEAD] if sizes.looks_up else self.head
+        self.first_head = head * self.group() if sizes.keys else head
+        if sizes.looks_up:
+            self.batch = self.tile[BATCH]
+        else:
+            self.first_head = scalar("int32", self.first_head)
         self.segment = scalar("int32", -1)
         self.place = scalar("int32", 0)  # of the chunk to load
         self.place_end = scalar("int32", 0)
         self.band = T.alloc_local((2,), "int32")
+        self.noted = [self.tile[BAND_LOW], self.tile[BAND_HIGH]] if sizes.looks_up else self.band
         self.made = scalar("int32", 0)  # chunks asked for
         self.put = T.truncmod(self.made, sizes.stages)  # the stage to fill
         self.done = scalar("int32", 0)  # chunks computed with
@@ -264,6 +274,10 @@ class TilePass:
             row: T.int64 = T.cast(2 * self.tile[TABLE_AT] + self.segment, "int64") * T.int64(2)
             T.ptx["ld.global.nc.v2.s32"](self.band[0], self.band[1], call.bands.ptr_to([row]))
             low, high = T.meta_var(self.band[0]), T.meta_var(self.band[1])
+            if sizes.looks_up:
+                if self.thread == 0:
+                    self.tile[BAND_LOW] = low
+                    self.tile[BAND_HIGH] = high
             first_row, last_row = T.meta_var(self.tile[LEAST]), T.meta_var(self.tile[MOST] - 1)
             if sizes.keys:
                 queries = T.meta_var(query_range(first_row, last_row, low, high, self.end))
@@ -287,7 +301,7 @@ class TilePass:
             if self.thread == 0:
                 T.ptx["st.shared.v4.s32"](
                     self.infos.ptr_to([self.put * INFO_WORDS]),
-                    self.place, self.band[0], self.band[1], self.segment,
+                    self.place, self.noted[0], self.noted[1], self.segment,
                 )  # fmt: skip
             self.place = self.place + sizes.chunk
             self.made = self.made + 1
