@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from length_problems import tiled_problems, truth
+from length_problems import LengthProblem, tiled_problems, truth
 from torch import Tensor
 
 from spattn_tvm import BandLayout
@@ -329,17 +329,8 @@ def test_rows_without_bands_get_zero_gradients(
     assert_near(gradients, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned_outputs")
-@pytest.mark.parametrize("name", tiled_problems(64))
-@shapes
-@structures
-def test_queries_and_keys_that_are_not_the_same_rows(
-    structure: int, dtype: str, head_dim: int, name: str, h200: MachineTarget
-) -> None:
+def check_lengths(kernel: Kernel, problem: LengthProblem, dtype: str) -> None:
     """NaN in keys that don't exist, and in whatever arrives for queries without keys."""
-    kernel = kernel_of(structure, dtype, head_dim, h200)
-    problem = tiled_problems(head_dim)[name]
     q, k, v, do, dlse = problem.tensors(DTYPES[dtype], "cuda")
     places = problem.arguments("cuda")
     o, lse = reference_attention(q, k, v, problem.layout, **places)
@@ -349,12 +340,42 @@ def test_queries_and_keys_that_are_not_the_same_rows(
         tensor[keyless] = torch.nan
     o, do, dlse = arriving
     domain = find_domain(problem.layout.spec, q, k, **places)
-    found = launch_backward(kernel, q, k, v, o, lse.contiguous(), do, dlse, domain, head_dim**-0.5)
+    scale = problem.head_dim**-0.5
+    found = launch_backward(kernel, q, k, v, o, lse.contiguous(), do, dlse, domain, scale)
     gradients = dict(zip(("dq", "dk", "dv"), (tensor.cpu() for tensor in found), strict=True))
     assert (gradients["dq"][keyless] == 0).all()
     for name in ("dk", "dv"):
         assert (gradients[name].transpose(1, 2)[unused] == 0).all()
     assert_near(gradients, truth(problem, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", tiled_problems(64))
+@shapes
+@structures
+def test_queries_and_keys_that_are_not_the_same_rows(
+    structure: int, dtype: str, head_dim: int, name: str, h200: MachineTarget
+) -> None:
+    kernel = kernel_of(structure, dtype, head_dim, h200)
+    check_lengths(kernel, tiled_problems(head_dim)[name], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("keys", [[0, 0, 0], [0, 200, 0]], ids=["none", "one row's"])
+@shapes
+@structures
+def test_batch_rows_without_keys_get_zero_gradients(
+    structure: int, dtype: str, head_dim: int, keys: list[int], h200: MachineTarget
+) -> None:
+    """Also where one kernel clears the sums of a head that no tile adds to, and converts them."""
+    kernel = kernel_of(structure, dtype, head_dim, h200)
+    layout = BandLayout.spattention(12, 1200)
+    for seed in range(5):
+        check_lengths(
+            kernel, LengthProblem(3, 12, 1, 333, 200, head_dim, layout, {"kv_lengths": keys}, seed), dtype
+        )
 
 
 @pytest.mark.gpu

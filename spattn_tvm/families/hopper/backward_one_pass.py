@@ -315,7 +315,7 @@ def clear_sums(t, lane, together, warpgroups, span):
 
 
 @T.inline
-def convert_sums(t, lane, scale, warpgroups, span, convert_instruction, ahead):
+def convert_sums(t, lane, scale, together, warpgroups, span, convert_instruction, ahead):
     # dQ from its sums, `ahead` times a warp's 1 KB in flight. Of 16 columns a lane has two times 2t, 2t + 1,
     # 2t + 8 and 2t + 9, for t and t + 1.
     lanes = T.meta_var(span // 8)  # of a row
@@ -337,6 +337,9 @@ def convert_sums(t, lane, scale, warpgroups, span, convert_instruction, ahead):
                 keys = T.max(
                     t.key_ranges[T.min(b, t.ranges - 1), 1] - t.key_ranges[T.min(b, t.ranges - 1), 0], 0
                 )
+            if keys == 0:
+                # No tile has waited for the zeros.
+                wait_count(t.progress, CLEARED, clear_items(t, together, warpgroups))
             wait_count(t.progress, ROWS_DONE + b * t.kv_heads + T.truncdiv(h, t.group), keys)
         T.cuda.warp_sync()
         source: T.uint64 = sums_of(t, b * t.query_heads + h, w, row, warpgroups, span) + T.Cast(
@@ -587,11 +590,11 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
                 store_sums(PLAN, at, lane, t, SPAN)
             if warp == CONVERTING_WARP:
                 clear_sums(t, lane, TOGETHER, W, SPAN)
-                convert_sums(t, lane, scale, W, SPAN, CONVERT, 1)
+                convert_sums(t, lane, scale, TOGETHER, W, SPAN, CONVERT, 1)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
             consume(at, warp, lane, t, scale)
-            convert_sums(t, lane, scale, W, SPAN, CONVERT, 4)
+            convert_sums(t, lane, scale, TOGETHER, W, SPAN, CONVERT, 4)
 
     return run
 
