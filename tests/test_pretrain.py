@@ -14,14 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from training_recipe import SCRIPTS, imported_recipe
 
+from spattn_tvm import BandLayout
 from spattn_tvm.bench.peer_masks import bigbird_mask, longformer_mask, reformer_mask
 from spattn_tvm.file_lock import file_lock
 
@@ -281,8 +285,9 @@ def test_each_attention_is_that_of_its_mask(recipe: SimpleNamespace, tiny: Path,
         if model.layers[0].means in ("bands", "sdpa"):
             for mine, theirs in zip(found, _loss_and_gradients(eager, batch), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6, msg=name)
-        rows = batch[1] if documents == "separate" else torch.arange(96).expand(2, 96)
-        mask = recipe.model._make_mask(eager.layers[0], 2, 96, rows).expand(2, 2, 96, 96)
+        rows = batch[1] if documents == "separate" else None
+        mask = recipe.model._make_mask(eager.layers[0], 2, 96, rows, torch.device("cpu"))
+        mask = mask.expand(2, 2, 96, 96)
         lengths = recipe.model.document_lengths(config, batch[1])
         assert sum(lengths) == batch[1].numel()
         begin = 0
@@ -294,6 +299,29 @@ def test_each_attention_is_that_of_its_mask(recipe: SimpleNamespace, tiny: Path,
             if name in definitions:
                 assert torch.equal(inside, definitions[name][:, :length, :length].expand_as(inside)), name
             begin += length
+
+
+def test_rules_do_not_share_the_limit_of_recompilations(
+    recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention of many rules in one process stays compiled; what would not be raises."""
+    length, cpu = 80, torch.device("cpu")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    q = torch.randn(2, 2, length, 16)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("dense", "longformer", "reformer"):
+            layout = BandLayout.causal(2) if name == "dense" else None
+            layer = recipe.model.Layer(name, "flex", layout)
+            sees = recipe.model._in_one_document(recipe.model.rule_of(layer, 2, length, cpu))
+            mask = create_block_mask(sees, 1, 2, length, length, device="cpu")
+            attend = recipe.model.compiled_for(flex_attention, layer, 2, length)
+            expected = F.scaled_dot_product_attention(
+                q, q, q, attn_mask=recipe.model._make_mask(layer, 2, length, None, cpu)
+            )
+            torch.testing.assert_close(attend(q, q, q, block_mask=mask), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(q.double(), q.double(), q.double(), block_mask=mask)
+    recipe.model.compiled_for.cache_clear()
 
 
 def test_hybrids_and_other_shapes(recipe: SimpleNamespace, tiny: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -108,6 +109,8 @@ def layers_of(config: Config) -> tuple[Layer, ...]:
 @cache
 def rule_of(layer: Layer, heads: int, context: int, device: torch.device) -> Rule:
     """Which keys a query of a head sees, by positions within their document."""
+    if layer.name == "dense":
+        return lambda head, query, key: query >= key
     if layer.layout is not None:
         near_low, near_high, far_low, far_high = (
             torch.tensor(layer.layout.table(context)).to(device).unbind(1)
@@ -126,6 +129,16 @@ def rule_of(layer: Layer, heads: int, context: int, device: torch.device) -> Rul
     return reformer_rule(context, heads, device=device)
 
 
+def _in_one_document(rule: Rule) -> Callable[..., Tensor]:
+    """A rule as a mask function of sequences that are one document each."""
+
+    # FlexAttention's kernels hand over the number of the sequence also where one mask serves all of them.
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(head, query, key)
+
+    return sees
+
+
 def _within_documents(rule: Rule, positions: Tensor) -> Callable[..., Tensor]:
     """A rule at positions ``(B, N)``, which start again with each document, as a mask function."""
     document = (positions == 0).cumsum(1)
@@ -137,22 +150,46 @@ def _within_documents(rule: Rule, positions: Tensor) -> Callable[..., Tensor]:
     return sees
 
 
-def _make_mask(layer: Layer, heads: int, context: int, positions: Tensor) -> Tensor | BlockMask:
-    """FlexAttention's blocks on CUDA; bool ``(B, H or 1, N, N)`` elsewhere, and for eager attention."""
-    batch, length = positions.shape
-    device = positions.device
+@cache
+def compiled_for(function: FunctionType, layer: Layer, heads: int, context: int) -> Callable[..., Any]:
+    """A function that takes the mask of a layer, compiled for that layer's rule alone.
+
+    Dynamo keeps what it compiled with the code of a function, for all rules together, and from the ninth on
+    (``torch._dynamo.config.recompile_limit``) runs FlexAttention unfused with no more than a warning. So each
+    rule gets code of its own, and what exceeds the limit nevertheless raises.
+
+    Parameters
+    ----------
+    function : function
+        ``create_block_mask`` or ``flex_attention``.
+    layer, heads, context
+        As of `rule_of`.
+    """
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+def _make_mask(layer: Layer, heads: int, context: int, positions: Tensor | None, device: torch.device) -> Any:
+    """FlexAttention's blocks on CUDA; bool ``(B, H or 1, N, N)``, or broadcasting so, elsewhere and for eager
+    attention. Without positions each sequence is one document of the context's length.
+    """
+    batch, length = (1, context) if positions is None else positions.shape
     masks = 1 if layer.name in ALIKE else heads
-    sees = _within_documents(rule_of(layer, heads, context, device), positions)
+    rule = rule_of(layer, heads, context, device)
+    sees = _in_one_document(rule) if positions is None else _within_documents(rule, positions)
     if layer.means == "flex" and device.type == "cuda":
-        return create_block_mask(sees, batch, masks, length, length, device=device, _compile=True)
+        make = compiled_for(create_block_mask, layer, heads, context)
+        return make(sees, batch, masks, length, length, device=device)
     place = torch.arange(length, device=device)
     head = torch.arange(masks, device=device)[:, None, None]
     return sees(torch.arange(batch, device=device)[:, None, None, None], head, place[:, None], place)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
 
 
 class BatchAttention:
@@ -206,7 +243,8 @@ def peer_attention_forward(
                 query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
             )
     elif isinstance(mask := batch.masks.get(layer), BlockMask):
-        o = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=groups > 1)
+        attend = compiled_for(flex_attention, layer, query.shape[1], query.shape[2])
+        o = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=groups > 1)
     else:
         assert mask is not None
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -317,8 +355,13 @@ class LanguageModel(nn.Module):
             masks = self._joined_masks
         for layer in self.layers:
             if layer.means in ("flex", "eager") and layer not in masks:
-                rows = positions[:1] if is_joined else positions
-                masks[layer] = _make_mask(layer, self.config.model.heads, self.config.data.context, rows)
+                masks[layer] = _make_mask(
+                    layer,
+                    self.config.model.heads,
+                    self.config.data.context,
+                    None if is_joined else positions,
+                    positions.device,
+                )
         return masks
 
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
