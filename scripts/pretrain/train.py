@@ -388,6 +388,11 @@ def peak_flops(config: Config, device: torch.device) -> float | None:
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if name.startswith(known)), None)
 
 
+def _on(device: torch.device, rows: Tensor) -> Tensor:
+    """Rows of the host on a device, without waiting for what that is at, as copies of pageable memory do."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+
 # --- evaluation -------------------------------------------------------------------------------------------
 
 
@@ -401,7 +406,7 @@ def _nats(run: Run, windows: Tensor, positions: Tensor) -> Tensor:
     parts = []
     for tokens, places in rows:
         with autocast(run.config, run.place):
-            parts.append(run.model(tokens.to(run.place.device), places.to(run.place.device))[1].cpu())
+            parts.append(run.model(_on(run.place.device, tokens), _on(run.place.device, places))[1].cpu())
     return torch.cat(parts).double()
 
 
@@ -524,7 +529,7 @@ def _backward(run: Run, windows: Tensor, positions: Tensor, batches: int) -> Ten
     """Add to the gradients those of one of so many micro batches; returns its tokens' losses."""
     device = run.place.device
     with autocast(run.config, run.place):
-        loss, nats = run.model(windows.to(device), positions.to(device))
+        loss, nats = run.model(_on(device, windows), _on(device, positions))
     (loss / batches).backward()
     return nats
 
