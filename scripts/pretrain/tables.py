@@ -1,11 +1,12 @@
 """Tables and plots of runs, from their logs alone.
 
     python scripts/pretrain/tables.py results/pretrain/quality/* --plot losses.png --plot-distances copies.png
-    python scripts/pretrain/tables.py results/pretrain/throughput/*.jsonl
+    python scripts/pretrain/tables.py results/pretrain/throughput/*.jsonl --plot-lengths throughput.png
 
 Runs of train.py (folders with a ``log.jsonl``) give the quality table, where runs that differ by their seed
 alone are one row with its spread, whether the paper's claim holds, and the loss by position and by distance
-to the needed token. Files of throughput.py give the throughput table.
+to the needed token; no rates, since runs beside one another on one device slow one another down. Files of
+throughput.py give the throughput table.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def _differences(one: Line, other: Line, path: str = "") -> list[str]:
     return found
 
 
+def _libraries(run: Line) -> str:
+    return ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+
+
+def _surplus(losses: dict[str, float]) -> float:
+    """How much more a copy of text costs than the text did; below 0 where the text is known again."""
+    return losses["copy"] - losses["original"]
+
+
 def _names(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
 
@@ -150,7 +160,7 @@ def quality(logs: dict[str, list[Line]]) -> str:
     TableError
         Runs that differ in more than attention and seed, are the same, or have not come to their end.
     """
-    rows: dict[str, list[tuple[Line, Line, list[Line]]]] = {}
+    rows: dict[str, list[tuple[Line, Line]]] = {}
     common: tuple[str, Line] | None = None
     for name, lines in logs.items():
         run = next((line["run"] for line in lines if "run" in line), None)
@@ -165,16 +175,15 @@ def quality(logs: dict[str, list[Line]]) -> str:
         if end.get("step") != run["config"]["train"]["steps"] or "held_out_loss" not in end:
             raise TableError(f"{name} ended at step {end.get('step')} of {run['config']['train']['steps']}")
         seed = run["config"]["train"]["seed"]
-        if any(other["config"]["train"]["seed"] == seed for other, _, _ in rows.get(run["label"], [])):
+        if any(other["config"]["train"]["seed"] == seed for other, _ in rows.get(run["label"], [])):
             raise TableError(f"{name} is a second run of {run['label']} with seed {seed}")
-        rates = [line for line in lines if "tokens_per_second" in line]
-        rows.setdefault(run["label"], []).append((run, end, rates))
+        rows.setdefault(run["label"], []).append((run, end))
 
-    def value(runs: list[tuple[Line, Line, list[Line]]], name: str, digits: int) -> str:
-        return _spread([end[name] for _, end, _ in runs], digits)
+    def value(runs: list[tuple[Line, Line]], name: str) -> str:
+        return _spread([end[name] for _, end in runs], 4)
 
     losses = {
-        label: {run["config"]["train"]["seed"]: end["held_out_loss"] for run, end, _ in runs}
+        label: {run["config"]["train"]["seed"]: end["held_out_loss"] for run, end in runs}
         for label, runs in rows.items()
     }
     behind = paired_differences(losses)
@@ -184,63 +193,54 @@ def quality(logs: dict[str, list[Line]]) -> str:
     )
     table = []
     for label, runs in ranked:
-        speeds = [statistics.median(line["tokens_per_second"] for line in rates) for _, _, rates in runs]
-        shares = [
-            statistics.median(line["mfu"] for line in rates) for _, _, rates in runs if rates[-1]["mfu"]
-        ]
-        memory = max(line["peak_memory_bytes"] for _, _, rates in runs for line in rates)
         table.append(
             [
                 label,
                 str(len(runs)),
-                value(runs, "held_out_loss", 4),
+                value(runs, "held_out_loss"),
                 _spread(behind[label], 4, "+") if behind[label] and label != "spattention" else "–",
-                value(runs, "held_out_bits_per_byte", 4),
-                f"{statistics.mean(speeds):,.0f}",
-                f"{statistics.mean(shares):.1%}" if shares else "–",
-                f"{memory / 2**30:.1f}",
+                value(runs, "held_out_bits_per_byte"),
             ]
         )
-    run, _, rates = ranked[0][1][0]
-    devices = sorted({one["device"]["name"] for _, runs in ranked for one, _, _ in runs})
+    run, _ = ranked[0][1][0]
+    settings, context = run["config"]["train"], run["config"]["data"]["context"]
+    made_with = {f"{one['device']['name']}, {_libraries(one)}" for _, runs in ranked for one, _ in runs}
     header = (
         "attention",
         "seeds",
         "held-out nats/token",
         "minus spattention, same seeds",
         "bits/byte",
-        "tokens/s",
-        "MFU",
-        "peak GiB",
     )
     caption = (
-        f"{run['parameters'] / 1e6:,.1f} M parameters, context {run['config']['data']['context']:,}, "
-        f"{rates[-1]['tokens'] / 1e6:,.1f} M tokens a run, "
-        f"{', '.join(devices)}"
+        f"{run['parameters'] / 1e6:,.1f} M parameters, context {context:,}, "
+        f"{settings['steps'] * settings['batch'] * context / 1e6:,.1f} M tokens a run; "
+        f"{'; '.join(sorted(made_with))}"
     )
     parts = [caption, markdown(header, table), verdict(losses)]
     seeds = set.intersection(*(set(runs) for runs in losses.values())) or set.union(
         *map(set, losses.values())
     )
     shared = [
-        (label, [end for run, end, _ in runs if run["config"]["train"]["seed"] in seeds])
+        (label, [end for run, end in runs if run["config"]["train"]["seed"] in seeds])
         for label, runs in ranked
     ]
     for title, name, pick in (
         (
             "Held-out nats/token from a position within the document on, up to the next",
             "held_out_by_position",
-            None,
+            float,
         ),
-        ("Nats/token of text that stood so many tokens before", "copies_by_distance", "copy"),
+        (
+            "Nats/token that a copy costs more than the text so many tokens before",
+            "copies_by_distance",
+            _surplus,
+        ),
     ):
         columns = list(dict.fromkeys(key for _, ends in shared for end in ends for key in end[name]))
         by_label = []
         for label, ends in shared:
-            cells = [
-                [end[name][key][pick] if pick else end[name][key] for end in ends if key in end[name]]
-                for key in columns
-            ]
+            cells = [[pick(end[name][key]) for end in ends if key in end[name]] for key in columns]
             by_label.append([label, *(_spread(values, 3) if values else "–" for values in cells)])
         if columns:
             numbers = ", ".join(map(str, sorted(seeds)))
@@ -294,7 +294,10 @@ def throughput(lines: Sequence[Line]) -> str:
         "MFU",
         "peak GiB",
     )
-    shapes = {(line["layers"], line["parameters"], line["device"]) for line in latest.values()}
+    shapes = {
+        (line["layers"], line["parameters"], f"{line['device']}, {_libraries(line)}")
+        for line in latest.values()
+    }
     caption = "; ".join(
         f"{layers} layers, {p / 1e9:.2f} B parameters, {device}" for layers, p, device in sorted(shapes)
     )
@@ -346,18 +349,51 @@ def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
 
 
 def plot_distances(logs: dict[str, list[Line]], path: Path) -> None:
-    """Loss of text that stood so many tokens before, the mean over the seeds that all attentions have."""
+    """What a copy costs more than the text so many tokens before, the mean over the seeds that all attentions
+    have.
+    """
     series = []
     for label, runs in _by_label(logs).items():
         copies = [lines[-1].get("copies_by_distance", {}) for lines in runs]
-        points = _mean_curve([{int(d): losses["copy"] for d, losses in one.items()} for one in copies])
+        points = _mean_curve([{int(d): _surplus(losses) for d, losses in one.items()} for one in copies])
         series.append((label, points))
     plot_loss_curves(
         series,
         path,
         x_label="tokens between the text and its copy",
-        y_label="nats a token of the copy",
+        y_label="nats a token, copy minus text",
         title="Copies by distance",
+        log_x=True,
+    )
+
+
+def plot_lengths(lines: Sequence[Line], path: Path) -> None:
+    """Forward and backward pass by length, as a multiple of dense attention's rate on as many processes.
+
+    Raises
+    ------
+    TableError
+        No length with a row of dense attention.
+    """
+    rates = {
+        (line.get("processes", 1), line["label"], line["context"]): line["forward_backward"][
+            "tokens_per_second"
+        ]
+        for line in lines
+    }
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for processes, label, context in sorted(rates):
+        if (dense := rates.get((processes, "dense", context))) is not None:
+            name = label if processes == 1 else f"{label}, {processes} processes"
+            curves.setdefault(name, []).append((context, rates[processes, label, context] / dense))
+    if not curves:
+        raise TableError("rates are shown over dense attention's, and no length has a row of dense")
+    plot_loss_curves(
+        list(curves.items()),
+        path,
+        x_label="tokens of a sequence",
+        y_label="tokens/s over dense attention's",
+        title="Forward and backward pass",
         log_x=True,
     )
 
@@ -369,6 +405,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of train.py, files of throughput.py")
     parser.add_argument("--plot", type=Path, help="picture of the losses")
     parser.add_argument("--plot-distances", type=Path, help="picture of the losses of copies")
+    parser.add_argument("--plot-lengths", type=Path, help="picture of the throughput by length")
     parser.add_argument("--window", type=int, default=20, help="steps that a point of the picture averages")
     arguments = parser.parse_args()
     try:
@@ -383,6 +420,8 @@ def main() -> None:
             plot(logs, arguments.plot, arguments.window)
         if arguments.plot_distances and logs:
             plot_distances(logs, arguments.plot_distances)
+        if arguments.plot_lengths and measured:
+            plot_lengths(measured, arguments.plot_lengths)
     except TableError as error:
         sys.exit(str(error))
 
