@@ -8,6 +8,8 @@ A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is re
 - ``generation cpu``, ``generation cuda``: the newest of ``spattn bench --steps generate``
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
+- ``training quality``, ``training throughput``: ``scripts/pretrain/tables.py`` of all logs in
+  ``autotune_logs/*/training/quality/*/`` and of ``autotune_logs/*/training/throughput/*.jsonl``
 
 A block whose measurement is missing stays as it is.
 
@@ -21,6 +23,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -368,6 +371,44 @@ def language_model_block() -> str | None:
     return "\n".join([*_table(titles, rows), "", text, "", "![Loss curves](docs/byte_lm.png)"])
 
 
+def _training_block(pattern: str, what: str, pictures: dict[str, tuple[str, str]]) -> str | None:
+    """What ``scripts/pretrain/tables.py`` makes of logs, by option the name and title of its pictures too."""
+    paths = sorted(LOGS.glob(f"*/training/{pattern}"))
+    if not paths:
+        return None
+    script = Path(__file__).parent / "pretrain" / "tables.py"
+    folders = [path.parent if path.name == "log.jsonl" else path for path in paths]
+    options = [text for option, (name, _) in pictures.items() for text in (option, str(DOCS / name))]
+    made = subprocess.run(
+        [sys.executable, str(script), *map(str, folders), *options],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    links = (
+        f"[{folder.stem}]({path.relative_to(ROOT)})" for folder, path in zip(folders, paths, strict=True)
+    )
+    shown = (f"![{text}]({(DOCS / name).relative_to(ROOT)})" for name, text in pictures.values())
+    return "\n\n".join([made.stdout.strip(), f"{what}: {', '.join(links)}.", *shown])
+
+
+def training_quality_block() -> str | None:
+    pictures = {
+        "--plot": ("training-quality.png", "Held-out loss over steps"),
+        "--plot-distances": ("training-copies.png", "What copies cost more than the text, by distance"),
+    }
+    return _training_block(
+        "quality/*/log.jsonl", "Logs of the runs, with their configurations and versions", pictures
+    )
+
+
+def training_throughput_block() -> str | None:
+    pictures = {"--plot-lengths": ("training-throughput.png", "Rates over dense attention's, by length")}
+    return _training_block(
+        "throughput/*.jsonl", "Measurements, with their configurations and versions", pictures
+    )
+
+
 def _table(titles: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "---|" * len(titles)
@@ -382,6 +423,8 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "generation cuda": lambda: generation_block("cuda"),
     "search": search_block,
     "language model": language_model_block,
+    "training quality": training_quality_block,
+    "training throughput": training_throughput_block,
 }
 
 

@@ -641,16 +641,16 @@ def test_a_row_of_more_seeds_is_not_behind_for_them(recipe: SimpleNamespace) -> 
             "parameters": 1,
             "data": {"sha256": ""},
             "device": {"name": "a device"},
+            "versions": {"torch": "2.11", "transformers": "5.24"},
         }
-        rate = {"tokens_per_second": 1.0, "mfu": None, "peak_memory_bytes": 0, "tokens": 1}
         end = {
             "step": 200,
             "held_out_loss": loss,
             "held_out_bits_per_byte": loss,
             "held_out_by_position": {"0": loss},
-            "copies_by_distance": {"64": {"copy": loss, "original": loss}},
+            "copies_by_distance": {"64": {"copy": loss + 0.5, "original": loss}},
         }
-        return [{"run": run}, {"step": 200, "loss": loss} | rate, end]
+        return [{"run": run}, {"step": 200, "loss": loss}, end]
 
     logs = {
         "a": lines("spattention", 0, 4.0),
@@ -659,13 +659,36 @@ def test_a_row_of_more_seeds_is_not_behind_for_them(recipe: SimpleNamespace) -> 
         "d": lines("longformer", 1, 5.875),
         "e": lines("longformer", 0, 4.125),
     }
-    rows = [line for line in recipe.tables.quality(logs).splitlines() if line.startswith("| ")]
-    table, places = rows[2:5], rows[7:10]
+    text = recipe.tables.quality(logs)
+    assert "6.6 M tokens a run; a device, torch 2.11, transformers 5.24\n" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    table, places, copies = rows[2:5], rows[7:10], rows[12:15]
+    assert [row.split(" | ")[1].strip(" |") for row in copies] == ["0.500"] * 3
     assert [row.split(" | ")[0] for row in table] == ["| spattention", "| longformer", "| dense"]
     assert [row.split(" | ")[3] for row in table] == ["–", "+0.0000 ± 0.1768", "+0.2500"]
     assert [row.split(" | ")[1].strip(" |") for row in places] == ["4.000", "4.125", "4.250"]
     curves = {label: len(runs) for label, runs in recipe.tables._by_label(logs).items()}
     assert curves == {"spattention": 1, "dense": 1, "longformer": 1}
+
+
+def test_the_page_shows_logs_of_the_shipped_configurations(recipe: SimpleNamespace) -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    logs = {
+        str(path): recipe.tables.read_lines(path)
+        for path in sorted(ROOT.glob("autotune_logs/*/training/quality/*"))
+    }
+    assert recipe.tables.quality(logs) in page
+    for lines in logs.values():
+        run = lines[0]["run"]
+        seed = run["config"]["train"]["seed"]
+        shipped = recipe.config.load(SCRIPTS / f"configs/quality/{run['label']}.toml", [f"train.seed={seed}"])
+        assert json.loads(json.dumps(shipped.as_dict())) == run["config"]
+    measured = sorted(ROOT.glob("autotune_logs/*/training/throughput/*.jsonl"))
+    if measured:
+        assert (
+            recipe.tables.throughput([line for path in measured for line in recipe.tables.read_lines(path)])
+            in page
+        )
 
 
 def _check_saved_model(recipe: SimpleNamespace, config: Any, held_out_loss: float, folder: Path) -> None:
@@ -704,7 +727,7 @@ def test_saved_models_are_those_of_the_run(
         torch.testing.assert_close(found.detach(), model(tokens, positions)[1], rtol=1e-4, atol=1e-5)
 
 
-def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:
+def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace, tmp_path: Path) -> None:
     def line(label: str, rate: float, context: int = 4096) -> dict[str, Any]:
         measured = {"tokens_per_second": rate, "mfu": 0.25}
         return {
@@ -713,6 +736,7 @@ def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:
             "layers": 4,
             "parameters": 1_800_000_000,
             "device": "a device",
+            "versions": {"torch": "2.11", "transformers": "5.24"},
             "peak_memory_bytes": 2**30,
             "forward_backward": measured,
             "with_optimizer": measured | {"mfu": None},
@@ -725,6 +749,10 @@ def test_throughput_rows_are_ratios_to_dense(recipe: SimpleNamespace) -> None:
     assert "| 9 | 4 | bound | 7 | 100.0% | 25.0% | 7 | 100.0% | – | 1.0 |" in table
     rows = [line("spattention", 300.0), line("dense", 200.0), line("bound", 400.0)]
     assert "| 300 (1.50x) | 75.0% | 25.0% |" in recipe.tables.throughput(rows)
+    recipe.tables.plot_lengths(rows, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").stat().st_size > 1000
+    with pytest.raises(recipe.tables.TableError, match="no length has a row of dense"):
+        recipe.tables.plot_lengths(rows[:1], tmp_path / "lengths.png")
     for name, value in (("layers", 2), ("device", "another")):
         with pytest.raises(recipe.tables.TableError, match=f"at 4,096 tokens can't be compared: {name} "):
             recipe.tables.throughput([rows[0] | {name: value}, *rows[1:]])
