@@ -27,7 +27,7 @@ from .problem import AttentionProblem, is_same_problem, problem_distance
 from .runtime import RUNTIME_LIBRARY
 from .target import MachineTarget
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 VERSIONED_PACKAGES = ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch")

@@ -144,8 +144,8 @@ def test_a_kernel_gets_what_its_abi_names(one_pass: int, scale: float) -> None:
     assert recorder.arguments[scratch + 1] is first[scratch + 1]
     assert recorder.arguments[scratch] is not first[scratch]
     others = [(s.shape, s.dtype) for s in arguments[scratch + 2 : -2]]  # type: ignore[attr-defined]
-    sums_and_progress = [((2, 4, 7, 64), torch.float32), ((3 + 2 * 2,), torch.int32)]
-    assert others == (sums_and_progress if one_pass else [])
+    sums, progress = ((2, 4, 7, 64), torch.float32), ((3 + 2 * 2,), torch.int32)
+    assert others == ([sums, progress] if one_pass else [progress])
     sign = 1.0 if scale > 0 else math.copysign(1.0, scale) if scale else 0.0
     assert arguments[-2:] == (abs(scale) or 1.0, torch.get_num_threads())
     assert torch.equal(arguments[0], q * sign)  # type: ignore[arg-type]

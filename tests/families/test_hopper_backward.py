@@ -51,6 +51,10 @@ def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str, h200: Machin
     for name in ("dq_stages", "dkv_stages"):
         deeper = {**decisions, name: 1000}
         assert "1000" in str(SPACE.rejection(deeper, head_dim, dtype, h200))
+    for name, value in (("registers", 232), ("producer_registers", 40)):
+        apart = {**decisions, f"dq_{name}": value}
+        reason = SPACE.illegal(apart, head_dim, dtype, h200)
+        assert f"one launch: dq_{name}={value}, dkv_{name}=" in str(reason)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -147,7 +151,7 @@ def test_machine_code_neither_spills_nor_waits_for_each_product(
         decisions = one_pass_decisions(head_dim, "bfloat16", h200)
     path = compile_kernel(KernelSpec("hopper", "backward", "bfloat16", head_dim, decisions), h200)
     resources = library_metadata(path)["resources"]
-    assert len(resources["kernels"]) == (2 if one_pass else 3)
+    assert len(resources["kernels"]) == 2
     for kernel in resources["kernels"].values():
         assert kernel["spill_store_bytes"] <= SPILL_TOLERANCE_BYTES
     assert not [text for text in resources["warnings"] if "serialized" in text]

@@ -40,8 +40,9 @@ BACKWARD = Abi(
         Scratch(
             "dq_sum", shape=lambda n: (*_query_rows(n), n.head_dim), dtype="float32", only_with="one_pass"
         ),
-        # How far clearing and converting the sums, and the tiles of each key head, have come.
-        Scratch("progress", shape=lambda n: (3 + n.batch * n.kv_heads,), dtype="int32", only_with="one_pass"),
+        # One pass: how far clearing and converting the sums, and the tiles of each key head, have come. Two:
+        # how many of its queries each key head has the statistics of.
+        Scratch("progress", shape=lambda n: (3 + n.batch * n.kv_heads,), dtype="int32"),
     ),
     alignment=TMA_BYTES,
     positive_scale=True,

@@ -1,5 +1,5 @@
-"""Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two persistent
-passes.
+"""Banded attention backward for Hopper (sm_90a) in TIRx: TMA, wgmma, warp specialisation, two passes in one
+persistent launch.
 
 :mod:`.backward_one_pass` is the other structure; it has the figures of both.
 
@@ -8,6 +8,12 @@ key tile's four (scores, dP, dV, dK): seven where a single pass over key tiles n
 is accumulated through global memory: no float32 dQ to clear, to add to and to convert (134 MB at (4, 16,
 4096, 128): 0.08 ms at the memory's speed), no dS exchanged through shared memory, no barrier between
 warpgroups. And the gradients are bitwise equal from run to run: each is summed by one warpgroup in one order.
+
+**One launch.** A CTA that finds no more tiles of queries goes on with tiles of keys while others finish
+theirs: one tail and one start instead of two of each, 4% at (4, 16, 4096, 128) and (16, 16, 1024, 128). An
+idle warp counts the queries of each head whose statistics are stored, and a tile of keys waits until its
+head's are complete. All tiles of queries are drawn before any of keys, by CTAs that run and wait for nobody,
+so the wait ends however few CTAs the device holds at once.
 
 **Who does what.** In both passes a CTA stays on its multiprocessor and draws tiles from a counter. The *tile
 warp* draws them and loads what a tile keeps (Q, dO, O or K, V); the *chunk warp* walks the tile's bands and
@@ -40,7 +46,7 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     """The backward of banded attention as one function ``backward`` that launches its kernels.
 
     Exported: ``backward(q, k, v, o, lse, do, dlse, bands, cu_seqlens, cu_seqlens_k, key_ranges, dq, dk, dv,
-    stats, next_tile, [dq_sum, progress,] scale, workers)``. Batch, heads, lengths, strides, layout and
+    stats, next_tile, [dq_sum,] progress, scale, workers)``. Batch, heads, lengths, strides, layout and
     documents are data of the call. Nothing synchronises; nothing is allocated.
 
     ============== ======================= ============ ====================================================
@@ -62,9 +68,10 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
                                                         kernel
     dq_sum         (B, Hq, Nq, D)          float32      only for ``one_pass``; contiguous workspace, written
                                                         before it is read
-    progress       (3 + B * Hkv,)          int32        likewise
+    progress       (3 + B * Hkv,)          int32        workspace: counts of what is done, cleared by the
+                                                        first kernel
     scale          scalar                  float32      factor of the scores, positive
-    workers        scalar                  int32        CTAs of each pass: the multiprocessors of the device
+    workers        scalar                  int32        CTAs: the multiprocessors of the device
     ============== ======================= ============ ====================================================
 
     A query without keys has the gradient 0 whatever `do`, `dlse` and `o` hold there; a NaN or an infinity
@@ -79,7 +86,8 @@ def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: st
     decisions : mapping of str to int
         ``one_pass`` (1: dQ is added up beside dK and dV, and of the others only those of ``dkv_`` count).
         ``dq_`` and ``dkv_`` each: ``warpgroups`` (consumers of 64 rows), ``stages`` (chunks in the ring),
-        ``heads`` (whose tiles are drawn together), ``registers`` and ``producer_registers`` (a thread);
+        ``heads`` (whose tiles are drawn together), ``registers`` and ``producer_registers`` (a thread; as the
+        warpgroups, of the launch, so the same for both passes);
         ``dq_keys`` and ``dkv_queries`` (rows of a chunk, a multiple of 16); ``dkv_buffers`` (tiles of K and V
         in shared memory).
     head_dim : int

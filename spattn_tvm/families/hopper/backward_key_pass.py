@@ -7,8 +7,7 @@ products with dO and Q take from registers.
 # mypy: ignore-errors
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 from tvm.script import tirx as T
@@ -29,12 +28,12 @@ from .parts import (
     LOAD,
     LOAD_STATS,
     LOG2E,
-    address,
     advance,
     arrive,
     convert,
     element,
     find_chunk,
+    here,
     hold,
     issue_left_shared,
     issue_sum,
@@ -42,6 +41,7 @@ from .parts import (
     pass_rest,
     rows_map,
     statistics_map,
+    wait_count,
     wgmma,
 )
 
@@ -101,8 +101,9 @@ def clear_missing_keys(t, head_dim, block, workers, lane):
 
 
 @T.inline
-def produce_for_keys(plan, at, warp, lane, t, maps, block, workers):
-    # The loading warps of a pass over tiles of keys; the first ones have the most queries.
+def produce_for_keys(plan, at, warp, lane, t, maps, block, workers, await_head):
+    # The loading warps of a pass over tiles of keys; the first ones have the most queries. What is streamed
+    # for a tile's head is there when `await_head(b, h)` returns.
     @T.inline
     def load_tile(slab, barrier, first, b, h):
         T.ptx[LOAD](at("k", slab, plan.tile_bytes), T.address_of(maps.k), 0, first, 0, h, b, barrier)
@@ -117,10 +118,25 @@ def produce_for_keys(plan, at, warp, lane, t, maps, block, workers):
         )  # fmt: skip
         T.ptx[LOAD](at("do", stage, plan.chunk_bytes), T.address_of(maps.do), 0, row, 0, head, b, barrier)
 
-    if warp == 1:
-        draw_tiles(plan, at, lane, t.next_tile[1], t, t.batches, t.kv_heads, t.group, load_tile)
-    if warp == 0:
-        walk_chunks(plan, at, lane, t, t.group, lambda h: h * t.group, load_chunk)
+    @T.inline
+    def draw():
+        if warp == 1:
+            draw_tiles(
+                plan, at, lane, t.next_tile[1], t, t.batches, t.kv_heads, t.group, await_head, load_tile
+            )
+
+    @T.inline
+    def walk():
+        if warp == 0:
+            walk_chunks(plan, at, lane, t, t.group, lambda h: h * t.group, load_chunk)
+
+    # A wait of one lane in a branch costs those behind it their uniform registers: with one it comes last.
+    if plan.shared:
+        draw()
+        walk()
+    else:
+        walk()
+        draw()
     if warp == CLEARING_WARP:
         clear_missing_keys(t, plan.head_dim, block, workers, lane)
 
@@ -145,14 +161,13 @@ def store_gradients(t, tile, my_row, head_dim, k_acc, v_acc, scale, convert_inst
         )  # fmt: skip
 
 
-def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callable[..., None]:
-    """The kernel's body, an inline function of the tensors, their maps, the scale and the number of CTAs."""
+def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleNamespace:
+    """What the roles of the pass do, inline functions of shared memory and the tensors."""
     D = head_dim
     QUERIES = decisions["dkv_queries"]
     STAGES = decisions["dkv_stages"]
     BUFFERS = decisions["dkv_buffers"]
     WARPGROUPS = decisions["dkv_warpgroups"]
-    THREADS = 128 * (WARPGROUPS + 1)
     OFFSETS, BYTES = dkv_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(QUERIES, dtype), wgmma(D, dtype), convert(dtype)
     PLAN = key_plan(decisions, D, QUERIES, BUFFERS)
@@ -292,22 +307,19 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callabl
                 advance(slab, tile_phase, BUFFERS)
 
     @T.inline
-    def run(t, maps, scale, workers):
-        block = T.cta_id([workers])
-        warp = T.warp_id([THREADS // 32])
-        thread = T.thread_id([THREADS])
-        arena = T.alloc_buffer((BYTES,), "uint8", scope="shared.dyn", align=1024)
-        base: T.uint32 = T.cuda.cvta_generic_to_shared(arena.data)
-        at = T.meta_var(partial(address, base, OFFSETS))
-        lane: T.int32 = thread % 32
-        if thread == 0:
-            init_rings(PLAN, at)
-        T.cuda.cta_sync()
-        if warp < 4:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dkv_producer_registers"])
-            produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers)
-        else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dkv_registers"])
-            consume(at, warp, lane, t, scale)
+    def start(at):
+        init_rings(PLAN, at)
 
-    return run
+    # The statistics of a tile's queries, which other CTAs may still be computing.
+    @T.inline
+    def produce(at, warp, lane, t, maps, block, workers):
+        @T.inline
+        def await_statistics(b, h):
+            if lane == 0:
+                wait_count(t.progress, b * t.kv_heads + h, here(t.group) * t.queries)
+                T.ptx.fence.proxy.async_()
+            T.cuda.warp_sync()
+
+        produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers, await_statistics)
+
+    return SimpleNamespace(start=start, produce=produce, consume=consume, offsets=OFFSETS, bytes=BYTES)

@@ -393,7 +393,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
     TOGETHER = decisions["dkv_heads"]
-    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, others=1)
+    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, chunk_others=1, tile_others=1)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
@@ -585,7 +585,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         T.cuda.cta_sync()
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dkv_producer_registers"])
-            produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers)
+            produce_for_keys(PLAN, at, warp, lane, t, maps, block, workers, lambda b, h: None)
             if warp == STORING_WARP:
                 store_sums(PLAN, at, lane, t, SPAN)
             if warp == CONVERTING_WARP:

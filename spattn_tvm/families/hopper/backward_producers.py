@@ -66,8 +66,8 @@ class Plan:
     head_dim : int
     shared : bool
         Whether all warpgroups take all chunks; then a chunk is told by its row of heads instead.
-    others : int
-        Threads besides the consumers' that hand chunks and tiles back.
+    chunk_others, tile_others : int
+        Threads besides the consumers' that hand chunks back, and tiles.
     """
 
     of_keys: bool
@@ -81,7 +81,8 @@ class Plan:
     streamed: tuple[str, ...]
     head_dim: int
     shared: bool = False
-    others: int = 0
+    chunk_others: int = 0
+    tile_others: int = 0
 
     @property
     def planes(self) -> int:
@@ -133,11 +134,11 @@ def init_barriers(first, count, arrivals):
 @T.inline
 def init_rings(plan, at):
     # A producer arrives once for what it hands over, each thread of the consumers for what it hands back.
-    takers = T.meta_var(LANES * 4 * plan.warpgroups + plan.others)
+    takers = T.meta_var(LANES * 4 * plan.warpgroups)
     init_barriers(at("full"), plan.stages, 1)
-    init_barriers(at("empty"), plan.stages, takers)
+    init_barriers(at("empty"), plan.stages, takers + plan.chunk_others)
     init_barriers(at("tile_full"), plan.buffers, 1)
-    init_barriers(at("tile_empty"), plan.buffers, takers)
+    init_barriers(at("tile_empty"), plan.buffers, takers + plan.tile_others)
     init_barriers(at("queue_full"), QUEUE, 1)
     init_barriers(at("queue_empty"), QUEUE, LANES)
     init_barriers(at("chunk_landed"), 1, 1)
@@ -260,9 +261,9 @@ def show(barrier, lane):
 
 
 @T.inline
-def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_tile):
-    # The tile warp. A tile's head has `spread` heads of bands; `load_tile(slab, barrier, first, b, h)` issues
-    # the copies.
+def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, await_head, load_tile):
+    # The tile warp. A tile's head has `spread` heads of bands; what is streamed for it is there when
+    # `await_head(b, h)` returns; `load_tile(slab, barrier, first, b, h)` issues the copies.
     fetched = T.alloc_local((1,), "int32")
     lo = T.alloc_local((1,), "int32")
     hi = T.alloc_local((1,), "int32")
@@ -313,6 +314,7 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, load_ti
             other_end = key_end
         document = table_row(document, tensors.documents, tensors.tables)
         if first < end:
+            await_head(b, h)
             offer_tile(at, offered, lane, first, begin, end, other_begin, other_end, shift, document, b, h)
             bands_at: T.uint64 = band_row(tensors.bands, tensors.query_heads, document, h * spread)
             total: T.int32 = 0

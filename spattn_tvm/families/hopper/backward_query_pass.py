@@ -7,14 +7,14 @@ its queries, which the dK/dV pass reads.
 # mypy: ignore-errors
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.row_store import store_row
 
-from .backward_producers import Plan, draw_tiles, init_rings, walk_chunks
+from .backward_producers import Plan, draw_tiles, init_barriers, init_rings, walk_chunks
 from .backward_sizes import BARRIER_BYTES, SWIZZLE_ROW_BYTES, TILE_COUNTS_AT, WARPGROUP_ROWS, dq_arena
 from .parts import (
     ALL,
@@ -22,16 +22,18 @@ from .parts import (
     INF,
     LOAD,
     LOG2E,
-    address,
+    add_release,
     advance,
     arrive,
     convert,
     dot2,
     element,
     find_chunk,
+    here,
     hold,
     issue_left_registers,
     issue_sum,
+    load_shared,
     mask_keys,
     pass_rest,
     pin,
@@ -39,9 +41,11 @@ from .parts import (
     wgmma,
 )
 
+REPORTING_WARP = 2
 
-def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Callable[..., None]:
-    """The kernel's body, an inline function of the tensors, their maps, the scale and the number of CTAs."""
+
+def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleNamespace:
+    """What the roles of the pass do, inline functions of shared memory and the tensors."""
     D = head_dim
     STEPS = D // 16  # of 16 columns
     ROW = SWIZZLE_ROW_BYTES
@@ -49,7 +53,6 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
     STAGES = decisions["dq_stages"]
     WARPGROUPS = decisions["dq_warpgroups"]
     ROWS = WARPGROUP_ROWS * WARPGROUPS
-    THREADS = 128 * (WARPGROUPS + 1)
     OFFSETS, BYTES = dq_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(KEYS, dtype), wgmma(D, dtype), convert(dtype)
     PLAN = Plan(
@@ -63,6 +66,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
         kept=("q", "do", "o"),
         streamed=("k", "v"),
         head_dim=D,
+        tile_others=1,
     )
 
     @T.inline
@@ -83,9 +87,13 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
             )
 
         if warp == 1:
-            draw_tiles(PLAN, at, lane, t.next_tile[0], t, t.batches, t.query_heads, 1, load_tile)
+            draw_tiles(
+                PLAN, at, lane, t.next_tile[0], t, t.batches, t.query_heads, 1, lambda b, h: None, load_tile
+            )
         if warp == 0:
             walk_chunks(PLAN, at, lane, t, 1, lambda h: T.truncdiv(h, t.group), load_chunk)
+        if warp == REPORTING_WARP:
+            report_tiles(PLAN, at, lane, t)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
@@ -254,25 +262,39 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Calla
                     compute_statistics()
                 run_chunks()
                 pass_rest(at, stage, phase, STAGES, left)
+                arrive(at("told", tile_phase ^ 1, BARRIER_BYTES))
                 store_tile()
 
     @T.inline
-    def run(t, maps, scale, workers):
-        T.cta_id([workers])
-        warp = T.warp_id([THREADS // 32])
-        thread = T.thread_id([THREADS])
-        arena = T.alloc_buffer((BYTES,), "uint8", scope="shared.dyn", align=1024)
-        base: T.uint32 = T.cuda.cvta_generic_to_shared(arena.data)
-        at = T.meta_var(partial(address, base, OFFSETS))
-        lane: T.int32 = thread % 32
-        if thread == 0:
-            init_rings(PLAN, at)
-        T.cuda.cta_sync()
-        if warp < 4:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dq_producer_registers"])
-            produce(at, warp, lane, t, maps)
-        else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](decisions["dq_registers"])
-            consume(at, warp, lane, t, scale)
+    def start(at):
+        init_barriers(at("told"), 2, 128 * WARPGROUPS)
+        init_rings(PLAN, at)
 
-    return run
+    return SimpleNamespace(start=start, produce=produce, consume=consume, offsets=OFFSETS, bytes=BYTES)
+
+
+@T.inline
+def report_tiles(plan, at, lane, t):
+    # Counts the queries of each key head whose statistics are stored. The consumers may be a tile ahead.
+    taken: T.int32 = 0
+    row: T.int32 = 0
+    head: T.int32 = 0
+    count: T.int32 = 0
+    reporting: T.int32 = 1
+    while reporting == 1:
+        T.cuda.mbarrier_wait(at("tile_full"), taken % 2)
+        row = load_shared(at("tile"))
+        if row < 0:
+            reporting = 0
+        else:
+            count = T.min(load_shared(at("tile") + T.uint32(8)) - row, plan.rows)
+            head = load_shared(at("tile") + T.uint32(12))
+            T.cuda.warp_sync()
+            if lane == 0:
+                arrive(at("tile_empty"))
+            T.cuda.mbarrier_wait(at("told", taken % 2, BARRIER_BYTES), taken // 2 % 2)
+            if lane == 0:
+                # Ordinary stores; copies read them through the asynchronous proxy.
+                T.ptx.fence.proxy.async_()
+                add_release(t.progress, T.truncdiv(head, here(t.group)), count)
+            taken = taken + 1

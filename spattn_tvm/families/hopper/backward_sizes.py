@@ -64,6 +64,7 @@ def dq_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
     arena = _Offsets()
     arena.take(1024, q=rows * row, do=rows * row, o=rows * row, k=ring * row, v=ring * row)
     arena.take_rings(decisions["dq_stages"], 1)
+    arena.take(8, told=2 * BARRIER_BYTES)
     return arena.of, arena.size
 
 
@@ -75,6 +76,8 @@ def dkv_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
     arena = _Offsets()
     arena.take(1024, k=rows * row, v=rows * row, q=ring * row, do=ring * row)
     arena.take(128, stats=ring * 8)
+    # Behind everything of the dQ pass: they are set up before it.
+    arena.size = max(arena.size, dq_arena(decisions, head_dim)[1])
     arena.take_rings(decisions["dkv_stages"], decisions["dkv_buffers"])
     return arena.of, arena.size
 

@@ -1,7 +1,8 @@
 """Decision space of the Hopper backward: its structure, tile shapes, pipeline depths and tile order.
 
-The dQ pass and the dK/dV pass share no decision, so each has a prefix of its own. ``one_pass`` has decisions
-of the dK/dV pass only, and of those the ones that it does not fix.
+The dQ pass and the dK/dV pass have a prefix each; warpgroups and their registers, which belong to the launch,
+are the same in both. ``one_pass`` has decisions of the dK/dV pass only, and of those the ones that it does
+not fix.
 """
 
 from __future__ import annotations
@@ -97,6 +98,13 @@ def _passes(decisions: Decisions, head_dim: int) -> dict[str, tuple[int, int]]:
 
 
 def _illegal(decisions: Decisions, head_dim: int, dtype: str, target: MachineTarget) -> str | None:
+    if not decisions["one_pass"]:
+        for what in ("warpgroups", "registers", "producer_registers"):
+            if decisions[f"dq_{what}"] != decisions[f"dkv_{what}"]:
+                return (
+                    f"both passes are one launch: dq_{what}={decisions[f'dq_{what}']}, "
+                    f"dkv_{what}={decisions[f'dkv_{what}']}"
+                )
     for name, (shared, registers) in _passes(decisions, head_dim).items():
         if shared > SHARED_LIMIT:
             return f"the {name} pass needs {shared} bytes of shared memory, a CTA has {SHARED_LIMIT}"
