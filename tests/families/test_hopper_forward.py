@@ -29,6 +29,7 @@ from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_forward
 from spattn_tvm.ops.band_tables import find_domain
 from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.reference import attention_mask
 from spattn_tvm.runtime import load_library
 from spattn_tvm.target import MachineTarget, parse_target
 
@@ -43,9 +44,7 @@ def h200() -> MachineTarget:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str, h200: MachineTarget) -> None:
-    untuned = SPACE.all_untuned(head_dim, dtype, h200)
-    assert len(untuned) == (2 if head_dim == 128 else 1), "chunks of 128 keys are for wide bands"
-    for decisions in untuned:
+    for decisions in SPACE.all_untuned(head_dim, dtype, h200):
         assert SPACE.rejection(decisions, head_dim, dtype, h200) is None
 
 
@@ -213,3 +212,122 @@ def test_what_a_document_with_keys_of_its_own_holds_stays_there(
         ):
             result[:, :, begin:end] = same[:, :, begin:end]
             assert torch.equal(result, same), (begin, end, keys)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, scale: float) -> tuple[Tensor, ...]:
+    """Of (1, H, N, D), in float64: o, lse, and the greatest scores, NaN for queries without keys."""
+    mask = attention_mask(layout, q.shape[2], device=q.device)
+    scores = (scale * (q.double() @ k.double().mT)).masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1)
+    o = scores.softmax(-1).nan_to_num(0) @ v.double()
+    return o, scores.logsumexp(-1), top.masked_fill(top == -torch.inf, torch.nan)
+
+
+BANDS = BandLayout.custom([[(0, 1100)], [(0, 40), (100, 260)], [(7, 190)], [(0, 0), (65, 500)]])
+# Scores of a run of keys, beside small ones: near and beyond what a row's first reference can be kept for,
+# what float32 weights can be, and what float16 can.
+HEIGHTS = {
+    "jumps": ((0, 20, -50, 60, 88, 89, 90, 100, 130, -1000), (1, 80)),
+    "jumps at chunks": ((0, 8, 9.5, 10, 27, 28, 30, 69, 88, 200), (64, 64)),
+    "single keys": ((0, 0, 0, 0, 0, 0, 0, 30, 70, 88, 91, 300), (1, 9)),
+    "small steps": ((0, 3, 5.5, 6, 8, 9.75, 11), (1, 80)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("name", HEIGHTS)
+@variants
+def test_rows_whose_scores_jump(
+    changes: dict[str, int], dtype: str, head_dim: int, name: str, h200: MachineTarget
+) -> None:
+    kernel, (heights, runs) = kernel_of(changes, dtype, head_dim, h200), HEIGHTS[name]
+    draw = random.Random(name)
+    q, k, v = (torch.randn(1, 4, 1025, head_dim, device="cuda") for _ in range(3))
+    q, k = 0.2 * q, 0.2 * k
+    q[..., 0] = 1
+    for head in range(4):
+        column: list[float] = []
+        while len(column) < 1025:
+            column += [draw.choice(heights)] * draw.randint(*runs)
+        k[0, head, :, 0] = torch.tensor(column[:1025])
+    q, k, v = (tensor.to(getattr(torch, dtype)) for tensor in (q, k, v))
+    o, lse = launch_forward(kernel, q, k, v, find_domain(BANDS.spec, q, k), 1.0)
+    expected, expected_lse, _ = exact_attention(q, k, v, BANDS, 1.0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+    atol = 2e-2 if dtype == "bfloat16" else 3e-3
+    torch.testing.assert_close(o.double(), expected, rtol=0, atol=atol * v.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("low", [-1e4, -6e4])
+@pytest.mark.parametrize("factor", [1.0, 100.0, 6e4])
+@variants
+def test_scores_far_below_a_rows_others_leave_nothing_behind(
+    changes: dict[str, int], dtype: str, head_dim: int, factor: float, low: float, h200: MachineTarget
+) -> None:
+    """The keys that are read first, the last ones, have the lowest scores; of some rows all keys have."""
+    kernel = kernel_of(changes, dtype, head_dim, h200)
+    q, k, v = (torch.randn(1, 4, 700, head_dim, device="cuda") for _ in range(3))
+    q, k = 0.2 * q, 0.2 * k
+    q[..., 0], k[..., 0] = factor, 0
+    k[:, :, 350:, 0] = low
+    q, k, v = (tensor.to(getattr(torch, dtype)) for tensor in (q, k, v))
+    o, lse = launch_forward(kernel, q, k, v, find_domain(BANDS.spec, q, k), 1.0)
+    expected, expected_lse, top = exact_attention(q, k, v, BANDS, 1.0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+    assert not o.isnan().any()
+    # Where all are low, float32 rounds what tells one from the other.
+    clear = ~(top < -1000)
+    atol = 2e-2 if dtype == "bfloat16" else 3e-3
+    torch.testing.assert_close(o.double()[clear], expected[clear], rtol=0, atol=atol * v.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("sign", [1, -1, 0], ids=["positive", "negative", "of both signs"])
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e4, 1e9, 1e15])
+@variants
+def test_where_one_score_is_far_above_the_others_it_takes_all(
+    changes: dict[str, int], dtype: str, head_dim: int, size: float, sign: int, h200: MachineTarget
+) -> None:
+    if dtype == "float16" and size > 1e4:
+        pytest.skip("float16 ends at 65504")
+    kernel, compared = kernel_of(changes, dtype, head_dim, h200), 0
+    for scale in (head_dim**-0.5, 0.02, 3 / head_dim):
+        q, k, v = (torch.randn(1, 4, 700, head_dim, device="cuda") for _ in range(3))
+        if sign:
+            q, k = q.abs() * sign, k.abs()
+        q, k, v = (tensor.to(getattr(torch, dtype)) for tensor in (q * size, k * size, v))
+        o, lse = launch_forward(kernel, q, k, v, find_domain(BANDS.spec, q, k), scale)
+        scores = (scale * (q.double() @ k.double().mT)).masked_fill(
+            ~attention_mask(BANDS, 700, device="cuda"), -torch.inf
+        )
+        expected, expected_lse, _ = exact_attention(q, k, v, BANDS, scale)
+        mine, other = scores.topk(2)[0].unbind(-1)
+        # Rounded as a float32 product is, the best must still be the best by enough to take all.
+        clear = (mine - other > 1e-5 * mine.abs() + 30) | (expected_lse == -torch.inf)
+        assert not o.isnan().any()
+        torch.testing.assert_close(o.double()[clear], expected[clear], rtol=1e-2, atol=1e-2)
+        most = float((scale * (q.double() @ k.double().mT)).abs().max())
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-3 + 1e-5 * most)
+        compared += int(clear.sum())
+    assert compared
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 64), ("float16", 64), ("float16", 128)])
+def test_equal_scores_of_more_keys_than_float16_counts(
+    dtype: str, head_dim: int, h200: MachineTarget
+) -> None:
+    kernel, layout, length = kernel_of({}, dtype, head_dim, h200), BandLayout.causal(1), 150_000
+    q, v = (torch.rand(1, 1, length, head_dim, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+    k = torch.zeros_like(q)
+    o, lse = launch_forward(kernel, q, k, v, find_domain(layout.spec, q, k), 1.0)
+    count = torch.arange(1, length + 1, device="cuda", dtype=torch.float64)
+    # One after the other, so many float32 additions of the same number may err in the same direction.
+    torch.testing.assert_close(lse[0, 0].double(), count.log(), rtol=0, atol=2e-3)
+    expected = v[0, 0].double().cumsum(0) / count[:, None]
+    torch.testing.assert_close(o[0, 0].double(), expected, rtol=5e-3, atol=1e-4)

@@ -37,10 +37,18 @@ from .parts import ALL, INF, LOG2E, ballot, convert, element, wgmma
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LN2 = math.log(2.0)
 LARGEST = 3.4028234663852886e38  # of float32
-# Scores of this size in base 2 lose 2**7 when they are rounded to float32: exp2 of the difference of one that
-# is and one that isn't overflows. Rows of such scores are attended to again. (Another factor for them, chosen
-# at every chunk, took 2 % more time at head dim 64.)
-HUGE_SCORE = 2.0**31.5
+# Below this size in base 2 a reference that is rounded to float32 is off by at most 1/2, and so the weights
+# by at most a factor of sqrt(2). (From 2**27 on by 2**8, which float16 can't hold beside the threshold's
+# 2**8; from 2**31 on by 2**128.) References begin at its negative and only rise: none is larger on the way,
+# and rows that end above it, or where they began, are attended to again. (Another factor for them, chosen at
+# every chunk, took 2 % more time at head dim 64.)
+HUGE_SCORE = 2.0**24
+# A row keeps its reference until a thread's weights of it sum to more; with the next reference the largest
+# such sum is 2**RAISED_EXPONENT. The former is what the dtype can hold, and in bfloat16 leaves room for the
+# values. The latter leaves float16 weights their bits where there are many equal ones, and is so large that
+# the factor from the largest float32 is no subnormal number, which would be taken for 0.
+GROWN_SUM = {"bfloat16": 2.0**40, "float16": 2.0**14}
+RAISED_EXPONENT = 7
 
 
 def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[..., None]:
@@ -54,6 +62,10 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
     # An edge chunk of which this warpgroup's rows meet one half takes the products of that half.
     HALF = KEYS // 2 if KEYS % 32 == 0 and not OVERLAP else KEYS
     PV, PACK = wgmma(D, dtype), convert(dtype)
+    # A row keeps its first reference while its weights' sum is small, so that the chunks that follow need no
+    # maximum.
+    KEEP = OVERLAP and THRESHOLD > 0
+    GROWN = GROWN_SUM[dtype]
     # Registers of a thread: a warpgroup's 64 x n accumulator is n/2 floats, two rows (r and r + 8) of it.
     SCORES, WEIGHTS, OUTPUTS, QUERIES = KEYS // 2, KEYS // 4, D // 2, D // 4
 
@@ -70,9 +82,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
     def consume(s, t, scale, warp, lane):
         warpgroup: T.int32 = warp // 4 - 1
         scale2: T.float32 = scale * T.float32(LOG2E)
-        huge: T.float32 = T.float32(HUGE_SCORE) / scale2
         # Scaled it is still finite, so that a row that has seen no key weighs exp2(-inf - finite) = 0.
-        no_maximum: T.float32 = T.float32(-LARGEST / 4) / T.max(scale, T.float32(1))
+        huge: T.float32 = T.min(T.float32(HUGE_SCORE) / scale2, T.float32(LARGEST))
         my_row: T.int32 = (warp % 4) * 16 + lane // 4  # and 8 below
         my_column: T.int32 = (lane % 4) * 2  # and the next, of each 8
         queries = T.alloc_local((QUERIES,), "uint32")
@@ -84,6 +95,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         shrink = T.alloc_local((2,), "float32")
         again = T.alloc_local((2,), "uint32")
         unusual: T.int32 = 0
+        shrinks: T.int32 = 0
+        kept: T.int32 = 0  # whether each of the warp's rows has a reference to keep
         k_desc = T.alloc_local((1,), "uint64")
         v_desc = T.alloc_local((1,), "uint64")
         # Offsets in 16-byte units: 8 rows of 128 bytes are 64; V's planes are KEYS rows apart.
@@ -137,10 +150,11 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         @T.inline
         def clear_rows():
             for r in T.unroll(2):
-                row_max[r] = no_maximum
+                row_max[r] = -huge
                 row_sum[r] = T.float32(0)
             for i in T.unroll(OUTPUTS):
                 output[i] = T.float32(0)
+            kept = 0
 
         @T.inline
         def issue_scores(q_ring, keys, first):
@@ -219,7 +233,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                             T.float32(-INF),
                         )
 
-        # Choose each row's reference, near the maximum of its scores.
+        # Choose each row's reference, near the maximum of its scores so far.
         @T.inline
         def find_maximum(keys):
             for r in T.unroll(2):
@@ -263,10 +277,49 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                     for e in T.unroll(2):
                         output[4 * j + 2 * r + e] = output[4 * j + 2 * r + e] * shrink[r]
 
+        @T.inline
+        def find_kept():
+            without: T.bool = T.Or(row_max[0] == -huge, row_max[1] == -huge)
+            kept = T.Select(T.cuda.any_sync(T.uint32(ALL), without) == 0, 1, 0)
+
+        # A higher reference for rows whose weights have outgrown theirs, for this chunk too. Where they
+        # overflowed it is one that has the row attended to again.
+        @T.inline
+        def raise_references():
+            for r in T.unroll(2):
+                if kept != 0:
+                    shrink[r] = T.float32(1)
+                total = T.alloc_local((1,), "float32")
+                total[0] = T.max(row_sum[r], T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32))
+                total[0] = T.max(total[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), total[0], 2, 32, 32))
+                if total[0] > T.float32(GROWN):
+                    grown: T.float32 = (T.log2(total[0]) - T.float32(RAISED_EXPONENT)) / scale2
+                    raised: T.float32 = T.min(row_max[r] + grown, T.float32(LARGEST))
+                    factor: T.float32 = T.exp2((row_max[r] - raised) * scale2)
+                    row_max[r] = raised
+                    row_sum[r] = row_sum[r] * factor
+                    shrink[r] = shrink[r] * factor
+                    for j in T.unroll(KEYS // 8):
+                        for e in T.unroll(2):
+                            scores[4 * j + 2 * r + e] = scores[4 * j + 2 * r + e] * factor
+
+        # This branch is also what keeps the weights before the wait for the last values' product: ptxas moves
+        # the wait before them otherwise, and nothing runs beside that product.
+        @T.inline
+        def raise_references_if_needed():
+            grew: T.bool = T.max(row_sum[0], row_sum[1]) > T.float32(GROWN)
+            shrinks = T.cast(T.Or(kept == 0, T.cuda.any_sync(T.uint32(ALL), grew) != 0), "int32")
+            if shrinks != 0:
+                raise_references()
+
         # No wgmma is in flight here: a branch around part of a stage would serialise all of them.
         @T.inline
         def shrink_output_if_needed():
-            if THRESHOLD > 0:
+            if KEEP:
+                if shrinks != 0:
+                    shrink_output()
+                    find_kept()
+            elif THRESHOLD > 0:
                 grew: T.bool = T.Or(shrink[0] < T.float32(1), shrink[1] < T.float32(1))
                 if T.cuda.any_sync(T.uint32(ALL), grew) != 0:
                     shrink_output()
@@ -315,7 +368,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             chunks: T.int32 = near_count + far_last - far_first
             between: T.int32 = near_chunks - near_last + far_first
 
-            # Mask the scores of `keys` keys from chunk_key on, if an edge crosses them; find their maximum.
+            # Mask the scores of `keys` keys from chunk_key on, if an edge crosses them; find their maximum,
+            # if rows need it.
             @T.inline
             def reduce_scores(chunk_key, lo, hi, keys):
                 if T.Or(
@@ -323,7 +377,10 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                     chunk_key < T.max(begin, row0 + (WARPGROUP_ROWS - 1) - hi),
                 ):
                     mask(begin, row0, lo, hi, chunk_key, keys)
-                find_maximum(keys)
+                if not KEEP:
+                    find_maximum(keys)
+                elif kept == 0:
+                    find_maximum(keys)
 
             # What reduce_scores needs of chunk i: its first key and its band.
             @T.inline
@@ -348,6 +405,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                 release_keys()
                 find_chunk(0, chunk_key, lo, hi)
                 reduce_scores(chunk_key, lo, hi, KEYS)
+                if KEEP:
+                    find_kept()
                 weigh(0, 1, KEYS)
                 pack_weights(0, 1, KEYS)
                 i: T.int32 = 1
@@ -364,6 +423,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                     find_chunk(i, chunk_key, lo, hi)
                     reduce_scores(chunk_key, lo, hi, KEYS)
                     weigh(0, 1, KEYS)
+                    if KEEP:
+                        raise_references_if_needed()
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     release_values()
                     shrink_output_if_needed()
@@ -449,13 +510,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                         T.float32(-INF),
                         row_max[r] * scale + T.log2(row_sum[r]) * T.float32(LN2),
                     )
-            unusual = T.cuda.any_sync(
-                T.uint32(ALL),
-                T.Or(
-                    T.Or(row_sum[0] == T.float32(0), row_sum[1] == T.float32(0)),
-                    T.max(T.fabs(row_max[0]), T.fabs(row_max[1])) >= huge,
-                ),
-            )
+            unusual = T.cuda.any_sync(T.uint32(ALL), T.max(T.fabs(row_max[0]), T.fabs(row_max[1])) >= huge)
             # Rarely taken: a selection of each element cost 1 % at (4, 16, 4096, 128).
             if unusual != 0:
                 clear_rows_without_keys()
@@ -477,16 +532,16 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                         for e in T.unroll(2):
                             output[4 * j + 2 * r + e] = T.float32(0)
 
-        # Their scores are huge, or all below what a row's maximum begins with. (One whose scores are NaN or
+        # Their scores are huge, or all below what references begin with. (A row whose scores are NaN or
         # infinite would only be NaN again.)
         @T.inline
         def attend_again(batch, head, query0, end):
             for r in T.unroll(2):
-                is_huge: T.bool = T.And(T.fabs(row_max[r]) >= huge, T.fabs(row_max[r]) <= T.float32(LARGEST))
+                is_huge: T.bool = T.And(row_max[r] >= huge, row_max[r] <= T.float32(LARGEST))
                 again[r] = ballot(
                     T.And(
                         query0 + lane // 4 + 8 * r < end,
-                        T.if_then_else(row_max[r] == no_maximum, row_sum[r] == row_sum[r], is_huge),
+                        T.if_then_else(row_max[r] == -huge, row_sum[r] == row_sum[r], is_huge),
                     )
                 )
             T.cuda.warp_sync()

@@ -66,18 +66,11 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     ]
 
 
-# Mean keys a query from which chunks of 128 keys are the default at head dim 128. On an H100 (bfloat16,
-# spattention, 64 and 128 keys in one run, ms): (4, 16, 4096, 128), 361 keys, 0.1445 and 0.1456; (1, 16,
-# 16384, 128), 1443 keys, 0.384 and 0.371; (1, 32, 32768, 128), 1.549 and 1.496; (1, 16, 65536, 128), 4.96 and
-# 4.76. At head dim 64 they lose at each: 0.108 and 0.115, 0.257 and 0.265, 3.33 and 3.54.
-_LONG_FROM = 800
-
-
 def _untuned(
     head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False, width: int = 0
 ) -> dict[str, int]:
-    """The fastest that were measured on an H200 (the table is in the kernel's file); at head dim 192,
-    which fills the registers of two warpgroups, what fits.
+    """The fastest that were measured, for bands of any width (the tables are in the kernel's file); at head
+    dim 192, which fills the registers of two warpgroups, what fits.
     """
     decisions = {
         "consumer_warpgroups": 3,
@@ -94,8 +87,6 @@ def _untuned(
     }
     if head_dim == 64:
         decisions |= {"consumer_warpgroups": 4, "stages": 8, "consumer_registers": 112}
-    if head_dim == 128 and width >= _LONG_FROM:
-        decisions |= {"key_rows": 128, "stages": 2, "overlap": 0, "weight_parts": 2}
     if head_dim == 192:
         decisions |= {
             "consumer_warpgroups": 2,
@@ -122,5 +113,4 @@ FORWARD = Space(
     untuned=_untuned,
     build=_build,
     unsupported=partial(unsupported, HEAD_DIMS),
-    width_steps=(_LONG_FROM,),
 )
