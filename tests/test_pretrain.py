@@ -599,6 +599,8 @@ def test_a_model_learns_and_its_log_says_so(recipe: SimpleNamespace, tiny: Path,
         recipe.tables.quality({"a": [line for line in lines if line.get("step", 0) < 30]})
     _check_saved_model(recipe, config, lines[-1]["held_out_loss"], out / "model")
     assert "there are no runs of spattention, dense, longformer, bigbird and reformer with" in table
+    with pytest.raises(recipe.tables.TableError, match="no run has copies to draw"):
+        recipe.tables.plot_distances({"a": lines}, tmp_path / "copies.png")
     recipe.tables.plot({"a": lines, "b": again}, tmp_path / "losses.png", 5)
     assert (tmp_path / "losses.png").stat().st_size > 1000
 

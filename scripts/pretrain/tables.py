@@ -351,12 +351,19 @@ def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
 def plot_distances(logs: dict[str, list[Line]], path: Path) -> None:
     """What a copy costs more than the text so many tokens before, the mean over the seeds that all attentions
     have.
+
+    Raises
+    ------
+    TableError
+        Contexts that no copy fits into.
     """
     series = []
     for label, runs in _by_label(logs).items():
         copies = [lines[-1].get("copies_by_distance", {}) for lines in runs]
         points = _mean_curve([{int(d): _surplus(losses) for d, losses in one.items()} for one in copies])
         series.append((label, points))
+    if not any(points for _, points in series):
+        raise TableError("no run has copies to draw: data.context is above 128 tokens where there are some")
     plot_loss_curves(
         series,
         path,
