@@ -12,7 +12,7 @@ import torch
 from length_problems import LengthProblem, tiled_problems, truth
 from torch import Tensor
 
-from spattn_tvm import BandLayout
+from spattn_tvm import BandLayout, launch
 from spattn_tvm.bands import EMPTY
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.resources import SPILL_TOLERANCE_BYTES, library_metadata
@@ -331,6 +331,26 @@ def test_rows_without_bands_get_zero_gradients(
         assert (gradient[:, :, outside] == 0).all(), name
         expected[name][:, :, outside] = 0
     assert_near(gradients, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@shapes
+def test_two_passes_end_and_agree_with_any_number_of_ctas(
+    dtype: str, head_dim: int, h200: MachineTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile of keys waits for other CTAs: for none where one does all, for some that have not begun where
+    the device does not hold all at once.
+    """
+    kernel = kernel_of(2, dtype, head_dim, h200)
+    layout = BandLayout.spattention(8, 1111)
+    inputs = Inputs.draw(layout, (2, 8, 4, 1111, head_dim), dtype, [0, 7, 64, 700, 1111])
+    expected = inputs.launch(kernel)
+    assert_near(expected, inputs.exact(layout, [0, 7, 64, 700, 1111]))
+    for workers in (1, 2, 17, 1000):
+        monkeypatch.setattr(launch, "_workers", lambda index, workers=workers: workers)
+        for name, gradient in inputs.launch(kernel).items():
+            assert torch.equal(gradient, expected[name]), (name, workers)
 
 
 def check_lengths(kernel: Kernel, problem: LengthProblem, dtype: str) -> None:
