@@ -53,6 +53,11 @@ a ring of its own for dO 15.0; two buffers for dQ and one for dS, with two stage
 instead of one a lane 15.4 instead of 14.7; lse and delta in registers 14.3; the exponentials of the next
 chunk under dQ and dK, with dK from shared memory, 16.2, since the products then wait for shared memory.
 Before: both warpgroups waiting for the reductions' reading 20.0.
+
+Lost as well, in the speed of this structure in the same run at (1, 16, 16384, 128) and (1, 16, 65536, 128):
+dQ added from registers (red.global.add of 16 bytes) 0.97x and 0.96x; sums in blocks of 16 queries, -lse as
+the addend of the exponentials' FMA, 0.99x and 1.0x; with the registers' additions, statistics of all but the
+first pack under the products 0.99x and 0.99x, then conversion of dQ by bulk copies 0.97x and 0.95x.
 """
 
 # mypy: ignore-errors
