@@ -665,10 +665,12 @@ def test_a_row_of_more_seeds_is_not_behind_for_them(recipe: SimpleNamespace) -> 
     assert "6.6 M tokens a run; a device, torch 2.11, transformers 5.24\n" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     table, places, copies = rows[2:5], rows[7:10], rows[12:15]
-    assert [row.split(" | ")[1].strip(" |") for row in copies] == ["0.500"] * 3
+    shown = [row.split(" | ")[1].strip(" |") for row in copies]
+    assert shown == ["0.500 ± 0.000", "0.500 ± 0.000", "0.500"]
     assert [row.split(" | ")[0] for row in table] == ["| spattention", "| longformer", "| dense"]
     assert [row.split(" | ")[3] for row in table] == ["–", "+0.0000 ± 0.1768", "+0.2500"]
-    assert [row.split(" | ")[1].strip(" |") for row in places] == ["4.000", "4.125", "4.250"]
+    shown = [row.split(" | ")[1].strip(" |") for row in places]
+    assert shown == ["5.000 ± 1.414", "+0.000 ± 0.177", "+0.250"]
     curves = {label: len(runs) for label, runs in recipe.tables._by_label(logs).items()}
     assert curves == {"spattention": 1, "dense": 1, "longformer": 1}
 

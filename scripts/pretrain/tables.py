@@ -91,9 +91,10 @@ def _libraries(run: Line) -> str:
     return ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
 
 
-def _surplus(losses: dict[str, float]) -> float:
-    """How much more a copy of text costs than the text did; below 0 where the text is known again."""
-    return losses["copy"] - losses["original"]
+def _surplus(end: Line) -> dict[str, float]:
+    """By distance, how much more a copy of text costs than the text did; below 0 where it is known again."""
+    copies = end.get("copies_by_distance", {})
+    return {distance: losses["copy"] - losses["original"] for distance, losses in copies.items()}
 
 
 def _names(labels: Sequence[str]) -> str:
@@ -150,6 +151,27 @@ def verdict(losses: dict[str, dict[int, float]]) -> str:
         f"The paper's claim ({CLAIM}) {holds} here: SPAttention is {', '.join(parts)}, where a difference of "
         f"more than {least:.4f} counts, twice the largest spread of one over seeds."
     )
+
+
+def _part(title: str, found: dict[str, dict[int, dict[str, float]]], *, paired: bool) -> list[str]:
+    """A table of numbers by attention, seed and column; nothing where there are none.
+
+    If `paired`, of others than spattention the differences from it over the same seeds.
+    """
+    columns = list(dict.fromkeys(key for runs in found.values() for one in runs.values() for key in one))
+    rows = [[label] for label in found]
+    for key in columns:
+        values = {
+            label: {seed: one[key] for seed, one in runs.items() if key in one}
+            for label, runs in found.items()
+        }
+        behind = paired_differences(values)
+        for row in rows:
+            is_difference = paired and row[0] != "spattention"
+            shown = behind[row[0]] if is_difference else list(values[row[0]].values())
+            row.append(_spread(shown, 3, "+" if is_difference else "") if shown else "–")
+    header = ("attention", *(f"{int(key):,}" for key in columns))
+    return [title, markdown(header, rows)] if columns else []
 
 
 def quality(logs: dict[str, list[Line]]) -> str:
@@ -217,37 +239,20 @@ def quality(logs: dict[str, list[Line]]) -> str:
         f"{settings['steps'] * settings['batch'] * context / 1e6:,.1f} M tokens a run; "
         f"{'; '.join(sorted(made_with))}"
     )
+    ends = {label: {run["config"]["train"]["seed"]: end for run, end in runs} for label, runs in ranked}
     parts = [caption, markdown(header, table), verdict(losses)]
-    seeds = set.intersection(*(set(runs) for runs in losses.values())) or set.union(
-        *map(set, losses.values())
+    parts += _part(
+        "Held-out nats/token from a position within the document on, up to the next: of spattention, and how "
+        "much more the others lose with the same seeds",
+        {label: {s: end["held_out_by_position"] for s, end in runs.items()} for label, runs in ends.items()},
+        paired="spattention" in ends,
     )
-    shared = [
-        (label, [end for run, end in runs if run["config"]["train"]["seed"] in seeds])
-        for label, runs in ranked
-    ]
-    for title, name, pick in (
-        (
-            "Held-out nats/token from a position within the document on, up to the next",
-            "held_out_by_position",
-            float,
-        ),
-        (
-            "Nats/token that a copy costs more than the text so many tokens before",
-            "copies_by_distance",
-            _surplus,
-        ),
-    ):
-        columns = list(dict.fromkeys(key for _, ends in shared for end in ends for key in end[name]))
-        by_label = []
-        for label, ends in shared:
-            cells = [[pick(end[name][key]) for end in ends if key in end[name]] for key in columns]
-            by_label.append([label, *(_spread(values, 3) if values else "–" for values in cells)])
-        if columns:
-            numbers = ", ".join(map(str, sorted(seeds)))
-            parts += [
-                f"{title} (seed{'s' * (len(seeds) > 1)} {numbers})",
-                markdown(("attention", *(f"{int(key):,}" for key in columns)), by_label),
-            ]
+    # The text differs from distance to distance, and a run's losses of both share what its seed does.
+    parts += _part(
+        "Nats/token that a copy costs more than the text so many tokens before",
+        {label: {s: _surplus(end) for s, end in runs.items()} for label, runs in ends.items()},
+        paired=False,
+    )
     return "\n\n".join(parts)
 
 
@@ -349,19 +354,19 @@ def plot(logs: dict[str, list[Line]], path: Path, window: int) -> None:
 
 
 def plot_distances(logs: dict[str, list[Line]], path: Path) -> None:
-    """What a copy costs more than the text so many tokens before, the mean over the seeds that all attentions
-    have.
+    """What a copy costs more than the text so many tokens before, the mean over the seeds of an attention.
 
     Raises
     ------
     TableError
         Contexts that no copy fits into.
     """
-    series = []
-    for label, runs in _by_label(logs).items():
-        copies = [lines[-1].get("copies_by_distance", {}) for lines in runs]
-        points = _mean_curve([{int(d): _surplus(losses) for d, losses in one.items()} for one in copies])
-        series.append((label, points))
+    curves: dict[str, list[dict[int, float]]] = {}
+    for lines in logs.values():
+        run = next(line["run"] for line in lines if "run" in line)
+        surplus = {int(distance): nats for distance, nats in _surplus(lines[-1]).items()}
+        curves.setdefault(run["label"], []).append(surplus)
+    series = [(label, _mean_curve(runs)) for label, runs in curves.items()]
     if not any(points for _, points in series):
         raise TableError("no run has copies to draw: data.context is above 128 tokens where there are some")
     plot_loss_curves(
