@@ -59,9 +59,11 @@ PICTURED = [
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest_results(kind: str, folder: str = "benchmarks") -> tuple[dict[str, Any], list[Path]] | None:
+def newest_results(
+    kind: str, folder: str = "benchmarks"
+) -> tuple[dict[str, Any], dict[Path, list[str]]] | None:
     """The last report of a device kind, with each problem's newest result from all reports of the same device
-    and versions, and those reports' paths. Names are dates, so the last in order is the newest.
+    and versions, and the problems taken from each of those. Names are dates, so the last is the newest.
     """
     paths = sorted(LOGS.glob(f"{kind}-*/{folder}/*.json"), key=lambda path: path.name)
     reports = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
@@ -77,23 +79,29 @@ def newest_results(kind: str, folder: str = "benchmarks") -> tuple[dict[str, Any
                 for result in report["results"]
             }
     merged = {**newest, "results": [result for _, result in results.values()]}
-    return merged, sorted({path for path, _ in results.values()})
+    taken: dict[Path, list[str]] = {}
+    for problem, (path, _) in sorted(results.items(), key=lambda item: item[1][0]):
+        taken.setdefault(path, []).append(problem.partition(" ")[0])
+    return merged, taken
 
 
-def _where(report: dict[str, Any], paths: list[Path], folder: Path) -> str:
-    """What a report was measured on, and links to its files from a folder."""
+def _where(report: dict[str, Any], taken: dict[Path, list[str]], folder: Path) -> str:
+    """What a report was measured on, and links to its files from a folder: of those before the last with what
+    they gave, for it was measured on kernels as they were then.
+    """
     cuda = report["target"].startswith("cuda")
     where = report["device"]["name"] + ("" if cuda else f", {report['threads']} threads")
     if cuda and report["device"].get("driver"):
         where += f", driver {report['device']['driver']}"
     versions = report["versions"]
     compiler = f"TVM {versions['apache-tvm']}" if versions["apache-tvm"] else "kernels from a bundle"
-    links = (f"[{path.name}]({os.path.relpath(path, folder)})" for path in paths)
-    return (
-        f"Measured on {where}, {report['date'][:10]}, PyTorch {versions['torch']}, {compiler}; "
-        + ", ".join(links)
-        + "."
+    *earlier, last = (f"[{path.name}]({os.path.relpath(path, folder)})" for path in taken)
+    before = "".join(
+        f"; {', '.join(problems)} before, with earlier kernels ({link})"
+        for link, problems in zip(earlier, taken.values(), strict=False)
     )
+    made = f"{report['date'][:10]}, PyTorch {versions['torch']}, {compiler} ({last})"
+    return f"Measured on {where}, {made}{before}."
 
 
 def _unit(kind: str) -> tuple[str, float]:
@@ -113,7 +121,7 @@ def benchmark_block(kind: str) -> str | None:
     newest = newest_results(kind)
     if newest is None:
         return None
-    report, paths = newest
+    report, taken = newest
     picture = DOCS / f"benchmark-{kind}.png"
     plot_benchmark(report, picture)
     unit, factor = _unit(kind)
@@ -146,7 +154,7 @@ def benchmark_block(kind: str) -> str | None:
     lines = [
         *_table(titles, rows[:MOST_ROWS]),
         "",
-        f"{_where(report, paths, ROOT)} Every implementation: [{PAGE}]({(DOCS / PAGE).relative_to(ROOT)}).",
+        f"{_where(report, taken, ROOT)} Every implementation: [{PAGE}]({(DOCS / PAGE).relative_to(ROOT)}).",
         "",
         f"![Benchmark]({picture.relative_to(ROOT)})",
     ]
@@ -168,11 +176,11 @@ def performance_page() -> str:
         newest = newest_results(kind)
         if newest is None:
             continue
-        report, paths = newest
+        report, taken = newest
         unit, factor = _unit(kind)
         titles = ["implementation", "median ms", "p25-p75", f"useful {unit}", "of matmul rate", "of dense"]
         titles += ["largest error"] + (["peak MiB"] if kind == "cuda" else []) + ["made for one length"]
-        parts += ["", f"## {report['device']['name']}", "", _where(report, paths, DOCS)]
+        parts += ["", f"## {report['device']['name']}", "", _where(report, taken, DOCS)]
         if len({result["problem"]["length"] for result in report["results"]}) > 1:
             picture = plot_lengths(report, DOCS / f"lengths-{kind}.png")
             parts += ["", f"![Useful {unit} against the length]({picture.name})"]
@@ -209,9 +217,9 @@ def decode_tables(kind: str, folder: Path) -> list[str]:
     newest = newest_results(kind, "decode_benchmarks")
     if newest is None:
         return []
-    report, paths = newest
+    report, taken = newest
     parts = [
-        f"{_where(report, paths, folder)} Copies of memory ran at {report['copy_gb_s']:.4g} GB/s, read and "
+        f"{_where(report, taken, folder)} Copies of memory ran at {report['copy_gb_s']:.4g} GB/s, read and "
         "written; *needed* are the bytes that a step of the layout can't do without, whatever was read.",
     ]
     for result in report["results"]:
@@ -240,8 +248,8 @@ def generation_tables(kind: str, folder: Path) -> list[str]:
     newest = newest_results(kind, "generation_benchmarks")
     if newest is None:
         return []
-    report, paths = newest
-    parts = [_where(report, paths, folder)]
+    report, taken = newest
+    parts = [_where(report, taken, folder)]
     for result in report["results"]:
         problem, model = AttentionProblem.from_json(result["problem"]), result["model"]
         rows = []
