@@ -1,7 +1,8 @@
 """One row of attention by one warp, in plain float32: right for scores of any size, and slow.
 
-The forward's consumers multiply scores by their factor and subtract the row's largest such product, in one
-instruction; where products are rounded by more than what exp2 can take, this takes their place.
+The forward's consumers multiply scores by their factor and subtract the row's reference, in one instruction.
+This takes their place where such products are rounded by more than what exp2 can take, and where within one
+chunk a score rises above the reference by more than what a float32 weight can be (88 nats).
 """
 
 # mypy: ignore-errors
