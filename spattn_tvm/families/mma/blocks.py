@@ -10,7 +10,8 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
 - `wait_macro`: waits at an mbarrier.
 - `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start; `match_rows`: those of a
   function.
-- `row_loader_macro`: rows of such a tensor to shared memory by ``cp.async``.
+- `row_loader_macro`: rows of such a tensor to shared memory by ``cp.async``; `RowCopies`: what each thread
+  does for it.
 - `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, the product, and the
   way of an accumulator's rows to global memory.
 
@@ -217,6 +218,74 @@ def match_rows(
     return SimpleNamespace(**tensors)
 
 
+class RowCopies:
+    """How the threads of a block copy `rows` rows that lie side by side to shared memory, by ``cp.async``.
+
+    Each thread has some rows, from `own_row` on, and some 16-byte units of each, from `own_column` on.
+
+    Parameters
+    ----------
+    rows : int
+    columns : int
+        Elements of a row.
+    dtype : str
+    threads : int
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: str, threads: int) -> None:
+        self._unit, self.pitch = 16 // element_bytes(dtype), row_pitch(columns, dtype)
+        # Of a row's units, as many side by side as a power of two divides: no division by 3, 5 or 7.
+        units = columns // self._unit
+        self._abreast = min(units & -units, threads)
+        self.copy = self._copy_macro(rows, units // self._abreast, threads // self._abreast)
+
+    def own_row(self, thread: Any) -> Any:
+        return thread // self._abreast
+
+    def own_column(self, thread: Any) -> Any:
+        return thread % self._abreast * self._unit
+
+    def own_place(self, thread: Any) -> Any:
+        """Elements from where the rows begin in shared memory to the thread's first."""
+        return self.own_row(thread) * self.pitch + self.own_column(thread)
+
+    def _copy_macro(self, rows: int, turns: int, high: int) -> Callable[..., None]:
+        """The macro ``copy(target, place, source, start, stride, own, row0, first, end)``.
+
+        The thread's first unit goes from element ``start`` (int64) of ``source``, a flat buffer whose rows
+        are ``stride`` (int64) elements apart, to element ``place`` of the shared buffer ``target``; ``own``
+        is its `own_row`. Of the rows, ``row0`` and on, those outside of ``first <= r < end`` become zeros
+        without being read; either bound may be None. The caller commits the group and waits.
+        """
+        from tvm.script import tirx as T
+
+        across = self._abreast * self._unit
+        command = "cp.async.cg.shared.global.L2::128B"
+
+        def is_inside(row: Any, first: Any, end: Any) -> Any:
+            if first is None:
+                return row < end
+            return row >= first if end is None else T.And(row >= first, row < end)
+
+        @T.inline
+        def copy(target, place, source, start, stride, own, row0, first, end):
+            is_whole = T.meta_var(first is None and end is None)
+            for i in T.unroll((rows + high - 1) // high):
+                if not is_whole:
+                    row: T.int32 = row0 + own + i * high
+                    bytes_read: T.uint32 = T.Select(is_inside(row, first, end), T.uint32(16), T.uint32(0))
+                for j in T.unroll(turns):
+                    if T.Or(rows % high == 0, own + i * high < rows):
+                        T.ptx[command](
+                            target.ptr_to([place + (i * high * self.pitch + j * across)]),
+                            source.ptr_to([start + T.int64(i * high) * stride + T.int64(j * across)]),
+                            16,
+                            *([] if is_whole else [bytes_read]),
+                        )
+
+        return copy
+
+
 def row_loader_macro(
     rows: int, columns: int, dtype: str, threads: int, whole: bool = True
 ) -> Callable[..., None]:
@@ -230,46 +299,19 @@ def row_loader_macro(
     """
     from tvm.script import tirx as T
 
-    UNIT = 16 // element_bytes(dtype)
-    PITCH = row_pitch(columns, dtype)
-    # Of a row's 16-byte units, as many side by side as a power of two divides: no division by 3, 5 or 7.
-    UNITS = columns // UNIT
-    ABREAST = min(UNITS & -UNITS, threads)
-    HIGH = threads // ABREAST
-    PASSES = (rows + HIGH - 1) // HIGH
-    RAGGED = rows % HIGH != 0
-    COPY = "cp.async.cg.shared.global.L2::128B"
+    copies = RowCopies(rows, columns, dtype, threads)
 
     @T.inline
     def load_rows(target, at, source, origin, stride, row0, first, end, thread):
-        mine: T.int32 = thread // ABREAST
-        left: T.int32 = thread % ABREAST * UNIT
-        place: T.int32 = at + mine * PITCH + left
-        start: T.int64 = origin + T.cast(row0 + mine, "int64") * stride + T.cast(left, "int64")
+        own: T.int32 = copies.own_row(thread)
+        column: T.int32 = copies.own_column(thread)
+        place: T.int32 = at + own * copies.pitch + column
+        start: T.int64 = origin + T.cast(row0 + own, "int64") * stride + T.cast(column, "int64")
         # A test for each row costs half of what its copies cost, and most tiles need none.
         if whole and T.And(row0 >= first, row0 + rows <= end):
-            for i in T.unroll(PASSES):
-                for j in T.unroll(UNITS // ABREAST):
-                    if T.Or(not RAGGED, mine + i * HIGH < rows):
-                        T.ptx[COPY](
-                            target.ptr_to([place + (i * HIGH * PITCH + j * ABREAST * UNIT)]),
-                            source.ptr_to([start + T.int64(i * HIGH) * stride + T.int64(j * ABREAST * UNIT)]),
-                            16,
-                        )
+            copies.copy(target, place, source, start, stride, own, row0, None, None)
         else:
-            for i in T.unroll(PASSES):
-                row: T.int32 = row0 + mine + i * HIGH
-                bytes_read: T.uint32 = T.Select(
-                    row < end if first is None else T.And(row >= first, row < end), T.uint32(16), T.uint32(0)
-                )
-                for j in T.unroll(UNITS // ABREAST):
-                    if T.Or(not RAGGED, mine + i * HIGH < rows):
-                        T.ptx[COPY](
-                            target.ptr_to([place + (i * HIGH * PITCH + j * ABREAST * UNIT)]),
-                            source.ptr_to([start + T.int64(i * HIGH) * stride + T.int64(j * ABREAST * UNIT)]),
-                            16,
-                            bytes_read,
-                        )
+            copies.copy(target, place, source, start, stride, own, row0, first, end)
 
     return load_rows
 
