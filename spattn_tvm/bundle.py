@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .build.label import contradiction
+from .families import is_made_for
 from .families.kernel import KernelSpec, is_far
 from .file_reading import parse_json, read_regular_file, shown
 from .problem import AttentionProblem, is_same_problem, problem_distance
@@ -106,8 +107,9 @@ class Bundle:
         deterministic: bool = False,
     ) -> BundledKernel | None:
         """The kernel exported for the problem nearest to this one, among those for the target nearest to
-        this device: its very model, its instruction set, or one that it runs as well. One for bands of
-        another width serves only where there is no better (:func:`~spattn_tvm.families.kernel.is_far`).
+        this device: its very model, its instruction set, or one that it runs as well. A family made for such
+        problems comes before others. A kernel for bands of another width serves only where there is no better
+        (:func:`~spattn_tvm.families.kernel.is_far`).
 
         None if there is none for its direction, dtype and head dim, none whose results are bitwise
         reproducible where that is asked for, or the bundle is for other devices.
@@ -124,6 +126,7 @@ class Bundle:
             able,
             key=lambda entry: (
                 _distance(entry.target, target),
+                not is_made_for(entry.kernel.family, problem, target),
                 not is_same_problem(problem, entry.problem),
                 is_far(
                     entry.kernel.family,

@@ -86,7 +86,7 @@ def _families(
 ) -> tuple[list[str], list[str]]:
     """Families that can serve the problem, and why the others can't."""
     able, reasons = [], []
-    for family in families_for(target) if families is None else families:
+    for family in families_for(target, problem) if families is None else families:
         if not has_space(family, problem.direction):
             reasons.append(f"{family} has no {problem.direction}")
             continue

@@ -35,7 +35,7 @@ from .bundle import (
 )
 from .choice import Choice, NoKernelError, find_schedule
 from .families import call_on_registration as call_on_family_registration
-from .families import families_for, family_names, find_family
+from .families import families_for, families_on, family_names, find_family
 from .families.family import Abi
 from .families.kernel import KernelSpec
 from .problem import AttentionProblem, is_same_problem
@@ -261,10 +261,10 @@ def _compiled(target: MachineTarget, choice: Choice, again: bool) -> Kernel:
     return Kernel(function, spec, choice.status, choice.reason, path)
 
 
-def _families(impl: str, target: MachineTarget) -> tuple[str, ...]:
-    able = families_for(target)
+def _families(impl: str, target: MachineTarget, problem: AttentionProblem) -> tuple[str, ...]:
     if impl == "auto":
-        return able
+        return families_for(target, problem)
+    able = families_on(target)
     if impl not in able:
         runs = ", ".join(able) or "none"
         raise NoKernelError(f"impl={impl!r} can't run on {target.folder}; families that run there: {runs}")
@@ -316,7 +316,7 @@ def _find(
     try:
         problem = _problem(direction, dtype, shape, kv_heads or shape[1], layout, kv_length)
         target = _target_of(device)
-        families = _families(impl, target)
+        families = _families(impl, target, problem)
         other_keys = kv_length is not None
         with _lock:
             kernel = _from_bundles(problem, target, families, deterministic, other_keys)
@@ -453,7 +453,7 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
         return Explanation(problem, target, family, status, reason, decisions, latency_us, tuple(facts))
 
     for bundle in _bundles_in_use() if obstacle is None else []:
-        entry = bundle.nearest(problem, target, families_for(target), deterministic)
+        entry = bundle.nearest(problem, target, families_for(target, problem), deterministic)
         if entry is not None:
             status, reason = _bundled_status(problem, bundle, entry)
             facts += [

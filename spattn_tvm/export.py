@@ -155,7 +155,8 @@ def _export(
         choices.append((problem, steady))
     known = {fastest.kernel}
     for other in _of_other_widths(problem, target):
-        choice = find_schedule(other, target)
+        # Whatever the problem at hand is: these serve others.
+        choice = find_schedule(other, target, families=families_for(target))
         if choice.kernel not in known:
             known.add(choice.kernel)
             choices.append((other, choice))

@@ -214,6 +214,13 @@ def _kept(abi: Abi, item: Scratch, layout: _Layout, index: int) -> Tensor:
     return _kept_on_stream(abi, item, layout, index, current_stream(index))
 
 
+def _scratch(
+    kept: Sequence[Tensor | None], layouts: Sequence[_Layout], empty: Callable[..., Tensor]
+) -> list[Tensor]:
+    """Scratch for a call: what is kept, and else new."""
+    return [empty(*layout) if zeros is None else zeros for zeros, layout in zip(kept, layouts, strict=True)]
+
+
 def like(result: Tensor, model: Tensor) -> Tensor:
     """The result in the dtype and the strides of ``torch.empty_like(model)``; itself if it has them."""
     if result.dtype == model.dtype and model.is_contiguous() and result.stride() == model.stride():
@@ -442,10 +449,7 @@ def ready_decode(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: CacheD
             places = CacheDomain(bands, cache_lengths, cache_starts, block_table, ring)
             return launch_decode(kernel, q, k, v, places, scale)
         o, lse = empty(*o_layout), empty(*lse_layout)
-        scratch = [
-            empty(*layout) if zeros is None else zeros
-            for zeros, layout in zip(kept, scratch_layouts, strict=True)
-        ]
+        scratch = _scratch(kept, scratch_layouts, empty)
         function(
             q, k, v, bands, cache_lengths, cache_starts, block_table, ring, o, lse, *scratch, scale, workers
         )
@@ -482,7 +486,6 @@ def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domai
         abi.results == ("o", "lse")
         and [output.like for output in abi.outputs] == ["q", ""]
         and abi.writes_results
-        and all(item.kept for item in abi.scratch)
         and all(_has_aligned_strides(tensor, alignment) for tensor in (q, k, v, o_like))
     )
     if not is_usual or parts is None:
@@ -494,7 +497,8 @@ def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domai
     assert layouts[1] is not None
     lse_shape, lse_strides, lse_dtype = layouts[1]
     pairs = zip(abi.scratch, scratch_layouts, strict=True)
-    kept = tuple(_kept(abi, item, layout, index) for item, layout in pairs)
+    kept = tuple(_kept(abi, item, layout, index) if item.kept else None for item, layout in pairs)
+    is_kept = all(item.kept for item in abi.scratch)
     any_scale = not abi.positive_scale
     any_call = any_scale and alignment == 1
 
@@ -505,13 +509,14 @@ def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domai
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cpu(o_shape, o_strides, dtype)
         lse = empty_on_cpu(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, *tables, o, lse, *kept, scale, torch.get_num_threads())
+        scratch = kept if is_kept else _scratch(kept, scratch_layouts, empty_on_cpu)
+        function(q, k, v, *tables, o, lse, *scratch, scale, torch.get_num_threads())
         return o, lse
 
     if index < 0:
         return launch_on_cpu
     # CUDA captures no graph on its default stream.
-    may_capture = bool(kept) and current_stream(index) != 0
+    may_capture = any(item.kept for item in abi.scratch) and current_stream(index) != 0
 
     def launch_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if (
@@ -523,7 +528,8 @@ def ready_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, domain: Domai
             return launch_with_copies(q, k, v, scale)
         o = empty_on_cuda(o_shape, o_strides, dtype)
         lse = empty_on_cuda(lse_shape, lse_strides, lse_dtype)
-        function(q, k, v, *tables, o, lse, *kept, scale, workers)
+        scratch = kept if is_kept else _scratch(kept, scratch_layouts, empty_on_cuda)
+        function(q, k, v, *tables, o, lse, *scratch, scale, workers)
         return o, lse
 
     return launch_on_cuda

@@ -152,6 +152,13 @@ class AttentionProblem:
             pairs -= self.layout.pairs(self.keys - self.length)
         return max(1.0, pairs / (self.query_heads * self.length))
 
+    @cached_property
+    def most_keys(self) -> int:
+        """Keys of the query and head that attend to the most of them, and at least 1; documents as above."""
+        last = self.keys - 1
+        heads = self.layout.bands(self.keys)
+        return max(1, *(sum(max(0, min(high, last) - low + 1) for low, high in bands) for bands in heads))
+
     @property
     def useful_flops(self) -> int:
         """Floating-point operations of the attended pairs: ``4*D`` each forward and decoding, ``10*D``

@@ -19,7 +19,7 @@ from torch import Tensor
 from .accuracy import judge, plain_attention
 from .bands import LIMIT, BandLayout
 from .cache_forms import CachePlaces
-from .families import families_for, find_family, find_space
+from .families import families_on, find_family, find_space
 from .families.kernel import KernelSpec
 from .reference import attention_mask, reference_attention, reference_decode
 from .target import MachineTarget
@@ -244,7 +244,7 @@ def kernels_of(target: MachineTarget) -> list[CheckedKernel]:
     from .store import load_records
 
     kernels = kernels_of_records(load_records(target.folder))
-    for family in families_for(target):
+    for family in families_on(target):
         for direction in find_family(family).spaces:
             space = find_space(family, direction)
             for dtype, head_dim in _UNTUNED:

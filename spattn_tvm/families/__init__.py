@@ -15,13 +15,15 @@ from .cpu.abi import FAMILY as CPU
 from .family import Family
 from .hopper.abi import FAMILY as HOPPER
 from .mma.abi import FAMILY as MMA
+from .mma.abi import SPLIT as MMA_SPLIT
 from .space import Space
 
 if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
 # In order of preference, for a device that several run on.
-_registered: dict[str, Family] = {family.name: family for family in (CPU, HOPPER, MMA)}
+_registered: dict[str, Family] = {family.name: family for family in (CPU, HOPPER, MMA, MMA_SPLIT)}
 _listeners: list[Callable[[], None]] = []
 
 
@@ -118,9 +120,26 @@ def resolve_family(name: str) -> Family:
     return family
 
 
-def families_for(target: MachineTarget) -> tuple[str, ...]:
-    """Families whose code runs on ``target``, the preferred one first."""
+def families_on(target: MachineTarget) -> tuple[str, ...]:
+    """Families whose code runs on ``target``, those that are made for some problems alone among them."""
     return tuple(name for name, family in _registered.items() if family.runs_on(target))
+
+
+def families_for(target: MachineTarget, problem: AttentionProblem | None = None) -> tuple[str, ...]:
+    """Families that ``impl="auto"`` takes on ``target``, the preferred one first: those made for problems
+    like ``problem``, then those made for any.
+    """
+    able = families_on(target)
+    special = () if problem is None else tuple(name for name in able if is_made_for(name, problem, target))
+    return (*special, *(name for name in able if _registered[name].made_for is None))
+
+
+def is_made_for(name: str, problem: AttentionProblem, target: MachineTarget) -> bool:
+    """Whether a registered family is made for some problems alone, and this is one on its target."""
+    family = _registered.get(name)
+    if family is None or family.made_for is None:
+        return False
+    return has_space(name, problem.direction) and family.made_for(problem, target)
 
 
 def has_space(family: str, direction: str) -> bool:

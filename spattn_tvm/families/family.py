@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spattn_tvm.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -208,6 +209,9 @@ class Family:
         For each of the same directions.
     title : str
         What a benchmark's table says of it; its name by default.
+    made_for : (problem, target) -> bool
+        For a family of kernels for some problems alone: whether a problem is one on a target that the family
+        runs on. For those it is preferred to others, and for no other does ``impl="auto"`` take it.
     sources : tuple of str
         Modules, and packages with all their modules, from whose text the kernels come: a library in the cache
         is of use as long as none has changed. By default the module of `reference` alone.
@@ -220,6 +224,7 @@ class Family:
     abis: Mapping[str, Abi]
     title: str = ""
     sources: tuple[str, ...] = ()
+    made_for: Callable[[AttentionProblem, MachineTarget], bool] | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name in ("auto", "reference"):

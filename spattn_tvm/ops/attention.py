@@ -254,8 +254,8 @@ def banded_attention(
     impl : str
         ``"auto"`` takes the device's preferred kernel family, the eager reference for float64, and the
         reference with a warning where no kernel can serve. ``"reference"`` is that one; any other is the name
-        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"`` or a registered one), which is used or the call
-        fails.
+        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"``, ``"mma_split"`` or a registered one), which is
+        used or the call fails; ``"mma_split"``, for few queries and many keys, has no backward.
 
     Returns
     -------

@@ -564,7 +564,7 @@ def tune(
 def _supporting_spaces(
     problem: AttentionProblem, target: MachineTarget, families: Sequence[str] | None
 ) -> dict[str, Space]:
-    names = families_for(target) if families is None else tuple(families)
+    names = families_for(target, problem) if families is None else tuple(families)
     spaces, refused = {}, []
     for reference in names:
         name = resolve_family(reference).name

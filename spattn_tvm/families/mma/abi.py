@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
 
 if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
 COPY_BYTES = 16  # of one cp.async
@@ -65,6 +66,63 @@ DECODE = Abi(
 )
 
 
+# Blocks that the keys of a tile are split over at most: one for each lane that puts them together.
+MOST_SPLITS = 32
+SPLIT_BLOCKS = 4  # of a multiprocessor, at most
+SPLIT_ROWS = 128  # query rows of a tile, by which calls are judged
+# With at most so many tiles, half as many as a large chip has multiprocessors, each is shared by two blocks
+# at least. Sharing costs the way of float32 sums to memory and back, and a second kernel, which the keys of
+# the longest tile must be worth. Measured on an H100, bfloat16, us:
+#
+# =====  ====  =================================  ================================
+# tiles  keys  head dim 128: split, mma, hopper   head dim 64: split, mma, hopper
+# =====  ====  =================================  ================================
+#     8  1024  21.5, 41.4, 23.8
+#    16   512  21.0, 28.0, 18.8                   18.1, 20.7, 16.0
+#    16  1024  24.5, 41.5, 24.7                   20.9, 31.0, 22.0
+#    16  4096  36.3, 126, 61.3                    27.8, 90.7, 56.6
+#    32  1024  27.4, 42.7, 29.2                   22.4, 31.0, 27.0
+#    64  1024  34.8, 44.2, 33.5                   26.9, 31.7, 28.2
+#    64  2048  46.4, 73.0, 45.3
+#    64  4096  68.3, 131, 74.4                    46.9, 91.8, 71.4
+#    96  4096  111, 133, 75.7
+# =====  ====  =================================  ================================
+MOST_TILES = 66
+LEAST_KEYS = 256
+LEAST_KEYS_BESIDE_HOPPER = 600  # and a quarter of the head dim more for each tile
+HOPPER_HEAD_DIMS = (64, 128, 192)  # which it has in two-byte types
+
+
+def query_tiles(batch: int, heads: int, queries: int) -> int:
+    """Tiles of a call that is not packed."""
+    return batch * heads * -(-queries // SPLIT_ROWS)
+
+
+def _split_rows(n: Sizes) -> int:
+    """Rows of all shares."""
+    splits = SPLIT_BLOCKS * n.workers // query_tiles(n.batch, n.query_heads, n.queries)
+    return max(1, min(MOST_SPLITS, splits)) * n.batch * n.query_heads * n.queries
+
+
+SPLIT_FORWARD = Abi(
+    inputs=FORWARD.inputs,
+    outputs=FORWARD.outputs,
+    scratch=(
+        Scratch("partial_o", shape=lambda n: (_split_rows(n), n.head_dim), dtype="float32"),
+        Scratch("partial_sums", shape=lambda n: (_split_rows(n), 4), dtype="float32"),
+    ),
+    alignment=COPY_BYTES,
+)
+
+
+def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool:
+    tiles = query_tiles(problem.batch, problem.query_heads, problem.length)
+    least = LEAST_KEYS
+    if target.arch == "sm_90a" and problem.dtype != "float32" and problem.head_dim in HOPPER_HEAD_DIMS:
+        least = LEAST_KEYS_BESIDE_HOPPER + tiles * problem.head_dim // 4
+    return tiles <= MOST_TILES and problem.most_keys >= least
+
+
 def _runs_on(target: MachineTarget) -> bool:
     return target.kind == "cuda"
 
@@ -81,4 +139,15 @@ FAMILY = Family(
     },
     abis={"forward": FORWARD, "backward": BACKWARD, "decode": DECODE},
     sources=("spattn_tvm.families.mma", "spattn_tvm.domains"),
+)
+
+SPLIT = Family(
+    name="mma_split",
+    title="portable kernels, keys split over blocks",
+    reference="spattn_tvm.families.mma.abi:SPLIT",
+    runs_on=_runs_on,
+    spaces={"forward": "spattn_tvm.families.mma.split_space:FORWARD"},
+    abis={"forward": SPLIT_FORWARD},
+    sources=FAMILY.sources,
+    made_for=_is_short_and_wide,
 )
