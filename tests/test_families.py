@@ -27,6 +27,7 @@ from spattn_tvm.dispatch import find_kernel, implementations
 from spattn_tvm.export import export_bundle
 from spattn_tvm.families import (
     families_for,
+    families_on,
     family_names,
     find_family,
     find_space,
@@ -157,7 +158,31 @@ def test_the_package_prefers_a_chips_own_family() -> None:
     assert families_for(parse_target("x86-64-v2")) == ("cpu",)
 
 
-KERNELS = [(name, each) for name in ("cpu", "mma", "hopper") for each in find_family(name).spaces]
+def test_a_family_made_for_some_problems_comes_first_for_them_alone() -> None:
+    h200, wide = parse_target("nvidia/h200"), BandLayout.causal(4)
+    few = AttentionProblem("forward", "bfloat16", 1, 4, 4, 100, 64, wide, kv_length=9000)
+    assert families_for(h200, few) == ("mma_split", "hopper", "mma")
+    others = (
+        dataclasses.replace(few, batch=17),  # more tiles than half of the multiprocessors
+        dataclasses.replace(few, kv_length=650),
+        dataclasses.replace(few, batch=16, kv_length=1600),
+        dataclasses.replace(few, direction="backward"),
+    )
+    for other in others:
+        assert families_for(h200, other) == ("hopper", "mma")
+    assert families_for(parse_target("x86-64-v2"), few) == ("cpu",)
+    # Where no faster kernels are, fewer keys are worth it.
+    for target, changes in (("sm_80", {}), ("h200", {"dtype": "float32"}), ("h200", {"head_dim": 96})):
+        some = dataclasses.replace(few, batch=16, kv_length=300, **changes)
+        assert families_for(parse_target(target), some)[0] == "mma_split"
+        for other in (dataclasses.replace(some, kv_length=200), dataclasses.replace(some, batch=17)):
+            assert "mma_split" not in families_for(parse_target(target), other)
+    assert families_on(h200) == ("hopper", "mma", "mma_split")
+
+
+KERNELS = [
+    (name, each) for name in ("cpu", "mma", "mma_split", "hopper") for each in find_family(name).spaces
+]
 
 
 @pytest.mark.parametrize("family,direction", KERNELS)

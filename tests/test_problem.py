@@ -104,6 +104,17 @@ def test_other_keys_are_part_of_a_problem():
     assert few.useful_flops == dataclasses.replace(problem, length=37, kv_length=None).useful_flops
 
 
+@given(problems)
+def test_the_most_keys_are_those_of_one_query(problem):
+    first = max(0, problem.keys - problem.length)
+    counts = [
+        sum(any(lo <= i - j <= hi for lo, hi in bands) for j in range(i + 1))
+        for bands in problem.layout.bands(problem.keys)
+        for i in range(first, problem.keys)
+    ]
+    assert problem.most_keys == max(1, *counts)
+
+
 def test_min_bytes_count_each_tensor_once():
     problem = AttentionProblem("forward", "float16", 3, 4, 2, 10, 8, BandLayout.spattention(4, 12))
     query, key, row = 3 * 4 * 10 * 8 * 2, 3 * 2 * 10 * 8 * 2, 3 * 4 * 10 * 4

@@ -30,6 +30,7 @@ from spattn_tvm.target import MachineTarget, parse_target, registers_most
 
 SPACE = find_space("mma", "forward")
 H200 = parse_target("nvidia/h200")
+IMPLS = ("mma", "mma_split")  # the second with keys split over blocks
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -151,10 +152,10 @@ class _WithReferenceGradients(torch.autograd.Function):
     """The forward under test, so that its errors are judged apart from the backward's."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, problem: SweepProblem) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, problem: SweepProblem, impl: str) -> Any:
         ctx.problem, ctx.places = problem, problem.placed.arguments("cuda")
         o, lse = banded_attention(
-            q, k, v, problem.layout, scale=problem.scale, return_lse=True, impl="mma", **ctx.places
+            q, k, v, problem.layout, scale=problem.scale, return_lse=True, impl=impl, **ctx.places
         )
         ctx.save_for_backward(q, k, v, o, lse)
         return o, lse
@@ -165,7 +166,7 @@ class _WithReferenceGradients(torch.autograd.Function):
         gradients = reference_gradients(
             q, k, v, o, lse, do, dlse, ctx.problem.layout, scale=ctx.problem.scale, **ctx.places
         )
-        return *(g.to(q.dtype) for g in gradients), None
+        return *(g.to(q.dtype) for g in gradients), None, None
 
 
 PROBLEMS = {
@@ -246,11 +247,14 @@ def complete_problem(dtype: str, head_dim: int, given: dict[str, Any]) -> SweepP
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 48, 80])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim: int, name: str) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_results_err_at_most_twice_as_much_as_plain_pytorch(
+    impl: str, dtype: str, head_dim: int, name: str
+) -> None:
     problem = complete_problem(dtype, head_dim, PROBLEMS[name])
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _WithReferenceGradients.apply(q, k, v, problem)
+        return _WithReferenceGradients.apply(q, k, v, problem, impl)
 
     check_problem(problem, device="cuda", attention=attention)
 
@@ -259,7 +263,8 @@ def test_results_err_at_most_twice_as_much_as_plain_pytorch(dtype: str, head_dim
 @pytest.mark.parametrize("sign", [1, -1, 0], ids=["positive", "negative", "of both signs"])
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e9, 1e15, 1.2e18])
 @pytest.mark.parametrize("dtype,head_dim", [("float32", 32), ("bfloat16", 64), ("bfloat16", 128)])
-def test_scores_up_to_the_float32_limit(dtype: str, head_dim: int, size: float, sign: int) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_up_to_the_float32_limit(impl: str, dtype: str, head_dim: int, size: float, sign: int) -> None:
     """Where one key's score is far above the others', it takes all, however large or small all are."""
     layout = BandLayout.custom([[(0, 40), (100, 160)], [(7, 90)]])
     mask = attention_mask(layout, 300, device="cuda")
@@ -277,7 +282,7 @@ def test_scores_up_to_the_float32_limit(dtype: str, head_dim: int, size: float, 
         scores, mine, other = scores[has_key], *scores.topk(2)[0][has_key].unbind(-1)
         # Rounded as a float32 product is, the best must still be the best by enough to take all.
         clear = mine - other > 1e-5 * mine.abs() + 30
-        o, lse = banded_attention(q, k, v, layout, scale=scale, return_lse=True, impl="mma")
+        o, lse = banded_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl)
         values = v.double()[:, :, None].expand(-1, -1, 300, -1, -1)[has_key]
         expected = (scores.softmax(-1)[:, None] @ values)[:, 0]
         assert not o.isnan().any() and torch.equal(lse == -torch.inf, ~has_key)

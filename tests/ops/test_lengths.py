@@ -301,7 +301,7 @@ def test_a_family_that_takes_the_queries_own_keys_only_says_so(monkeypatch: pyte
             warnings.simplefilter("error", FallbackWarning)
             found = banded_attention(q, k, v, LAYOUT)
         torch.testing.assert_close(found, reference_attention(q, k, v, LAYOUT)[0], **CLOSE)
-        monkeypatch.setattr(dispatch, "families_for", lambda target: ("toy",))
+        monkeypatch.setattr(dispatch, "families_for", lambda target, problem: ("toy",))
         dispatch.clear_cache()
         with pytest.warns(FallbackWarning, match="as many queries as keys only"):
             found = banded_attention(q, k, v, LAYOUT)

@@ -1,0 +1,152 @@
+"""The portable forward with split keys: its space, its choice and its machine code. Its results are tested
+beside the forward's, in test_mma_forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from length_problems import random_problem, truth
+
+from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm.build.library_cache import compile_kernel
+from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.choice import find_schedule
+from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.families import find_family, find_space
+from spattn_tvm.families.family import Sizes
+from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.store import ScheduleRecord, save_records
+from spattn_tvm.target import MachineTarget, parse_target
+
+PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "100"))
+SPACE, WHOLE = find_space("mma_split", "forward"), find_space("mma", "forward")
+H100 = parse_target("nvidia/h100")
+SHORT = AttentionProblem(
+    "forward", "bfloat16", 1, 16, 16, 128, 128, BandLayout.spattention(16, 32768), kv_length=32768
+)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_untuned_decisions_are_the_forwards(dtype: str, arch: str) -> None:
+    target = MachineTarget("cuda", arch)
+    for head_dim in range(32, 257, 16):
+        decisions = SPACE.untuned(head_dim, dtype, target, deterministic=True)
+        assert SPACE.rejection(decisions, head_dim, dtype, target) is None
+        assert SPACE.is_deterministic(decisions)
+        assert {**WHOLE.untuned(head_dim, dtype, target), "least_chunks": 2} == decisions
+
+
+def test_features_tell_the_shares() -> None:
+    few = {**SPACE.untuned(128, "bfloat16", H100), "least_chunks": 8}
+    assert all(math.isfinite(value) for value in SPACE.features(few, SHORT))
+    narrow = dataclasses.replace(SHORT, layout=BandLayout.sliding_window(16, 256))
+    assert SPACE.features(few, narrow) != SPACE.features({**few, "least_chunks": 1}, narrow)
+
+
+def rows(batch: int = 1, queries: int = 128, workers: int = 132) -> int:
+    sizes = Sizes(batch, 16, 16, queries, 32768, 128, workers)
+    scratch = find_family("mma_split").abis["forward"].scratch
+    (all_rows, head_dim), (sums_rows, words) = (item.shape(sizes) for item in scratch)
+    assert (head_dim, sums_rows, words) == (sizes.head_dim, all_rows, 4)
+    assert all_rows % (sizes.batch * sizes.query_heads * sizes.queries) == 0
+    return all_rows // (sizes.batch * sizes.query_heads * sizes.queries)
+
+
+def test_scratch_grows_with_the_multiprocessors_not_with_the_call() -> None:
+    assert rows() == 32  # of a warp's lanes
+    assert rows(batch=2) == 16
+    assert rows(queries=129) == 16
+    assert rows(batch=5) == 6
+    assert rows(batch=100) == rows(queries=100_000) == 1
+    assert rows(workers=24) == 6
+
+
+def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: Path) -> None:
+    def record(family: str, latency_us: float) -> None:
+        kernel = KernelSpec.untuned(family, SHORT, H100)
+        save_records([ScheduleRecord(SHORT, H100.folder, kernel, latency_us)], tmp_path)
+
+    record("hopper", 130.0)
+    choice = find_schedule(SHORT, H100, root=tmp_path)
+    assert choice.kernel == KernelSpec.untuned("mma_split", SHORT, H100)
+    assert "mma_split is preferred to hopper" in choice.reason
+    assert find_schedule(dataclasses.replace(SHORT, batch=9), H100, root=tmp_path).kernel.family == "hopper"
+    assert find_schedule(SHORT, H100, families=["mma"], root=tmp_path).kernel.family == "mma"
+    # Measured beside it, the faster one serves.
+    record("mma_split", 150.0)
+    assert find_schedule(SHORT, H100, root=tmp_path).kernel.family == "hopper"
+
+
+@pytest.mark.timeout(120)
+def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = parse_target("a100")
+    obstacle = compile_obstacle(target)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    library = compile_kernel(
+        KernelSpec("mma_split", "forward", "bfloat16", 64, SPACE.untuned(64, "bfloat16", target)), target
+    )
+    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
+    assert len(kernels) == 2
+    for resources in kernels:
+        assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120 + PROBLEMS)
+@pytest.mark.parametrize(
+    "dtype,head_dim,relative",
+    [
+        (torch.float32, 32, 1e-5),
+        (torch.bfloat16, 64, 1.2e-2),
+        (torch.bfloat16, 128, 1.2e-2),
+        (torch.float16, 96, 2e-3),
+    ],
+)
+def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> None:
+    for seed in range(PROBLEMS):
+        problem = random_problem(seed, (head_dim,))
+        q, k, v, _, _ = problem.tensors(dtype, "cuda")
+        given = problem.arguments("cuda")
+        found = banded_attention(q, k, v, problem.layout, return_lse=True, impl="mma_split", **given)
+        again = banded_attention(q, k, v, problem.layout, return_lse=True, impl="mma_split", **given)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), problem
+        keyless, expected = ~problem.mask().any(-1), truth(problem, dtype=dtype)
+        o, lse = (result.double().cpu() for result in found)
+        assert torch.equal(lse == -torch.inf, keyless) and not o[keyless].any(), problem
+        for result, exact in ((o, expected["o"]), (lse, expected["lse"])):
+            error = (result - exact).masked_fill_(keyless[..., None] if result is o else keyless, 0.0).norm()
+            size = exact.masked_fill(exact.isinf(), 0.0).norm()
+            assert error <= relative * (size + 1), (float(error), float(size), problem)
+
+
+@pytest.mark.gpu
+def test_short_calls_take_it_by_themselves_again_and_in_graphs() -> None:
+    layout = BandLayout.spattention(16, 8192)
+    shapes = ((1, 16, 100, 64), (1, 4, 8192, 64), (1, 4, 8192, 64))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    assert find_kernel("forward", q, layout.spec, kv_heads=4, kv_length=8192).family == "mma_split"
+    expected = banded_attention(q, k, v, layout, impl="mma")
+    torch.cuda.synchronize()
+    found = [banded_attention(q, k, v, layout) for _ in range(5)]
+    torch.testing.assert_close(found[0], expected, rtol=2e-2, atol=2e-3)
+    assert all(torch.equal(found[0], other) for other in found)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        o = banded_attention(q, k, v, layout)
+    for _ in range(3):
+        o.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(o, found[0])
