@@ -381,11 +381,13 @@ def test_each_attention_on_the_gpu(recipe: SimpleNamespace, tiny: Path, document
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 def test_a_run_on_the_gpu(recipe: SimpleNamespace, tiny: Path, tmp_path: Path, precision: str) -> None:
     settings = [f"train.precision={precision}", "train.steps=30", "train.learning_rate=0.01"]
-    recipe.train.train(recipe.config.load(tiny, [*settings, "train.peak_tflops=989"]), tmp_path / "run")
+    settings += ["data.context=200", "train.peak_tflops=989"]
+    recipe.train.train(recipe.config.load(tiny, settings), tmp_path / "run")
     lines = recipe.tables.read_lines(tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 30 and statistics.mean(losses[-5:]) < 0.8 * losses[0]
     assert all(0 < line["mfu"] < 1 for line in lines if "mfu" in line)
+    assert list(lines[-1]["copies_by_distance"]) == ["64", "128"]
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -390,7 +390,10 @@ def peak_flops(config: Config, device: torch.device) -> float | None:
 
 def _on(device: torch.device, rows: Tensor) -> Tensor:
     """Rows of the host on a device, without waiting for what that is at, as copies of pageable memory do."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    if device.type != "cuda":
+        return rows
+    # Expanded rows, which positions may be, can't be pinned.
+    return rows.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
