@@ -139,9 +139,7 @@ def _attention_of(peer: str, task: _Task, inputs: Inputs, shards: Any) -> Iterat
 
 def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
     """PyTorch's context parallelism, keys going round; causal over all heads, whatever the layout."""
-    import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental import context_parallel
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from spattn_tvm.torch_private import send_keys_round
@@ -152,8 +150,16 @@ def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
         raise PeerUnavailable("flash attention takes float16 and bfloat16")
     if not send_keys_round():
         raise PeerUnavailable("this PyTorch has no way to ask for a ring")
-    mesh = init_device_mesh(task.device, (task.ranks,))
-    group = task.problem.query_heads // task.problem.kv_heads
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield from _round(init_device_mesh(task.device, (task.ranks,)), task.problem)
+
+
+def _round(mesh: Any, problem: AttentionProblem) -> Iterator[Callable[..., Any]]:
+    """As `_ring`, on a mesh, with the SDPA that is in PyTorch's module."""
+    import torch
+    from torch.distributed.tensor.experimental import context_parallel
+
+    group = problem.query_heads // problem.kv_heads
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if group > 1:
@@ -162,11 +168,8 @@ def _ring(task: _Task) -> Iterator[Callable[..., Any]]:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     # The context shards its buffers as our head-tail shards, and patches SDPA.
-    position = torch.zeros(task.problem.length, device=task.device)
-    with (
-        context_parallel(mesh, buffers=[position], buffer_seq_dims=[0]),
-        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-    ):
+    position = torch.zeros(problem.length, device=mesh.device_type)
+    with context_parallel(mesh, buffers=[position], buffer_seq_dims=[0]):
         yield attend
 
 
@@ -177,6 +180,7 @@ def _counter() -> Any:
     """A mode that adds up ``received`` and ``sent`` bytes of collectives, without what stays on the rank."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
 
     def bytes_of(tensors: Any) -> int:
@@ -201,6 +205,9 @@ def _counter() -> Any:
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
+            if any(issubclass(each, DTensor) for each in types):
+                # Its own dispatch comes first, and calls here with what it moves.
+                return NotImplemented
             others = dist.get_world_size() - 1
             name = func._schema.name
             if name == "c10d::alltoall_base_":
