@@ -154,9 +154,11 @@ def _export(
     if steady.kernel != fastest.kernel:
         choices.append((problem, steady))
     known = {fastest.kernel}
-    for other in _of_other_widths(problem, target):
-        # Whatever the problem at hand is: these serve others.
-        choice = find_schedule(other, target, families=families_for(target))
+    # A family made for such problems alone serves no other call: one that takes any comes along.
+    general = families_for(target)
+    also = [problem] if general and fastest.kernel.family not in general else []
+    for other in (*also, *_of_other_widths(problem, target)):
+        choice = find_schedule(other, target, families=general)
         if choice.kernel not in known:
             known.add(choice.kernel)
             choices.append((other, choice))

@@ -18,8 +18,10 @@ from length_problems import random_problem, truth
 from spattn_tvm import BandLayout, banded_attention
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.bundle import read_manifest
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.export import export_bundle
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
 from spattn_tvm.families.kernel import KernelSpec
@@ -101,6 +103,17 @@ def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(kernels) == 2
     for resources in kernels:
         assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_bundle_for_short_calls_serves_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstacle = compile_obstacle(H100)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "cache"))
+    folder = export_bundle(tmp_path / "bundle", dataclasses.replace(SHORT, head_dim=64), H100)
+    kernels = read_manifest(folder)["kernels"]
+    assert [kernel["family"] for kernel in kernels] == ["mma_split", "hopper"]
 
 
 @pytest.mark.gpu
