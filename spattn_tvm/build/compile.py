@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import tempfile
@@ -123,26 +124,32 @@ def _recorded_nvcc(target: MachineTarget, said: list[str]) -> Iterator[None]:
     if target.kind != "cuda" or nvcc is None or original is None:
         yield
         return
-    capability = target.arch.removeprefix("sm_")
 
     def compile_cuda(code: str) -> bytes:
         with tempfile.TemporaryDirectory(prefix="spattn_tvm-") as folder:
             source, output = Path(folder) / "kernel.cu", Path(folder) / "kernel.fatbin"
             source.write_text(code, encoding="utf-8")
+            capability = target.arch.removeprefix("sm_")
             architecture = ["-gencode", f"arch=compute_{capability},code=sm_{capability}"]
-            done = subprocess.run(
-                [nvcc, *_NVCC_OPTIONS, *architecture, str(source), "-o", str(output)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                check=False,
-            )
+
+            def run_nvcc(*options: str) -> subprocess.CompletedProcess[str]:
+                # Relative paths, of its own files too: fatbinary takes a comma in one for a separator.
+                return subprocess.run(
+                    [nvcc, *options, *architecture, source.name, "-o", output.name],
+                    cwd=folder,
+                    env={**os.environ, "TMPDIR": "."},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                )
+
+            done = run_nvcc(*_NVCC_OPTIONS)
             if done.returncode:
                 said_last = done.stdout.strip()[-4000:]
                 source.write_text(_SMALLEST_KERNEL, encoding="utf-8")
-                again = [nvcc, "--fatbin", *architecture, str(source), "-o", str(output)]
-                if subprocess.run(again, capture_output=True, check=False).returncode:
+                if run_nvcc("--fatbin").returncode:
                     raise KernelUnavailableError(f"{nvcc} compiles nothing for {target.arch}:\n{said_last}")
                 raise RuntimeError(f"nvcc for {target.arch} failed:\n{said_last}")
             said.append(done.stdout)

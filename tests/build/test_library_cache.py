@@ -309,6 +309,19 @@ def test_a_lock_that_is_a_folder_is_in_nobodys_way(
     assert compile_backward() == path
 
 
+@pytest.mark.parametrize(("family", "name"), [("cpu", "cpu"), ("mma", "nvidia/h100")])
+def test_a_cache_folder_may_have_any_name(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of CUDA's tools, fatbinary takes a comma in a path for the end of it."""
+    target = parse_target(name)
+    if toolchain.compile_obstacle(target) is not None:
+        pytest.skip(str(toolchain.compile_obstacle(target)))
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "a, b=c 'd' %s $e é"))
+    decisions = find_space(family, "forward").untuned(32, "float32", target)
+    assert compile_kernel(KernelSpec(family, "forward", "float32", 32, decisions), target).exists()
+
+
 def test_a_failed_build_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
 
