@@ -66,9 +66,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     ]
 
 
-def _untuned(
-    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False, width: int = 0
-) -> dict[str, int]:
+def _untuned(head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False) -> dict[str, int]:
     """The fastest that were measured, for bands of any width (the tables are in the kernel's file); at head
     dim 192, which fills the registers of two warpgroups, what fits.
     """
