@@ -124,12 +124,12 @@ def _recorded_nvcc(target: MachineTarget, said: list[str]) -> Iterator[None]:
     if target.kind != "cuda" or nvcc is None or original is None:
         yield
         return
+    capability = target.arch.removeprefix("sm_")
 
     def compile_cuda(code: str) -> bytes:
         with tempfile.TemporaryDirectory(prefix="spattn_tvm-") as folder:
             source, output = Path(folder) / "kernel.cu", Path(folder) / "kernel.fatbin"
             source.write_text(code, encoding="utf-8")
-            capability = target.arch.removeprefix("sm_")
             architecture = ["-gencode", f"arch=compute_{capability},code=sm_{capability}"]
 
             def run_nvcc(*options: str) -> subprocess.CompletedProcess[str]:
