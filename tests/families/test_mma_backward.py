@@ -120,19 +120,24 @@ def test_features_are_finite_and_tell_decisions_apart() -> None:
     check_features(SPACE, problem)
 
 
+def compiled(decisions: dict[str, int], head_dim: int, target: MachineTarget) -> tuple[Path, dict[str, Any]]:
+    """A library in bfloat16, compiled here, and what each of its kernels takes of a multiprocessor."""
+    obstacle = compile_obstacle(target)
+    if obstacle is not None or shutil.which("nvcc") is None:
+        pytest.skip(obstacle or "nvcc is not installed")
+    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", head_dim, decisions), target)
+    return library, json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
     deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = parse_target("a100") if deterministic else H200
-    obstacle = compile_obstacle(target)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    target = parse_target("a100") if deterministic else H200
     decisions = SPACE.untuned(64, "bfloat16", target, deterministic=deterministic)
-    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", 64, decisions), target)
-    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
+    library, kernels = compiled(decisions, 64, target)
     assert len(kernels) == 3
     assert all(each["spill_store_bytes"] <= 32 for each in kernels.values())
 
@@ -157,19 +162,14 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
 @pytest.mark.timeout(120)
 def test_two_passes_at_head_dim_128_spill_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What their loads look up in shared memory, others keep in registers."""
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             for deterministic in (False, True):
                 decisions = SPACE.untuned(head_dim, dtype, H200, deterministic=deterministic)
                 where = deterministic and head_dim == 128 and dtype != "float32"
                 assert all(part.looks_up == where for part in passes(decisions, head_dim, dtype))
-    obstacle = compile_obstacle(H200)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
-    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
-    decisions = SPACE.untuned(128, "bfloat16", H200, deterministic=True)
-    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", 128, decisions), H200)
-    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
+    _, kernels = compiled(SPACE.untuned(128, "bfloat16", H200, deterministic=True), 128, H200)
     assert not any(each["spill_store_bytes"] + each["spill_load_bytes"] for each in kernels.values())
 
 
