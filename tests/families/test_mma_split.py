@@ -25,6 +25,7 @@ from spattn_tvm.export import export_bundle
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
 from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.families.mma.abi import HOPPER_HEAD_DIMS
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
@@ -46,6 +47,14 @@ def test_the_untuned_decisions_are_the_forwards(dtype: str, arch: str) -> None:
         assert SPACE.rejection(decisions, head_dim, dtype, target) is None
         assert SPACE.is_deterministic(decisions)
         assert {**WHOLE.untuned(head_dim, dtype, target), "least_chunks": 2} == decisions
+
+
+def test_it_knows_what_the_hopper_forward_has_kernels_for() -> None:
+    hopper = find_space("hopper", "forward")
+    for head_dim in range(32, 257, 16):
+        for dtype in ("bfloat16", "float16", "float32"):
+            is_there = hopper.unsupported(head_dim, dtype, H100) is None
+            assert is_there == (dtype != "float32" and head_dim in HOPPER_HEAD_DIMS)
 
 
 def test_features_tell_the_shares() -> None:
