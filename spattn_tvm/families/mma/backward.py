@@ -56,10 +56,12 @@ scores, upper keys a chunk ahead of lower ones, delta inside the dQ pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from .backward_sizes import ELEMENT_BYTES, conflict, passes
+from .backward_sizes import conflict, passes
+from .blocks import SIZES, check_buildable, match_call
 
 
 def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> Any:
@@ -119,15 +121,6 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
     ValueError
         For another head dim or dtype, and where the decisions don't suit the chip.
     """
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
-    if dtype not in ELEMENT_BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}")
-
-    reason = conflict(decisions, head_dim, dtype, arch)
-    if reason is not None:
-        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
-
     from types import SimpleNamespace
 
     from tvm import IRModule, tirx
@@ -135,8 +128,8 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
 
     from .backward_pass import TilePass
     from .backward_rows import cast_sum, make_delta
-    from .blocks import match_rows
 
+    check_buildable(conflict, decisions, head_dim, dtype, arch)
     one_pass = bool(decisions["one_pass"])
     *of_dq, dkv_sizes = passes(decisions, head_dim, dtype)
 
@@ -161,61 +154,42 @@ def build_mma_backward(decisions: Mapping[str, int], head_dim: int, dtype: str, 
         scale: T.float32,
         workers: T.int32,
     ):
-        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
-        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32", align=4)
-        dlse = T.match_buffer(dlse_handle, (B, HQ, N), "float32", align=4)
-        delta = T.match_buffer(delta_handle, (B, HQ, N), "float32", align=4)
-        dq_sum = T.match_buffer(dq_sum_handle, (B, HQ, N, head_dim), "float32", align=16)
-        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32", align=4)
-        boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32", align=4)
-        key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32", align=4)
-        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32", align=4)
-        of_queries, of_keys = T.meta_var((B, HQ, N)), T.meta_var((B, HKV, NK))
-        rows = T.meta_var(
-            match_rows(
-                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle,
-                do=do_handle, dq=dq_handle, dk=dk_handle, dv=dv_handle,
+        call = T.meta_var(
+            match_call(
+                dtype, head_dim, scale, bound=SIZES, q=q_handle, k=k_handle, v=v_handle, o=o_handle,
+                lse=lse_handle, do=do_handle, dlse=dlse_handle, bands=bands_handle,
+                boundaries=boundaries_handle, key_boundaries=key_boundaries_handle,
+                key_ranges=key_ranges_handle, dq=dq_handle, dk=dk_handle, dv=dv_handle, delta=delta_handle,
+                dq_sum=dq_sum_handle,
             )
         )  # fmt: skip
-        flat_lse = T.decl_buffer((B * HQ * N,), "float32", data=lse.data)
-        flat_delta = T.decl_buffer((B * HQ * N,), "float32", data=delta.data)
+        rows = T.meta_var(math.prod(call.of_queries))
+        bands = T.meta_var(call.bands)
+        flat_lse = T.decl_buffer((rows,), "float32", data=call.lse.data)
+        flat_delta = T.decl_buffer((rows,), "float32", data=call.delta.data)
         # In two passes there is none, and nobody looks at this one.
         flat_sum = T.decl_buffer(
-            (B * HQ * N * head_dim,), "float32", data=dq_sum.data if one_pass else delta.data
+            (rows * head_dim,), "float32", data=call.dq_sum.data if one_pass else call.delta.data
         )
-        flat_bands = T.decl_buffer((M * HQ * 4,), "int32", data=bands.data)
-        batches: T.let[T.int32] = T.cast(B, "int32")
-        query_heads: T.let[T.int32] = T.cast(HQ, "int32")
-        kv_heads: T.let[T.int32] = T.cast(HKV, "int32")
-        length: T.let[T.int32] = T.cast(N, "int32")
-        key_length: T.let[T.int32] = T.cast(NK, "int32")
-        documents: T.let[T.int32] = T.cast(BOUNDS, "int32") - 1
-        tables: T.let[T.int32] = T.cast(M, "int32")
-        num_ranges: T.let[T.int32] = T.cast(RANGES, "int32")
-        call = T.meta_var(
-            SimpleNamespace(
-                **vars(rows), lse=flat_lse, delta=flat_delta, dq_sum=flat_sum, bands=flat_bands,
-                boundaries=boundaries, key_boundaries=key_boundaries, key_ranges=key_ranges, scale=scale,
-                batches=batches, length=length, key_length=key_length, query_heads=query_heads,
-                kv_heads=kv_heads, documents=documents, tables=tables, num_ranges=num_ranges, length64=N,
-            )
-        )  # fmt: skip
-        shape = T.meta_var((batches, query_heads, length))
+        flat_bands = T.decl_buffer((math.prod(bands.shape),), "int32", data=bands.data)
+        flat = T.meta_var({"lse": flat_lse, "delta": flat_delta, "dq_sum": flat_sum, "bands": flat_bands})
+        flattened = T.meta_var(SimpleNamespace(**(vars(call) | flat)))
+        shape = T.meta_var((call.batches, call.query_heads, call.length))
 
         with T.attr({"tirx.device_entry": True}):
-            make_delta(rows.o, rows.do, dlse, delta, dq_sum if one_pass else None, shape, head_dim, dtype)
+            cleared = T.meta_var(call.dq_sum if one_pass else None)
+            make_delta(call.o, call.do, call.dlse, call.delta, cleared, shape, head_dim, dtype)
         if not one_pass:
             dq_sizes = T.meta_var(of_dq[0])
             with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": dq_sizes.blocks}):
-                dq_pass = T.meta_var(TilePass(dq_sizes, dtype, arch, call))
+                dq_pass = T.meta_var(TilePass(dq_sizes, dtype, arch, flattened))
                 dq_pass.run()
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": dkv_sizes.blocks}):
-            dkv_pass = T.meta_var(TilePass(dkv_sizes, dtype, arch, call))
+            dkv_pass = T.meta_var(TilePass(dkv_sizes, dtype, arch, flattened))
             dkv_pass.run()
         if one_pass:
             with T.attr({"tirx.device_entry": True}):
-                cast_sum(dq_sum, rows.dq, scale, shape, head_dim, dtype)
+                cast_sum(call.dq_sum, call.dq, scale, shape, head_dim, dtype)
 
     if not one_pass:
         kept = [param for param in backward.params if param.name != "dq_sum"]

@@ -43,10 +43,7 @@ class TilePass:
     sizes : Pass
     dtype, arch : str
     call : namespace
-        The arguments of the function that is being parsed: the strided ``q, k, v, do, dq, dk, dv``; ``lse``,
-        ``delta``, ``bands`` and ``dq_sum`` (with one pass) as flat buffers; ``boundaries``,
-        ``key_boundaries``, ``key_ranges``; ``scale``; int32 ``batches, query_heads, kv_heads, length`` (of
-        queries), ``key_length, documents, tables, num_ranges``.
+        From `match_call`, but ``lse``, ``delta``, ``bands`` and ``dq_sum`` (with one pass) flat buffers.
 
     Rows are numbered as those of the columns' side, so that the distance of a pair is the difference of the
     two: a query is where it stands among the keys, a key is the query that would stand there.
@@ -329,7 +326,7 @@ class TilePass:
     def query_row(self, head: Any, query: Any) -> Any:
         """Number (int64) of a query among those of all heads."""
         pair = T.cast(self.batch * self.call.query_heads + head, "int64")
-        return pair * self.call.length64 + T.cast(query, "int64")
+        return pair * self.call.of_queries[2] + T.cast(query, "int64")
 
     @T.inline
     def read_own_statistics(self):

@@ -10,8 +10,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .backward_sizes import ELEMENT_BYTES
-from .blocks import BLOCK, Blocks
+from .blocks import BLOCK, Blocks, element_bytes
 
 THREADS = 256
 ALL_LANES = 0xFFFFFFFF
@@ -66,7 +65,7 @@ def make_delta(o, do, dlse, delta, dq_sum, shape, head_dim, dtype):
         T.meta_var(shape[1]),
         T.meta_var(shape[2]),
     )
-    unit = T.meta_var(16 // ELEMENT_BYTES[dtype])  # elements of 16 bytes
+    unit = T.meta_var(16 // element_bytes(dtype))  # elements of 16 bytes
     units = T.meta_var(head_dim // unit)
     lanes = T.meta_var(lanes_of_row(units))
     block = T.cta_id([(rows + (THREADS // lanes - 1)) // (THREADS // lanes)])

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from spattn_tvm.target import is_before_hopper, registers_most, shared_bytes_most
 
-from .blocks import BLOCK
+from .blocks import BLOCK, element_bytes
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
 TILE_WORDS = 12  # what a tile's threads rarely look up: a multiple of 4, so that it is one of 16 bytes
@@ -181,7 +180,7 @@ class Pass:
 
 def passes(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tuple[Pass, ...]:
     """The passes that decisions name: that of dQ, where there is one, and that of dK and dV."""
-    element = ELEMENT_BYTES[dtype]
+    element = element_bytes(dtype)
     exchange = decisions["dkv_strips"] == 0
     one_pass = bool(decisions["one_pass"])
     dkv = Pass(

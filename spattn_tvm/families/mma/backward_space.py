@@ -15,6 +15,7 @@ from spattn_tvm.families.mma.backward import build_mma_backward
 from spattn_tvm.families.space import Decisions, Space
 from spattn_tvm.target import is_before_hopper
 
+from .blocks import element_bytes
 from .support import MULTIPROCESSORS, unsupported
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _structures(head_dim: int, dtype: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    wide = head_dim * sizes.ELEMENT_BYTES[dtype] > 256
+    wide = head_dim * element_bytes(dtype) > 256
     strips = (16, 32) if wide else (16, 32, 64)
     warps = (1, 2, 4) if wide else (2, 4, 8)
     rows, stages, heads = (16, 32), (1, 2, 3), (1, 4, 8, 16, 64)

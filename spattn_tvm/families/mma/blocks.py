@@ -9,7 +9,7 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
 - `scalar`: a variable of a kernel that is written as a class with inline parts.
 - `wait_macro`: waits at an mbarrier.
 - `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start; `match_rows`: those of a
-  function.
+  function; `match_call`: what the forwards and the backward take alike.
 - `row_loader_macro`: rows of such a tensor to shared memory by ``cp.async``; `RowCopies`: what each thread
   does for it.
 - `Blocks`: operands of a 16 x 16 x 16 product from shared memory or from accumulators, the product, and the
@@ -27,11 +27,13 @@ sums off rather than round them, which long chains of additions would turn into 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from spattn_tvm.target import is_before_hopper
+
+from .support import DTYPES, HEAD_DIMS
 
 BLOCK = 16
 
@@ -53,7 +55,7 @@ def row_pitch(columns: int, dtype: str) -> int:
 
 
 def locate_macro(rows: int, group: int) -> Callable[..., None]:
-    """The macro ``locate(words, number, call)`` for the arguments of a call, as `ForwardTile` has them.
+    """The macro ``locate(words, number, call)`` for a call of `match_call`.
 
     It finds tile `number` of queries of all (`domains/tiles.py`) and writes `LOCATION_WORDS` words: ROW0 and
     DOC_END are rows of queries, to which SHIFT is added to compare them with keys. There is nothing to do in
@@ -140,10 +142,11 @@ def check_buildable(
     arch: str,
 ) -> None:
     """ValueError when the head dim, the dtype or the decisions, by a kernel's `conflict`, can't work."""
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype must be 'bfloat16', 'float16' or 'float32', got {dtype!r}")
-    if head_dim % BLOCK:
-        raise ValueError(f"head_dim must be a multiple of {BLOCK}, got {head_dim}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if head_dim not in HEAD_DIMS:
+        least, *_, most = HEAD_DIMS
+        raise ValueError(f"head_dim must be a multiple of {BLOCK} from {least} to {most}, got {head_dim}")
     reason = conflict(decisions, head_dim, dtype, arch)
     if reason is not None:
         raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
@@ -216,6 +219,68 @@ def match_rows(
     for tensor in tensors.values():
         tensor.flatten()
     return SimpleNamespace(**tensors)
+
+
+# Of a call, as `match_call` says.
+SIZES = (
+    "batches", "query_heads", "kv_heads", "length", "key_length", "documents", "tables", "num_ranges"
+)  # fmt: skip
+
+
+def match_call(
+    dtype: str, head_dim: int, scale: Any, bound: Sequence[str] = (), **handles: Any
+) -> SimpleNamespace:
+    """What a forward or a backward is called with, in the function that is being parsed; behind its other
+    arguments, as `match_rows`.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the rows.
+    head_dim : int
+    scale : float32
+    bound : names of `SIZES`
+        Those that are variables of the host's; the others are worked out where they are used.
+    handles
+        The arguments: int32 ``bands`` (M, Hq, 4), ``boundaries`` and ``key_boundaries`` (documents + 1,),
+        ``key_ranges`` (0, 1 or B, 3); float32, contiguous, where there are, ``lse, dlse, delta`` (B, Hq, Nq)
+        and ``dq_sum`` (B, Hq, Nq, D); others as `match_rows` takes them.
+
+    Returns
+    -------
+    namespace
+        Buffers and each `StridedTensor` by name; ``scale``; int32 ``batches, query_heads, kv_heads, length``
+        (of queries), ``key_length, documents, tables, num_ranges``; ``of_queries``, int64 (B, Hq, Nq).
+    """
+    from tvm.script import tirx as T
+    from tvm.script.ir_builder import IRBuilder
+
+    def named(name: str, value: Any) -> Any:
+        IRBuilder.name(name, value)  # as an assignment in the function would; errors at a call say it
+        return value
+
+    sizes = {name: named(name, T.int64()) for name in ("B", "HQ", "HKV", "N", "NK", "M", "BOUNDS", "RANGES")}
+    B, HQ, HKV, N, NK, M, BOUNDS, RANGES = sizes.values()
+    known: dict[str, tuple[tuple[Any, ...], str, int]] = {
+        "bands": ((M, HQ, 4), "int32", 4),
+        "boundaries": ((BOUNDS,), "int32", 4),
+        "key_boundaries": ((BOUNDS,), "int32", 4),
+        "key_ranges": ((RANGES, 3), "int32", 4),
+        "lse": ((B, HQ, N), "float32", 4),
+        "dlse": ((B, HQ, N), "float32", 4),
+        "delta": ((B, HQ, N), "float32", 4),
+        "dq_sum": ((B, HQ, N, head_dim), "float32", 16),
+    }
+    call = SimpleNamespace(scale=scale, of_queries=(B, HQ, N))
+    for name, (shape, kind, align) in known.items():
+        if name in handles:
+            buffer = T.match_buffer(handles.pop(name), shape, kind, align=align)
+            setattr(call, name, named(name, buffer))
+    vars(call).update(vars(match_rows(dtype, head_dim, (B, HQ, N), (B, HKV, NK), **handles)))
+    for name, count in zip(SIZES, (B, HQ, HKV, N, NK, BOUNDS, M, RANGES), strict=True):
+        value = T.cast(count, "int32") - 1 if name == "documents" else T.cast(count, "int32")
+        setattr(call, name, named(name, T.bind(value)) if name in bound else value)
+    return call
 
 
 class RowCopies:

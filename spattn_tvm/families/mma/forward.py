@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 
 from spattn_tvm.target import registers_most, shared_bytes_most
 
-from .blocks import BLOCK, LOCATION_BYTES, check_buildable, element_bytes, match_rows, row_pitch
+from .blocks import BLOCK, LOCATION_BYTES, check_buildable, element_bytes, match_call, row_pitch
 
 if TYPE_CHECKING:
     import tvm
@@ -129,8 +129,6 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
     ValueError
         When the head dim, the dtype or the combination of decisions can't work.
     """
-    from types import SimpleNamespace
-
     from tvm import IRModule
     from tvm.script import tirx as T
 
@@ -153,26 +151,11 @@ def build_mma_forward(decisions: Mapping[str, int], head_dim: int, dtype: str, a
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "forward"})
-        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        M, BOUNDS, RANGES = T.int64(), T.int64(), T.int64()
-        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
-        boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32")
-        key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32")
-        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32")
-        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
-        of_queries, of_keys = T.meta_var((B, HQ, N)), T.meta_var((B, HKV, NK))
-        rows = T.meta_var(
-            match_rows(
-                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle
-            )
-        )  # fmt: skip
         call = T.meta_var(
-            SimpleNamespace(
-                **vars(rows), lse=lse, bands=bands, boundaries=boundaries,
-                key_boundaries=key_boundaries, key_ranges=key_ranges, scale=scale,
-                batches=T.cast(B, "int32"), query_heads=T.cast(HQ, "int32"), kv_heads=T.cast(HKV, "int32"),
-                length=T.cast(N, "int32"), documents=T.cast(BOUNDS, "int32") - 1, tables=T.cast(M, "int32"),
-                num_ranges=T.cast(RANGES, "int32"),
+            match_call(
+                dtype, head_dim, scale, q=q_handle, k=k_handle, v=v_handle, bands=bands_handle,
+                boundaries=boundaries_handle, key_boundaries=key_boundaries_handle,
+                key_ranges=key_ranges_handle, o=o_handle, lse=lse_handle,
             )
         )  # fmt: skip
         T.device_entry()

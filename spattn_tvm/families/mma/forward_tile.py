@@ -61,9 +61,7 @@ class ForwardTile:
     head_dim : int
     dtype, arch : str
     call : namespace
-        The arguments of the function that is being parsed: the strided ``q, k, v, o``; ``lse``, ``bands``,
-        ``boundaries``, ``key_boundaries``, ``key_ranges``; ``scale``; int32 ``batches, query_heads, kv_heads,
-        length`` (of queries), ``documents, tables, num_ranges``.
+        From `match_call`.
     """
 
     def __init__(

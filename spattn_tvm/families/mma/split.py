@@ -36,7 +36,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .abi import MOST_SPLITS
-from .blocks import check_buildable, match_rows
+from .blocks import check_buildable, match_call
 from .forward import conflict
 
 if TYPE_CHECKING:
@@ -101,42 +101,31 @@ def build_mma_split(decisions: Mapping[str, int], head_dim: int, dtype: str, arc
         workers: T.int32,
     ):
         T.func_attr({"global_symbol": "forward"})
-        B, HQ, HKV, N, NK = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        M, BOUNDS, RANGES, PARTS = T.int64(), T.int64(), T.int64(), T.int64()
-        bands = T.match_buffer(bands_handle, (M, HQ, 4), "int32")
-        boundaries = T.match_buffer(boundaries_handle, (BOUNDS,), "int32")
-        key_boundaries = T.match_buffer(key_boundaries_handle, (BOUNDS,), "int32")
-        key_ranges = T.match_buffer(key_ranges_handle, (RANGES, 3), "int32")
-        lse = T.match_buffer(lse_handle, (B, HQ, N), "float32")
+        PARTS = T.int64()
         partial_o = T.match_buffer(partial_handle, (PARTS, head_dim), "float32", align=16)
         partial_sums = T.match_buffer(sums_handle, (PARTS, 4), "float32", align=16)
-        of_queries, of_keys = T.meta_var((B, HQ, N)), T.meta_var((B, HKV, NK))
-        rows = T.meta_var(
-            match_rows(
-                dtype, head_dim, of_queries, of_keys, q=q_handle, k=k_handle, v=v_handle, o=o_handle
+        call = T.meta_var(
+            match_call(
+                dtype, head_dim, scale, bound=("batches", "query_heads", "length", "documents"),
+                q=q_handle, k=k_handle, v=v_handle, bands=bands_handle, boundaries=boundaries_handle,
+                key_boundaries=key_boundaries_handle, key_ranges=key_ranges_handle, o=o_handle,
+                lse=lse_handle,
             )
         )  # fmt: skip
-        batches: T.let[T.int32] = T.cast(B, "int32")
-        query_heads: T.let[T.int32] = T.cast(HQ, "int32")
-        length: T.let[T.int32] = T.cast(N, "int32")
-        documents: T.let[T.int32] = T.cast(BOUNDS, "int32") - 1
-        tiles: T.let[T.int32] = tile_slots(length, documents, rows_of_tile) * batches * query_heads
+        B, HQ, N = T.meta_var(call.of_queries)
+        tiles: T.let[T.int32] = (
+            tile_slots(call.length, call.documents, rows_of_tile) * call.batches * call.query_heads
+        )
         room: T.let[T.int32] = T.cast(T.min(T.truncdiv(PARTS, B * HQ * N), T.int64(MOST_SPLITS)), "int32")
         splits: T.let[T.int32] = T.max(T.min(T.truncdiv(blocks * workers, tiles), room), 1)
-        call = T.meta_var(
-            SimpleNamespace(
-                **vars(rows), lse=lse, bands=bands, boundaries=boundaries, key_boundaries=key_boundaries,
-                key_ranges=key_ranges, scale=scale, batches=batches, query_heads=query_heads,
-                kv_heads=T.cast(HKV, "int32"), length=length, documents=documents,
-                tables=T.cast(M, "int32"), num_ranges=T.cast(RANGES, "int32"), partial_o=partial_o,
-                partial_sums=partial_sums, splits=splits,
-            )
-        )  # fmt: skip
+        shares = T.meta_var(
+            SimpleNamespace(**vars(call), partial_o=partial_o, partial_sums=partial_sums, splits=splits)
+        )
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": blocks}):
-            tile = T.meta_var(SplitTile(decisions, head_dim, dtype, arch, call))
+            tile = T.meta_var(SplitTile(decisions, head_dim, dtype, arch, shares))
             tile.run()
         with T.attr({"tirx.device_entry": True}):
-            merge = T.meta_var(Merge(head_dim, dtype, call))
+            merge = T.meta_var(Merge(head_dim, dtype, shares))
             merge.run()
 
     return IRModule({"forward": forward})
