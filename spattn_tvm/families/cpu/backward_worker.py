@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, has_key, in_band, key_range
+from spattn_tvm.domains.key_range import crosses_edge, has_key, key_range
 from spattn_tvm.domains.tiles import first_slot
 
 from .exponential import exp
@@ -234,7 +234,9 @@ class BackwardWorker(TileWorker):
     def visit_keys(self, first, last, key_begin, count, low, high):
         keys, values = T.meta_var(self.read_keys(key_begin, count))
         self.score(keys, values, first, last, key_begin, count, low, high)
-        self.add_to_queries(keys, count)
+        self.add_products(
+            self.dquery, self.dim_tile, keys, self.dscores, count, lambda d, r: self.dquery[d, r]
+        )
         for group in T.serial((count + self.GU - 1) // self.GU):
             for chunk in T.serial(self.D // self.GL):
                 at = T.meta_var((key_begin, count, group * self.GU, chunk * self.GL))
@@ -246,19 +248,12 @@ class BackwardWorker(TileWorker):
         """P and dS of the tile and of ``count`` keys."""
         R, JU, tile = T.meta_var((self.R, self.JU, self.query_tile))
         groups: T.let[T.int32] = (count + JU - 1) // JU
-        masked: T.let[T.bool] = crosses_edge(first, last, key_begin, key_begin + groups * JU - 1, low, high)
+        masked: T.let[T.bool] = crosses_edge(first, last, key_begin, key_begin + count - 1, low, high)
         for group in T.serial(groups):
             # Nothing reads what rows past the last key give.
             self.multiply_rows(tile, keys, self.query, group, count)
             if masked:
-                fill(
-                    tile, 0, JU, R,
-                    lambda u, r: T.Select(
-                        in_band(first + r, key_begin + group * JU + u, low, high),
-                        tile[u, r],
-                        T.float32(-math.inf),
-                    ),
-                )  # fmt: skip
+                self.mask_rows(tile, group, first, key_begin, count, low, high)
             fill(self.probabilities, group * JU, JU, R, lambda u, r: exp(tile[u, r] - self.row_lse[r]))
             self.multiply_rows(tile, values, self.doutput, group, count)
             fill(
@@ -267,18 +262,6 @@ class BackwardWorker(TileWorker):
                 * (tile[u, r] - self.delta[r])
                 * self.scale,
             )  # fmt: skip
-
-    @T.inline
-    def add_to_queries(self, keys, count):
-        R, DU, tile = T.meta_var((self.R, self.DU, self.dim_tile))
-        for chunk in T.serial(self.D // DU):
-            fill(tile, 0, DU, R, lambda u, r: self.dquery[chunk * DU + u, r])
-            multiply_add(
-                tile, DU, R, count,
-                lambda u, j: keys[j, chunk * DU + u],
-                lambda j, r: self.dscores[j, r],
-            )  # fmt: skip
-            fill(self.dquery, chunk * DU, DU, R, lambda u, r: tile[u, r])
 
     @T.inline
     def add_to_keys(self, gradient, weights, rows, key_begin, count, first, first_dim):

@@ -15,18 +15,17 @@ core reaches in a large matrix product (91 GFLOP/s).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from tvm import IRModule
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import crosses_edge, in_band
+from spattn_tvm.domains.key_range import crosses_edge
 from spattn_tvm.domains.tiles import first_slot, tile_slots
 
 from .exponential import LN2, LOWEST, exp
-from .register_tile import REGISTERS, fill, multiply_add
+from .register_tile import REGISTERS, fill
 from .rows import BandedRows, find_document, strided_rows
 from .tile_worker import BATCH, DOCUMENT, HEAD, KV_HEAD, LAST_DOCUMENT, ROW, ROW_END, SHIFT, TileWorker
 
@@ -127,7 +126,10 @@ class ForwardWorker(TileWorker):
         keys, values = T.meta_var(self.read_keys(key_begin, count))
         self.score(keys, first, last, key_begin, count, low, high)
         self.exponentiate(count)
-        self.add_values(values, count)
+        self.add_products(
+            self.output, self.output_tile, values, self.scores, count,
+            lambda d, r: self.output[d, r] * self.rescale[r],
+        )  # fmt: skip
 
     @T.inline
     def score(self, keys, first, last, key_begin, count, low, high):
@@ -141,14 +143,7 @@ class ForwardWorker(TileWorker):
             # Rows past the last key, which repeat it, raise no maximum.
             self.multiply_rows(tile, keys, self.query, group, count)
             if masked:
-                fill(
-                    tile, 0, JU, R,
-                    lambda u, r: T.Select(
-                        in_band(first + r, key_begin + T.min(group * JU + u, count - 1), low, high),
-                        tile[u, r],
-                        T.float32(-math.inf),
-                    ),
-                )  # fmt: skip
+                self.mask_rows(tile, group, first, key_begin, count, low, high)
             for u in T.unroll(JU):
                 for r in T.vectorized(R):
                     tile_max[r] = T.max(tile_max[r], tile[u, r])
@@ -170,18 +165,6 @@ class ForwardWorker(TileWorker):
                 self.row_sum[r] = self.row_sum[r] + probability[r]
             for r in T.vectorized(R):
                 scores[j, r] = probability[r]
-
-    @T.inline
-    def add_values(self, values, count):
-        R, DU, tile = T.meta_var(self.R), T.meta_var(self.DU), T.meta_var(self.output_tile)
-        for chunk in T.serial(self.D // DU):
-            fill(tile, 0, DU, R, lambda u, r: self.output[chunk * DU + u, r] * self.rescale[r])
-            multiply_add(
-                tile, DU, R, count,
-                lambda u, j: values[j, chunk * DU + u],
-                lambda j, r: self.scores[j, r],
-            )  # fmt: skip
-            fill(self.output, chunk * DU, DU, R, lambda u, r: tile[u, r])
 
     @T.inline
     def write_outputs(self):

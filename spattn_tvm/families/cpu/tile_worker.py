@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.key_range import key_range
+from spattn_tvm.domains.key_range import in_band, key_range
 
 from .register_tile import REGISTERS, fill, multiply_add, rows_of, widen
 from .rows import BandedRows
@@ -98,3 +98,31 @@ class TileWorker:
             lambda u, d: rows[T.min(group * JU + u, count - 1), d],
             lambda d, r: vectors[d, r],
         )  # fmt: skip
+
+    def mask_rows(
+        self, tile: Any, group: Any, first: Any, key_begin: Any, count: Any, low: Any, high: Any
+    ) -> None:
+        """-inf in place of the scores in a register tile whose pairs are not in the band."""
+        JU = self.JU
+
+        def masked(u: Any, r: Any) -> Any:
+            key = key_begin + T.min(group * JU + u, count - 1)
+            return T.Select(in_band(first + r, key, low, high), tile[u, r], T.float32(-math.inf))
+
+        fill(tile, 0, JU, self.R, masked)
+
+    def add_products(
+        self, sums: Any, tile: Any, rows: Any, weights: Any, count: Any, before: Callable[[Any, Any], Any]
+    ) -> None:
+        """``sums[d, r] = before(d, r) + sum_j rows[j, d] * weights[j, r]`` of ``count`` keys, some dims at a
+        time in a register tile.
+        """
+        R, DU = self.R, self.DU
+        with T.serial(self.D // DU) as chunk:
+            fill(tile, 0, DU, R, lambda u, r: before(chunk * DU + u, r))
+            multiply_add(
+                tile, DU, R, count,
+                lambda u, j: rows[j, chunk * DU + u],
+                lambda j, r: weights[j, r],
+            )  # fmt: skip
+            fill(sums, chunk * DU, DU, R, lambda u, r: tile[u, r])
