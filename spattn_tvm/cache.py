@@ -18,6 +18,7 @@ from .bands import LIMIT, BandLayout
 from .ops.attention import banded_attention
 from .ops.decode import banded_attention_decode
 from .problem import MAX_DECODE_QUERIES
+from .torch_private import has_values
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -144,7 +145,7 @@ class KeyValueCache(ABC):
         ValueError
             On the CPU, where a row has keys already and is told to begin behind them.
         """
-        if begin.device.type == "cpu" and not _is_compiling():
+        if begin.device.type == "cpu" and has_values(begin):
             if bool(((self.lengths > 0) & (begin > 0)).any()):
                 raise ValueError(
                     "padding on the left belongs to a row's first tokens, and it has some already"

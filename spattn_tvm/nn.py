@@ -14,6 +14,7 @@ from .cache import BandedCache, KeyValueCache
 from .ops.attention import banded_attention
 from .ops.padding import token_range
 from .ops.sharded import replicate_like
+from .torch_private import has_values
 
 
 def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
@@ -373,7 +374,8 @@ class BandedAttention(nn.Module):
         if key_padding_mask is not None:
             begin, counts = token_range(key_padding_mask, torch.Size((k.shape[0], k.shape[2])))
             cache.begin_rows(begin)
-            if counts.device.type == "cpu" and bool((counts == k.shape[2]).all()):
+            is_read = counts.device.type == "cpu" and has_values(counts)
+            if is_read and bool((counts == k.shape[2]).all()):
                 counts = None
         return cache.attend(q, k, v, counts=counts, impl=self.impl)
 

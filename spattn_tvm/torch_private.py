@@ -130,6 +130,20 @@ else:
         return _dispatch_keys(tensor).raw_repr() in _ORDINARY_KEYS
 
 
+_FakeTensor: Any = _find_or("_subclasses.FakeTensor", ())
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Can the host read a tensor's values, here and now? Not while code is compiled or a CUDA graph captured,
+    and not of fake and meta tensors, nor of the elements of a map.
+    """
+    if torch.compiler.is_compiling() or isinstance(tensor, _FakeTensor) or tensor.is_meta:
+        return False
+    if is_transformed() and not is_ordinary(tensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 _TensorGuards = _find("_C._dynamo.guards.TensorGuards")
 
 

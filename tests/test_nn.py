@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -417,6 +418,29 @@ def test_padding_changes_nothing(side: str) -> None:
         module(alone).square().sum().backward()
         assert leaf.grad is not None and alone.grad is not None
         torch.testing.assert_close(leaf.grad[row, place], alone.grad[0], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_whose_values_cannot_be_read() -> None:
+    """In compiled code, in a map and of fake tensors; with a cache and without."""
+    module, x, mask = _module(), torch.randn(2, 20, 128), torch.zeros(2, 20, dtype=torch.bool)
+    mask[0, :3] = mask[1, 15:] = True
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected, caches = module(x, key_padding_mask=mask), [module.make_cache(2) for _ in range(2)]
+        for y in (
+            compiled(x, key_padding_mask=mask),
+            compiled(x, key_padding_mask=mask, cache=caches[0]),
+            torch.vmap(lambda *row: module(row[0], key_padding_mask=row[1]))(x[:, None], mask[:, None])[:, 0],
+        ):
+            torch.testing.assert_close(y[~mask], expected[~mask], atol=1e-5, rtol=1e-5)
+        module(x, key_padding_mask=mask, cache=caches[1])
+        steps = [module(x[:, :1], cache=cache) for cache in caches]
+        torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(tensor) for tensor in (x, mask)]
+            for given in ({}, {"cache": _module().make_cache(2)}):
+                y = module(fake[0], key_padding_mask=fake[1], **given)
+                assert isinstance(y, FakeTensor) and y.shape == x.shape
 
 
 def test_positions_are_for_the_rotation_alone() -> None:

@@ -24,7 +24,7 @@ from spattn_tvm.extras import install_hint
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.decode import banded_attention_decode
 from spattn_tvm.problem import MAX_DECODE_QUERIES
-from spattn_tvm.torch_private import assert_async, keep_address
+from spattn_tvm.torch_private import assert_async, has_values, keep_address
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -255,8 +255,7 @@ def banded_mask(
         _refuse(f"cache that forgets its first keys, and this one starts at {kv_offset}")
     if use_vmap:
         _refuse("masks of the user's own (or_mask_function, and_mask_function)")
-    is_tracing = _is_compiling()
-    if not is_tracing:
+    if not _is_compiling():
         _check_mask_function(mask_function)
     length = q_offset + q_length
     _check_padding(attention_mask, batch_size, length)
@@ -265,7 +264,7 @@ def banded_mask(
     if attention_mask is not None:
         begin, is_whole = _first_tokens(attention_mask[:, :kv_length])
         # A step of decoding waits for nothing. Longer calls do, once for all layers, as transformers' own.
-        if is_tracing or (q_length == 1 and attention_mask.is_cuda):
+        if not has_values(attention_mask) or (q_length == 1 and attention_mask.is_cuda):
             assert_async(is_whole, _HOLES)
         elif not is_whole:
             raise ValueError(_HOLES)
@@ -294,7 +293,7 @@ def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     starts = starts.flatten()
     tokens = starts.shape[0]
-    if _is_compiling():
+    if not has_values(position_ids):
         # As many boundaries as there could be, for a static shape: what is too many are empty documents.
         place = torch.arange(tokens, device=starts.device)
         ends = torch.where(starts, place, tokens).sort().values
@@ -319,7 +318,7 @@ def _check_one_sequence(position_ids: Tensor, places: Tensor, message: str) -> N
         place = torch.arange(1, position_ids.shape[1] - 1, device=position_ids.device)
         is_inside = place + length[:, None] - position_ids.shape[1] > begin[:, None]
         starts_again = (here <= before) & (after == here + 1) & is_inside
-    if _is_compiling():
+    if not has_values(starts_again):
         assert_async(~starts_again.any(), message)
     elif bool(starts_again.any()):
         raise ValueError(message)
@@ -364,7 +363,7 @@ def _check_boundaries(places: Tensor, queries: Tensor, keys: Tensor | None) -> N
         return
     if keys.shape != queries.shape:
         raise ValueError(_OTHER_BOUNDARIES)
-    if _is_compiling():
+    if not has_values(keys):
         assert_async((keys == queries).all(), _OTHER_BOUNDARIES)
         return
     seen = _seen(queries, keys)
@@ -379,7 +378,8 @@ def _packing(
     position_ids: Tensor | None, seq_idx: Tensor | None, places: Tensor, is_cached: bool, may_pack: bool
 ) -> tuple[Tensor | None, bool]:
     """`_documents`, found by the first of the layers that are given the same positions."""
-    seen = None if _is_compiling() else _seen(position_ids, seq_idx)
+    is_read = all(given is None or has_values(given) for given in (position_ids, seq_idx))
+    seen = _seen(position_ids, seq_idx) if is_read else None
     if seen is not None and _is_known(places, seen):
         return places._spattn_documents  # type: ignore[attr-defined]
     found: tuple[Tensor | None, bool] = (None, False)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spattn_tvm.torch_private import has_values
+
 
 class Packed(NamedTuple):
     """A batch without its padding.
@@ -123,14 +125,14 @@ def token_range(key_padding_mask: Tensor, shape: torch.Size) -> tuple[Tensor, Te
         A mask that is not bool.
     ValueError
         One of another shape; on the CPU, padding between a row's tokens, too. Elsewhere the host would have
-        to wait for the values, and tokens amid padding count.
+        to wait for the values, as compiled code can't read them, and tokens amid padding count.
     """
     _check_mask(key_padding_mask, shape)
     place = torch.arange(shape[1], device=key_padding_mask.device)
     begin = torch.where(key_padding_mask, shape[1], place).amin(1)
     end = torch.where(key_padding_mask, 0, place + 1).amax(1)
     begin = torch.minimum(begin, end)
-    if key_padding_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if key_padding_mask.device.type == "cpu" and has_values(key_padding_mask):
         holes = (end - begin != (~key_padding_mask).sum(1)).nonzero().flatten()
         if len(holes):
             raise ValueError(

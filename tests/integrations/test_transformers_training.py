@@ -11,6 +11,7 @@ import pytest
 import torch
 from banded_models import BY_DEFINITION, HEADS, LAYERS, VOCABULARY, make_model, register_the_definition
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 transformers = pytest.importorskip("transformers")
@@ -210,6 +211,29 @@ def test_what_compiled_code_cannot_do_is_refused() -> None:
         torch.compiler.reset()  # transformers' own functions are compiled in other tests too, up to a limit
         with pytest.raises(RuntimeError, match=message):
             compiled(**batch, use_cache=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fake_tensors_go_through(form: str) -> None:
+    """As with transformers' own implementations: to know memory and shapes without the values."""
+    with FakeTensorMode():
+        model = _banded(num_hidden_layers=1, layout=[BANDED])
+        loss = model(**_batch(form), use_cache=False).loss
+        loss.backward()
+    assert isinstance(loss, FakeTensor)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
+
+
+@pytest.mark.parametrize("kind", ["banded", "paged", "dynamic"])
+def test_fake_tensors_are_cached(kind: str) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        model = _banded(num_hidden_layers=1, layout=[BANDED]).eval()
+        cache = transformers.DynamicCache() if kind == "dynamic" else make_cache(model, kind)
+        ids, mask = torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 10, dtype=torch.int64)
+        model(ids, attention_mask=mask[:, :9], past_key_values=cache)
+        logits = model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
+    assert isinstance(logits, FakeTensor) and logits.shape == (2, 1, VOCABULARY)
 
 
 def test_autocast() -> None:
