@@ -40,9 +40,17 @@ class Parts:
 
 
 def _split(share: Share, parts: int) -> list[Share]:
-    """A share's groups in `parts` parts, those of equal size side by side."""
+    """A share's groups in `parts` parts, those of equal size side by side.
+
+    Nothing hides the way of the first part there and of the last one back, so what does not divide is
+    between them.
+    """
     groups = sorted(share.groups, key=lambda group: (len(group[1]), group[0]))
-    edges = [len(groups) * index // parts for index in range(parts + 1)]
+    count, least = len(groups), len(groups) // parts
+    edges = [count * index // parts for index in range(parts + 1)]
+    if parts > 2 and least:
+        between = (count - 2 * least, parts - 2)
+        edges[1:-1] = [least + between[0] * index // between[1] for index in range(parts - 1)]
     return [Share(tuple(groups[edges[index] : edges[index + 1]])) for index in range(parts)]
 
 

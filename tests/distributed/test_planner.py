@@ -11,7 +11,8 @@ from rank_problems import draw_problem
 
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.distributed import Shards, plan_ranks
-from spattn_tvm.distributed.planner import _partition, deal_heads, documents_of
+from spattn_tvm.distributed.by_heads import _split
+from spattn_tvm.distributed.planner import Share, _partition, deal_heads, documents_of
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,17 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) 
         plan_ranks(BandLayout.spattention(4), Shards.contiguous(64, 2), **options)
     with pytest.raises(ValueError, match="a sequence of 64 is longer than"):
         plan_ranks(BandLayout.spattention(4, 32), Shards.contiguous(64, 2))
+
+
+def test_what_does_not_divide_is_between_the_first_and_the_last_part() -> None:
+    for count in range(1, 20):
+        share = Share(tuple((group, (group,)) for group in range(count)))
+        for parts in range(1, count + 1):
+            sizes = [len(part.groups) for part in _split(share, parts)]
+            assert sum(sizes) == count and len(sizes) == parts
+            assert sizes[0] == count // parts
+            assert parts == 2 or sizes[-1] == count // parts
+            assert max(sizes[1:-1], default=1) - min(sizes[1:-1], default=1) <= 1
 
 
 def test_more_parts_hide_more_of_what_takes_longer():
