@@ -585,6 +585,9 @@ def bench(
     sharding: Annotated[Sharding, typer.Option(help="With --ranks: who holds which rows.")] = (
         Sharding.contiguous
     ),
+    parts: Annotated[
+        int | None, typer.Option(min=1, help="With --ranks: in how many parts the heads travel.")
+    ] = None,
     layers: Annotated[
         int, typer.Option(min=1, max=1024, help="With --steps generate: layers of the model.")
     ] = 8,
@@ -626,6 +629,7 @@ def bench(
             device,
             rounds,
             seed,
+            parts,
             log_root if save else None,
         )
         return
@@ -694,6 +698,7 @@ def _bench_ranks(
     device: str,
     rounds: int,
     seed: int | None,
+    parts: int | None,
     log_root: Path | None,
 ) -> None:
     """`bench` of sequences that ranks share: another table, another report."""
@@ -714,6 +719,7 @@ def _bench_ranks(
         device=device,
         rounds=rounds,
         seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
+        parts=parts,
     )
     for table in rank_tables(report):
         console.print(table)

@@ -28,7 +28,7 @@ PROBLEM = AttentionProblem("forward", "float32", 1, 4, 2, 96, 32, BandLayout.spa
 
 
 def test_a_report_holds_what_was_moved_and_is_drawn(tmp_path: Path) -> None:
-    report = benchmark_ranks([PROBLEM], 2, shardings=["head_tail"], rounds=1)
+    report = benchmark_ranks([PROBLEM], 2, shardings=["head_tail"], rounds=1, parts=2)
     row = 32 * 4
     for result in report["results"]:
         entries = {(entry["peer"], entry["direction"]): entry for entry in result["entries"]}
@@ -46,6 +46,8 @@ def test_a_report_holds_what_was_moved_and_is_drawn(tmp_path: Path) -> None:
             assert entry["received_bytes"] == entry["planned_bytes"]
             assert sum(entry["received_bytes"]) == sum(entry["sent_bytes"]) > 0
             assert max(entry["errors"].values()) < 1e-5
+        # A rank has one key/value head under "heads", two travel under "bands".
+        assert (entries["heads", "forward"]["parts"], entries["bands", "forward"]["parts"]) == (1, 2)
         # By hand: K and V of 2 heads, of the 48 rows that the other rank has.
         assert entries["all_gather", "forward"]["received_bytes"] == [2 * 2 * 48 * row] * 2
         # 2 query heads and 2 * 1 key/value heads in, the o of 2 heads back.

@@ -134,6 +134,7 @@ BAD_VALUES = {
     "--documents": ("", "0", "-1", "x", "64", "9" * 30),
     "--ranks": ("", "0", "-1", "x", "1.5", "9" * 30),
     "--sharding": ("", "sideways"),
+    "--parts": ("", "0", "-1", "x"),
     "--layers": ("", "0", "-1", "x", "9" * 30),
     "--vocabulary": ("", "0", "-1", "x", "9" * 30),
     "--new-tokens": ("", "0", "-1", "x", "9" * 30),
@@ -153,8 +154,8 @@ COMMAND_OPTIONS = [
     (
         ["bench", "--no-save", *SMALL],
         [*PROBLEM, "--device", "--peers", "--steps", "--rounds", "--budget", "--idle-ms", "--threads",
-         "--seed", "--kv-heads", "--documents", "--ranks", "--sharding", "--layers", "--vocabulary",
-         "--new-tokens"],
+         "--seed", "--kv-heads", "--documents", "--ranks", "--sharding", "--parts", "--layers",
+         "--vocabulary", "--new-tokens"],
     ),
     (
         ["tune", "--budget", "1", "--no-distill", "--log-root", "{folder}/logs", *SMALL],

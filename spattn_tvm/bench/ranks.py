@@ -66,6 +66,7 @@ class _Task:
     device: str
     rounds: int
     seed: int
+    parts: int | None
 
 
 # --- what a rank calls ------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def _attention_of(peer: str, task: _Task, inputs: Inputs, shards: Any) -> Iterat
         yield lambda q, k, v: banded_attention(q, k, v, layout)
     elif peer in ("heads", "bands"):
         yield lambda q, k, v: context_parallel_attention(
-            q, k, v, layout, dist.group.WORLD, strategy=peer, shards=shards
+            q, k, v, layout, dist.group.WORLD, strategy=peer, shards=shards, parts=task.parts
         )
     elif peer == "all_gather":
         if layout.depends_on_length:
@@ -394,11 +395,10 @@ class _Rank:
         row = problem.batch * problem.head_dim * self.inputs.q.itemsize
         there, back = traffic.received, traffic.sent
         received = there if step_name == "forward" else [a + b for a, b in zip(there, back, strict=True)]
-        return {
-            "planned_bytes": [rows * row for rows in received],
-            "balance": traffic.balance,
-            "parts": plan.parts if peer != "all_gather" and self.device.type == "cuda" else 1,
-        }
+        found = {"planned_bytes": [rows * row for rows in received], "balance": traffic.balance}
+        if peer == "all_gather":
+            return found
+        return found | {"parts": plan.parts_on(self.device.type, self.task.parts)}
 
     def measure(self) -> list[dict[str, Any]]:
         expected = self.expected()
@@ -483,6 +483,7 @@ def benchmark_ranks(
     device: str = "cpu",
     rounds: int = 7,
     seed: int = 0,
+    parts: int | None = None,
 ) -> dict[str, Any]:
     """Time attention of sequences that `ranks` processes share.
 
@@ -503,6 +504,8 @@ def benchmark_ranks(
         Samples of each peer and step.
     seed : int
         Of the inputs.
+    parts : int, optional
+        In how many the heads travel, as in ``context_parallel_attention``.
 
     Returns
     -------
@@ -547,7 +550,7 @@ def benchmark_ranks(
                 f"{problem.length}"
             )
     tasks = [
-        _Task(problem, ranks, sharding, names, tuple(steps), device, rounds, seed)
+        _Task(problem, ranks, sharding, names, tuple(steps), device, rounds, seed, parts)
         for problem in problems
         for sharding in shardings
     ]

@@ -171,10 +171,7 @@ def context_parallel_attention(
             strategy=strategy,
             available=_able(q, impl),
         )
-        most = max(len(share.groups) for share in plan.shares) if plan.strategy == "heads" else k.shape[1]
-        # On a CPU the cores that would attend are those that copy.
-        wanted = parts if parts is not None else plan.parts if device.type == "cuda" else 1
-        count = max(1, min(wanted, most))
+        count = plan.parts_on(device.type, parts)
     except Exception as error:
         agree_on_refusal(group, device, error)
         raise

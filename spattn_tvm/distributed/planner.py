@@ -393,6 +393,13 @@ class RankPlan:
         whole = over(self.traffic["all_gather"].received)
         return over(self.traffic[strategy].received) / whole if whole else 0.0
 
+    def parts_on(self, device_type: str, wanted: int | None = None) -> int:
+        """In how many parts the heads travel on devices of a type: as `wanted`, where there are so many."""
+        if wanted is None:
+            # On a CPU the cores that would attend are those that copy.
+            return self.parts if device_type == "cuda" else 1
+        return max(1, min(wanted, _most_parts(self.strategy, self.shares, self.kv_heads)))
+
     def describe(self, bytes_of_a_row: int) -> str:
         """A page of text: the choice, a line for each strategy, the deal of heads."""
 
@@ -537,8 +544,13 @@ def _plan(
         strategy = min(available, key=lambda name: costs[name])
         reason = _compare(traffic, costs, strategy)
     parts = _parts_of(traffic[strategy], head_dim, itemsize)
-    most = max(len(share.groups) for share in shares) if strategy == "heads" else kv_heads
+    most = _most_parts(strategy, shares, kv_heads)
     return RankPlan(strategy, reason, shards, shares, traffic, kv_heads, max(1, min(parts, most)))
+
+
+def _most_parts(strategy: str, shares: Sequence[Share], kv_heads: int) -> int:
+    """Where each part has a key/value head of some rank."""
+    return max(len(share.groups) for share in shares) if strategy == "heads" else kv_heads
 
 
 def _parts_of(traffic: Traffic, head_dim: int, itemsize: int) -> int:
