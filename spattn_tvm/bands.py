@@ -268,7 +268,12 @@ def _require_int(what: str, value: object, least: int, most: int = LIMIT) -> int
 def _check_intervals(intervals: Iterable[Iterable[Sequence[int]]]) -> tuple[Bands, ...]:
     heads = []
     for head, given in enumerate(intervals):
-        pairs = [tuple(interval) for interval in given]
+        try:
+            pairs = [tuple(interval) for interval in given]
+        except TypeError:
+            raise TypeError(
+                f"head {head}: a head's bands are a list of pairs (lo, hi), got {given!r}"
+            ) from None
         for pair in pairs:
             if len(pair) != 2:
                 raise ValueError(f"head {head}: an interval is a pair (lo, hi) of distances, got {pair}")

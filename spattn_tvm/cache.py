@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .bands import LIMIT, BandLayout
-from .ops.attention import banded_attention
+from .cache_forms import MAX_PAGE_SIZE, MIN_PAGE_SIZE
+from .ops.attention import DTYPES, banded_attention
 from .ops.decode import banded_attention_decode
+from .placement import check_row_values
 from .problem import MAX_DECODE_QUERIES
 from .torch_private import has_values
 
@@ -46,6 +48,13 @@ def _within(layout: BandLayout, max_length: int) -> BandLayout:
     return BandLayout.custom(
         [[(lo, min(hi, max_length - 1)) for lo, hi in head if lo < max_length] for head in bands]
     )
+
+
+def _check_size(name: str, size: Any, least: int, most: int = LIMIT) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
+    if not least <= size <= most:
+        raise ValueError(f"{name} must be between {least} and {most}, got {size}")
 
 
 class KeyValueCache(ABC):
@@ -85,17 +94,17 @@ class KeyValueCache(ABC):
         layout.require_autoregressive("a cache")
         sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+            _check_size(name, size, 1)
+        _check_size("slack", slack, 0)
+        if max_length is not None:
+            _check_size("max_length", max_length, 1)
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if layout.num_heads % num_kv_heads:
             raise ValueError(
                 f"the query heads of the layout must be a multiple of num_kv_heads, got {layout.num_heads} "
                 f"and {num_kv_heads}"
             )
-        if slack < 0:
-            raise ValueError(f"slack must be at least 0, got {slack}")
-        if max_length is not None and not 1 <= max_length <= LIMIT:
-            raise ValueError(f"max_length must be between 1 and {LIMIT}, got {max_length}")
         self._made_for = layout
         self.layout = layout if max_length is None or keeps_all else _within(layout, max_length)
         self.num_kv_heads = num_kv_heads
@@ -142,9 +151,12 @@ class KeyValueCache(ABC):
 
         Raises
         ------
+        TypeError
+            Something other than integers.
         ValueError
             On the CPU, where a row has keys already and is told to begin behind them.
         """
+        check_row_values("begin", begin, self.batch_size, self.lengths.device)
         if begin.device.type == "cpu" and has_values(begin):
             if bool(((self.lengths > 0) & (begin > 0)).any()):
                 raise ValueError(
@@ -171,18 +183,20 @@ class KeyValueCache(ABC):
         Raises
         ------
         ValueError
-            Shapes that don't fit, a length known to be beyond the layout's context or `max_length`.
+            Shapes that don't fit, a length beyond the layout's context or `max_length`, as far as the host
+            knows it: of a cache on the CPU always, else where rows are of one length. Nothing is stored then.
         TypeError
-            Another dtype.
+            No tensors, another dtype.
         RuntimeError
             A gradient is asked for.
         """
-        self._check(k, v)
+        self._check(k, v, counts=counts)
         self._append(k, v, counts, self.starts)
 
     def _append(self, k: Tensor, v: Tensor, counts: Tensor | None, starts: Tensor | None) -> None:
         count = k.shape[2]
         length = self._count(count, counts, starts)
+        self._make_room(count)
         self._store(k, v, counts)
         self.lengths.add_(count if counts is None else counts)
         self._length = length
@@ -226,25 +240,32 @@ class KeyValueCache(ABC):
         ValueError, TypeError
             As in `append`.
         """
-        self._check(k, v, q)
+        self._check(k, v, q, counts)
         if starts is None:
             starts = self.starts
+        else:
+            check_row_values("starts", starts, self.batch_size, self.lengths.device)
         count = q.shape[2]
         if count != k.shape[2]:
             raise ValueError(f"q, k and v must be of the same tokens, got {count} and {k.shape[2]}")
         if counts is None and count <= min(MAX_DECODE_QUERIES, self._most_at_once):
             self._append(k, v, None, starts)
-            return banded_attention_decode(
-                q,
-                self.keys,
-                self.values,
-                self.layout,
-                cache_lengths=self.lengths,
-                cache_starts=starts,
-                scale=scale,
-                impl=impl,
-                **self._places(),
-            )
+            try:
+                return banded_attention_decode(
+                    q,
+                    self.keys,
+                    self.values,
+                    self.layout,
+                    cache_lengths=self.lengths,
+                    cache_starts=starts,
+                    scale=scale,
+                    impl=impl,
+                    **self._places(),
+                )
+            except BaseException:
+                # Whoever makes the call again, as it should have been, must not find its keys there twice.
+                self._go_back(count)
+                raise
         self._count(count, counts, starts)
         o = self._attend_at_length(q, k, v, scale, counts, starts, impl)
         self._append(k, v, counts, starts)
@@ -280,14 +301,17 @@ class KeyValueCache(ABC):
             places["kv_lengths"] = counts + past
         return banded_attention(q, k, v, self.layout, scale=scale, impl=impl, **places)
 
-    def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
+    def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None, counts: Tensor | None = None) -> None:
+        for name, tensor in (("k", k), ("v", v), ("q", k if q is None else q)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v)):
             raise RuntimeError("a cache has no gradient: attend under torch.no_grad() or without the cache")
         if k.shape != v.shape or k.dim() != 4:
             raise ValueError(
                 f"k and v must have one shape (B, Hkv, N, D), got {tuple(k.shape)}, {tuple(v.shape)}"
             )
-        batch, heads, _, head_dim = k.shape
+        batch, heads, count, head_dim = k.shape
         if (batch, heads, head_dim) != (self.batch_size, self.num_kv_heads, self.head_dim):
             raise ValueError(
                 f"the cache holds a batch of {self.batch_size} with {self.num_kv_heads} heads of "
@@ -295,6 +319,19 @@ class KeyValueCache(ABC):
             )
         if k.dtype != self.keys.dtype or v.dtype != self.keys.dtype:
             raise TypeError(f"the cache holds {self.keys.dtype}, got k and v of {k.dtype} and {v.dtype}")
+        device = self.keys.device
+        if k.device != device or v.device != device:
+            raise ValueError(f"the cache is on {device}, got k and v on {k.device} and {v.device}")
+        if not count:
+            raise ValueError(f"k and v must hold at least one token, got {tuple(k.shape)}")
+        if counts is not None:
+            check_row_values("counts", counts, batch, device)
+            if (
+                device.type == "cpu"
+                and has_values(counts)
+                and not 0 <= int(counts.min()) <= int(counts.max()) <= count
+            ):
+                raise ValueError(f"counts must be from 0 to the {count} tokens, got {counts.tolist()}")
 
     def _is_host_blind(self) -> bool:
         """Will what runs now run again without the host, which then can't count?"""
@@ -302,14 +339,19 @@ class KeyValueCache(ABC):
 
     def _count(self, count: int, counts: Tensor | None, starts: Tensor | None) -> int | None:
         """The host's count after `count` more keys, None where it can't know; raises beyond the end."""
-        if self._is_host_blind() or self._length is None or counts is not None:
+        if self._is_host_blind():
             return None
-        length = self._length + count
-        if starts is None:
-            self.layout.check_length(length)
-        if self.max_length is not None and length > self.max_length:
+        length = None if self._length is None or counts is not None else self._length + count
+        longest, tokens = length, length if starts is None else None
+        if None in (longest, tokens) and self.lengths.is_cpu and has_values(self.lengths):
+            ends = self.lengths + (count if counts is None else counts)
+            longest = int(ends.max())
+            tokens = longest if starts is None else max(0, int((ends - starts).max()))
+        if tokens is not None:
+            self.layout.check_length(tokens)
+        if longest is not None and self.max_length is not None and longest > self.max_length:
             raise ValueError(
-                f"a sequence of {length} is longer than the cache's max_length {self.max_length}"
+                f"a sequence of {longest} is longer than the cache's max_length {self.max_length}"
             )
         return length
 
@@ -334,18 +376,18 @@ class KeyValueCache(ABC):
 
         Raises
         ------
+        TypeError
+            Something other than an integer.
         ValueError
             More than a row has, or together with earlier ones more than the cache's slack.
         """
-        if tokens < 0:
-            raise ValueError(f"crop takes the number of tokens to forget, got {tokens}")
+        _check_size("the number of tokens to forget", tokens, 0)
         if not tokens:
             return
-        if self._length is not None and isinstance(self._highest, int):
-            highest: int | Tensor = max(self._highest, self._length)
+        highest = self._highest_yet()
+        if self._length is not None and isinstance(highest, int):
             length, back = self._length - tokens, highest - self._length + tokens
         else:
-            highest = torch.maximum(self.lengths, torch.as_tensor(self._highest, device=self.lengths.device))
             length = int(self.lengths.min()) - tokens
             back = int((highest - self.lengths).max()) + tokens
         if length < 0:
@@ -355,7 +397,15 @@ class KeyValueCache(ABC):
                 f"the cache goes back at most slack={self.slack} tokens from the longest it was, got {back}: "
                 f"make it with slack={back}"
             )
-        self._highest = highest
+        self._go_back(tokens)
+
+    def _highest_yet(self) -> int | Tensor:
+        if self._length is not None and isinstance(self._highest, int):
+            return max(self._highest, self._length)
+        return torch.maximum(self.lengths, torch.as_tensor(self._highest, device=self.lengths.device))
+
+    def _go_back(self, tokens: int) -> None:
+        self._highest = self._highest_yet()
         self.lengths.sub_(tokens)
         if self._length is not None:
             self._length -= tokens
@@ -374,20 +424,44 @@ class KeyValueCache(ABC):
         ----------
         indices : Tensor
             ``(B,)`` integers.
+
+        Raises
+        ------
+        TypeError
+            Something other than int32 or int64.
+        ValueError
+            Another shape; on the CPU, a row that is not there.
         """
-        indices = indices.to(self.lengths.device)
+        indices = self._check_rows(indices)
         if indices.shape != self.lengths.shape:
             raise ValueError(f"reorder takes one index a row, {self.batch_size}, got {tuple(indices.shape)}")
         self._take_rows(indices, in_place=True)
 
     def select(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, ``(B',)`` integers, in their order; one may come several times."""
-        self._take_rows(indices.to(self.lengths.device), in_place=False)
+        """Keep the rows `indices`, ``(B',)`` integers, in their order; one may come several times.
+
+        Raises as `reorder`, and for no row at all.
+        """
+        self._take_rows(self._check_rows(indices), in_place=False)
 
     def repeat(self, repeats: int) -> None:
         """Make `repeats` rows of each, side by side."""
+        _check_size("repeats", repeats, 1)
         rows = torch.arange(self.batch_size, device=self.lengths.device)
         self._take_rows(rows.repeat_interleave(repeats), in_place=False)
+
+    def _check_rows(self, indices: Any) -> Tensor:
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            got = getattr(indices, "dtype", type(indices).__name__)
+            raise TypeError(f"indices must be a tensor of int32 or int64, got {got}")
+        if indices.dim() != 1 or not indices.shape[0]:
+            raise ValueError(f"indices must have shape (rows,) of at least one, got {tuple(indices.shape)}")
+        indices = indices.to(self.lengths.device)
+        if indices.is_cpu and has_values(indices):
+            batch = self.batch_size
+            if not 0 <= int(indices.min()) <= int(indices.max()) < batch:
+                raise ValueError(f"indices must name rows from 0 to {batch - 1}, got {indices.tolist()}")
+        return indices
 
     def _take_rows(self, indices: Tensor, in_place: bool) -> None:
         self._take_memory(indices, in_place)
@@ -411,6 +485,10 @@ class KeyValueCache(ABC):
     @abstractmethod
     def _places(self) -> dict[str, Tensor]:
         """Further arguments of ``banded_attention_decode``."""
+
+    @abstractmethod
+    def _make_room(self, count: int) -> None:
+        """Have memory for so many more keys a row."""
 
     @abstractmethod
     def _rows_of(self, position: Tensor) -> Tensor:
@@ -455,6 +533,8 @@ class BandedCache(KeyValueCache):
     ------
     ValueError
         A layout that is not autoregressive, ``causal`` without an end, sizes that don't fit.
+    TypeError
+        No layout, sizes that are no integers, a dtype that isn't attended to.
 
     Examples
     --------
@@ -516,6 +596,9 @@ class BandedCache(KeyValueCache):
     def _places(self) -> dict[str, Tensor]:
         return {"ring": self.ring}
 
+    def _make_room(self, count: int) -> None:
+        pass  # rings have theirs from the beginning
+
     def _rows_of(self, position: Tensor) -> Tensor:
         return position[:, :, None] % self._capacity + self._first
 
@@ -553,7 +636,7 @@ class PagedCache(KeyValueCache):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         As in `BandedCache`, and a page size out of bounds.
     """
 
@@ -584,8 +667,7 @@ class PagedCache(KeyValueCache):
             count_on_host=count_on_host,
             keeps_all=True,
         )
-        if not 16 <= page_size <= 256:
-            raise ValueError(f"page_size must be between 16 and 256, got {page_size}")
+        _check_size("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE)
         self.page_size = page_size
         self.keys = torch.empty((0, num_kv_heads, page_size, head_dim), dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
@@ -609,17 +691,17 @@ class PagedCache(KeyValueCache):
         self.keys = torch.cat((self.keys, new))
         self.values = torch.cat((self.values, new))
 
-    def _append(self, k: Tensor, v: Tensor, counts: Tensor | None, starts: Tensor | None) -> None:
-        if self.max_length is None:
-            if self._is_host_blind():
-                raise ValueError("pages can't be allocated in compiled code or a CUDA graph: give max_length")
-            longest = self._longest + k.shape[2]
-            if longest > self.block_table.shape[1] * self.page_size:
-                # Pages for half as many more: copying what there is to make room costs a constant a token.
-                most = self.layout.context_length or LIMIT
-                self._allocate(max(longest, min(longest + longest // 2, most)))
-            self._longest = longest
-        super()._append(k, v, counts, starts)
+    def _make_room(self, count: int) -> None:
+        if self.max_length is not None:
+            return
+        if self._is_host_blind():
+            raise ValueError("pages can't be allocated in compiled code or a CUDA graph: give max_length")
+        longest = self._longest + count
+        if longest > self.block_table.shape[1] * self.page_size:
+            # Pages for half as many more: copying what there is to make room costs a constant a token.
+            most = self.layout.context_length or LIMIT
+            self._allocate(max(longest, min(longest + longest // 2, most)))
+        self._longest = longest
 
     @property
     def _most_past(self) -> int:
@@ -635,8 +717,8 @@ class PagedCache(KeyValueCache):
         head_row = (page[:, :, None] * self.num_kv_heads + self._head) * self.page_size
         return head_row + (position % self.page_size)[:, :, None]
 
-    def crop(self, tokens: int) -> None:
-        super().crop(tokens)
+    def _go_back(self, tokens: int) -> None:
+        super()._go_back(tokens)
         self._longest -= tokens if self.max_length is None else 0
 
     def reset(self) -> None:

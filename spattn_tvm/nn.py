@@ -35,8 +35,23 @@ def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
     -------
     Tensor
         In the shape and dtype of x; angles and products are float32 at least.
+
+    Raises
+    ------
+    TypeError
+        Positions that are no tensor.
+    ValueError
+        Positions of another shape.
     """
     length, head_dim = x.shape[-2:]
+    if positions is not None:
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions must be a torch.Tensor, got {type(positions).__name__}")
+        if positions.shape not in ((length,), (1, length), (x.shape[0], length)):
+            raise ValueError(
+                f"positions must have shape ({length},) or ({x.shape[0]}, {length}), got "
+                f"{tuple(positions.shape)}"
+            )
     dtype = torch.promote_types(x.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
     if positions is None:
@@ -340,6 +355,8 @@ class BandedAttention(nn.Module):
         if self._attend is not banded_attention and (cache is not None or key_padding_mask is not None):
             other = "a cache" if cache is not None else "key_padding_mask"
             raise ValueError(f"a sequence that ranks share goes with cu_seqlens, not with {other}")
+        if cache is not None:
+            self._check_cache(cache, x.shape[0])
         # Heads stay where the projections leave them, (B, N, H, D) in memory: nothing is copied.
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -362,14 +379,23 @@ class BandedAttention(nn.Module):
             o = self._attend(q, k, v, self.layout, cu_seqlens=cu_seqlens, impl=self.impl)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
-    def _attend_with_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, key_padding_mask: Tensor | None
-    ) -> Tensor:
+    def _check_cache(self, cache: Any, batch: int) -> None:
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(
+                f"cache must be a BandedCache or a PagedCache, got {type(cache).__name__}: make it with "
+                "make_cache"
+            )
         if not cache.serves(self.layout):
             raise ValueError(
                 f"the cache is made for {cache.layout.spec}, the module has {self.layout.spec}: make it with "
                 "make_cache"
             )
+        if cache.batch_size != batch:
+            raise ValueError(f"the cache holds a batch of {cache.batch_size}, got x with a batch of {batch}")
+
+    def _attend_with_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, key_padding_mask: Tensor | None
+    ) -> Tensor:
         counts = None
         if key_padding_mask is not None:
             begin, counts = token_range(key_padding_mask, torch.Size((k.shape[0], k.shape[2])))

@@ -378,6 +378,10 @@ def test_bad_intervals_are_refused_with_their_values(intervals, message):
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"distances of interval \(0, 1.5\) must be integers"):
         BandLayout.custom([[(0, 1.5)]])
+    with pytest.raises(
+        TypeError, match=r"head 0: a head's bands are a list of pairs \(lo, hi\), got \(0, 7\)"
+    ):
+        BandLayout.custom([(0, 7)])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"num_heads must be an integer, got 2\.0"):
         BandLayout.spattention(2.0, 4)
     with pytest.raises(TypeError, match="context_length must be an integer, got True"):

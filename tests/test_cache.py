@@ -292,10 +292,97 @@ def test_what_cannot_be_right_raises() -> None:
     assert cache.lengths.tolist() == [60], "a refused call stores nothing"
     with pytest.raises(ValueError, match="has some already"):
         cache.begin_rows(torch.tensor([2]))
+    for sizes_of_others, error, message in (
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
+        ({"slack": -1}, ValueError, "slack must be between 0 and"),
+        ({"slack": True}, TypeError, "slack must be an integer, got True"),
+        ({"max_length": 9.5}, TypeError, "max_length must be an integer, got 9.5"),
+        ({"dtype": torch.int32}, TypeError, r"dtype must be one of torch\.float32, .*got torch\.int32"),
+    ):
+        with pytest.raises(error, match=message):
+            BandedCache(layout, **{**sizes, **sizes_of_others})
     ended = BandedCache(BandLayout.causal(4), max_length=16, **sizes)
     ended.append(k[:, :, :16], k[:, :, :16])
     with pytest.raises(ValueError, match="17 is longer than the cache's max_length 16"):
         ended.append(k[:, :, :1], k[:, :, :1])
+
+
+_WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("attend", {"impl": "foo"}, ValueError, "impl must be one of"),
+    ("attend", {"scale": float("nan")}, ValueError, "scale must be finite"),
+    ("attend", {"starts": torch.zeros(3, dtype=torch.int64)}, ValueError, r"starts must have shape"),
+    ("attend", {"starts": [0, 0]}, TypeError, r"starts must be a torch\.Tensor, got list"),
+    ("attend", {"starts": torch.tensor([0, -1])}, ValueError, r"cache_starts must lie in"),
+    ("attend", {"counts": torch.tensor([1, 9])}, ValueError, r"from 0 to the 2 tokens, got \[1, 9\]"),
+    ("attend", {"counts": torch.tensor([-1, 1])}, ValueError, r"from 0 to the 2 tokens, got \[-1, 1\]"),
+    ("append", {"counts": torch.tensor([1.0, 1.0])}, TypeError, r"counts must be int32 or int64"),
+    ("attend", {"q": torch.randn(2, 3, 2, HEAD_DIM)}, ValueError, "multiple of the kv heads, got 3 and 2"),
+    ("attend", {"q": torch.randn(2, 4, 2, 2 * HEAD_DIM)}, ValueError, "k_cache must have shape|with ring"),
+    ("attend", {"q": torch.randn(2, 4, 2, HEAD_DIM).half()}, TypeError, "must have one dtype"),
+    ("attend", {"q": None}, ValueError, "at least one token"),
+    ("append", {"k": torch.zeros(2, 2, 2, HEAD_DIM, device="meta")}, ValueError, "the cache is on cpu"),
+    ("append", {"k": [0.0]}, TypeError, r"k must be a torch\.Tensor, got list"),
+    ("reorder", {"indices": torch.tensor([0, 2])}, ValueError, r"rows from 0 to 1, got \[0, 2\]"),
+    ("reorder", {"indices": torch.tensor([0.0, 1.0])}, TypeError, r"int32 or int64, got torch\.float32"),
+    ("select", {"indices": torch.tensor([-1])}, ValueError, r"rows from 0 to 1, got \[-1\]"),
+    ("select", {"indices": torch.empty(0, dtype=torch.int64)}, ValueError, "at least one"),
+    ("repeat", {"repeats": 0}, ValueError, "repeats must be between 1 and"),
+    ("crop", {"tokens": 1.5}, TypeError, "tokens to forget must be an integer, got 1.5"),
+    ("begin_rows", {"begin": torch.tensor([1])}, ValueError, "begin must have shape"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")
+@pytest.mark.parametrize("kind", [BandedCache, PagedCache])
+def test_a_refused_call_changes_nothing(kind: type[KeyValueCache]) -> None:
+    """The same call made right gives what it would have given; rows of one length and of several."""
+    layout = BandLayout.spattention(4, 64)
+    for is_known in (True, False):
+        given = {"batch_size": 2, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+        caches = [kind(layout, **given) for _ in range(2)]  # type: ignore[arg-type]
+        k = torch.randn(2, 2, 30, HEAD_DIM)
+        for cache in caches:
+            cache.append(k, k, counts=None if is_known else torch.tensor([30, 7]))
+        for name, wrong, error, message in _WRONG:
+            right: dict[str, Any] = {}
+            if name in ("attend", "append"):
+                right["k"] = right["v"] = torch.randn(2, 2, 2, HEAD_DIM)
+            if name == "attend":
+                right["q"] = torch.randn(2, 4, 2, HEAD_DIM)
+            if "q" in wrong and wrong["q"] is None:
+                wrong = {part: tensor[:, :, :0] for part, tensor in right.items()}
+            before = caches[0].lengths.tolist(), caches[0].known_length
+            with pytest.raises(error, match=message):
+                getattr(caches[0], name)(**{**right, **wrong})
+            assert (caches[0].lengths.tolist(), caches[0].known_length) == before
+            if name == "attend":
+                o, expected = (cache.attend(**right, impl="reference") for cache in caches)
+                assert torch.equal(o, expected)
+        left = 64 - int(caches[0].lengths.max())
+        for tokens in (left + 1, left + 20):  # one more than there is room for, by either way to attend
+            q, k = torch.randn(2, 4, tokens, HEAD_DIM), torch.randn(2, 2, tokens, HEAD_DIM)
+            with pytest.raises(ValueError, match=r"longer than the layout's context_length 64"):
+                caches[0].attend(q, k, k)
+        assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
+        caches[0].crop(7)
+
+
+def test_a_call_that_was_interrupted_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled in the middle of it, which takes seconds and can fail."""
+    cache = BandedCache(BandLayout.spattention(4, 64), batch_size=1, num_kv_heads=2, head_dim=HEAD_DIM)
+    q, k = torch.randn(1, 4, 3, HEAD_DIM), torch.randn(1, 2, 3, HEAD_DIM)
+    cache.append(k, k)
+
+    def interrupt(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spattn_tvm.cache.banded_attention_decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.attend(q, k, k)
+    assert cache.known_length == 3 and cache.lengths.tolist() == [3]
+    cache.attend(q, k, k)
+    assert cache.known_length == 6
 
 
 @pytest.mark.gpu

@@ -460,6 +460,8 @@ def test_positions_are_for_the_rotation_alone() -> None:
             {"cu_seqlens": torch.tensor([0, 5]), "key_padding_mask": torch.zeros(1, 5, dtype=torch.bool)},
             "cu_seqlens and key_padding_mask exclude",
         ),
+        ({"cache": True, "batch": 3}, "the cache holds a batch of 3, got x with a batch of 1"),
+        ({"position_ids": torch.arange(4)}, r"positions must have shape \(5,\) or \(1, 5\), got \(4,\)"),
         ({"cache": True, "layout": "exclusive"}, "the cache is made for exclusive:heads=4,context=64"),
         ({"context_length": None, "key_padding_mask": torch.ones(1, 5, dtype=torch.bool)}, "needs bands"),
     ],
@@ -467,6 +469,7 @@ def test_positions_are_for_the_rotation_alone() -> None:
 def test_calls_that_cannot_be_right(given: dict[str, Any], message: str) -> None:
     module = _module(context_length=given.pop("context_length", 64))
     if given.pop("cache", False):
-        given["cache"] = _module(layout=given.pop("layout", "spattention")).make_cache(1)
+        made_for = _module(layout=given.pop("layout", "spattention"))
+        given["cache"] = made_for.make_cache(given.pop("batch", 1))
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         module(torch.randn(1, 5, 128), **given)

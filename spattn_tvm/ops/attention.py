@@ -19,7 +19,7 @@ from .sharded import attend_sharded, is_sharded
 from .standard_graph import attend_by_standard_operators, writes_standard_graph
 from .transforms import attend_transformed
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
@@ -58,8 +58,8 @@ def check_kinds(names: str, q: Tensor, k: Tensor, v: Tensor, layout: BandLayout,
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype:
         raise TypeError(f"{names} must have one dtype, got {dtype}, {k.dtype} and {v.dtype}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if dtype is torch.float64 and impl not in ("auto", "reference"):
         raise TypeError(f"float64 is computed by impl='reference' only (or 'auto'), got impl={impl!r}")
     if k.device != device or v.device != device:

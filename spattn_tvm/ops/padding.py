@@ -5,7 +5,7 @@ Masks are those of ``torch.nn.MultiheadAttention``: True where there is padding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ def _check_mask(key_padding_mask: Tensor, shape: torch.Size) -> None:
         )
 
 
+def _check_values(values: Any) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor, got {type(values).__name__}")
+    if values.dim() < 2:
+        raise ValueError(f"values must have the dimensions (batch, length, ...), got {tuple(values.shape)}")
+
+
 def unpad(values: Tensor, key_padding_mask: Tensor) -> Packed:
     """Take the padding out of a batch.
 
@@ -65,9 +72,9 @@ def unpad(values: Tensor, key_padding_mask: Tensor) -> Packed:
     Raises
     ------
     TypeError
-        A mask that is not bool.
+        A mask that is not bool, values that are no tensor.
     ValueError
-        One of another shape.
+        One of another shape; values without two dimensions.
 
     Examples
     --------
@@ -76,6 +83,7 @@ def unpad(values: Tensor, key_padding_mask: Tensor) -> Packed:
     >>> packed.values.flatten().tolist(), packed.cu_seqlens.tolist()
     ([0.0, 1.0, 4.0, 5.0], [0, 2, 4])
     """
+    _check_values(values)
     _check_mask(key_padding_mask, values.shape[:2])
     is_token = ~key_padding_mask
     indices = is_token.flatten().nonzero().flatten()
@@ -98,7 +106,22 @@ def pad(values: Tensor, packed: Packed) -> Tensor:
     -------
     Tensor
         ``(B, N, ...)``.
+
+    Raises
+    ------
+    TypeError
+        Values that are no tensor, something that `unpad` did not return.
+    ValueError
+        Values of another number of tokens.
     """
+    _check_values(values)
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be what unpad returned, got {type(packed).__name__}")
+    if values.shape[:2] != (1, packed.indices.shape[0]):
+        raise ValueError(
+            f"values must have shape (1, {packed.indices.shape[0]}, ...), the tokens that unpad found, got "
+            f"{tuple(values.shape)}"
+        )
     batch, length = packed.shape
     places = values.new_zeros((batch * length, *values.shape[2:]))
     return places.index_copy(0, packed.indices, values[0]).unflatten(0, (batch, length))

@@ -44,6 +44,14 @@ def test_masks_that_cannot_be_right_are_refused() -> None:
         unpad(torch.ones(2, 3, 1), mask.long())
     with pytest.raises(ValueError, match=r"\(2, 4\), got \(2, 3\)"):
         unpad(torch.ones(2, 4, 1), mask)
+    packed = unpad(torch.ones(2, 3, 1), mask)
+    for wrong in (torch.ones(1, 3, 1), torch.ones(2, 6, 1), torch.ones(1, 7)):
+        with pytest.raises(ValueError, match=r"values must have shape \(1, 6, \.\.\.\)"):
+            pad(wrong, packed)
+    with pytest.raises(TypeError, match="packed must be what unpad returned, got Tensor"):
+        pad(torch.ones(1, 6), mask)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(batch, length, \.\.\.\), got \(3,\)"):
+        unpad(torch.ones(3), mask)
     mask[1, 1] = True
     with pytest.raises(ValueError, match="row 1 of key_padding_mask has padding between its tokens"):
         token_range(mask, mask.shape)
