@@ -28,6 +28,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from .key_range import maximum
+from .variables import scalar
 
 
 def tile_slots(length: Any, documents: Any, rows: int) -> Any:
@@ -64,6 +65,26 @@ def table_row(document: Any, documents: Any, tables: Any) -> Any:
 def chunk_count(begin: Any, end: Any, rows: int) -> Any:
     """Chunks of ``rows`` that cover ``[begin, end)``; none when it is empty."""
     return maximum(end - begin + (rows - 1), 0) // rows
+
+
+def share_of(chunks: Any, share: Any, shares: Any, least: int) -> Any:
+    """The first and the last chunk, exclusive, of one of the shares of a tile's chunks.
+
+    Shares differ by one chunk at most; the last of them are empty where the tile has fewer than ``least``
+    chunks for each.
+    """
+    if isinstance(chunks, int):
+        wanted = max(min(shares, chunk_count(0, chunks, least)), 1)
+        each, longer = divmod(chunks, wanted)  # shares of one chunk more
+        first, after = (min(each * i + min(i, longer), chunks) for i in (share, share + 1))
+        return first, after
+    wanted = scalar("int32", T.max(T.min(shares, chunk_count(0, chunks, least)), 1))
+    each = scalar("int32", T.truncdiv(chunks, wanted))
+    longer = scalar("int32", chunks - each * wanted)
+    begin = each * share + T.min(share, longer)
+    first = scalar("int32", T.Select(share < wanted, begin, chunks))
+    after = T.Select(share < wanted, first + each + T.Select(share < longer, 1, 0), chunks)
+    return first, after
 
 
 @T.inline

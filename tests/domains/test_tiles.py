@@ -38,6 +38,39 @@ def test_chunks_cover_a_range_and_no_more():
         assert tiles.chunk_count(begin, end, rows) == len(range(begin, end, rows))
 
 
+def test_shares_of_a_tiles_chunks_follow_one_another_and_differ_by_one():
+    for chunks, shares, least in itertools.product(range(20), (1, 2, 3, 7, 32), (1, 2, 4)):
+        bounds = [tiles.share_of(chunks, share, shares, least) for share in range(shares)]
+        ends = [0, *(after for _, after in bounds)]
+        assert [first for first, _ in bounds] == ends[:-1] and ends[-1] == chunks
+        sizes = [after - first for first, after in bounds if after > first]
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+        # As many as there may be.
+        assert len(sizes) == min(shares, -(-chunks // least))
+
+
+def test_shares_in_a_kernel_are_those_of_integers():
+    import tvm
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def share_all(found_handle: T.handle, shares: T.int32):
+        numbers = T.int32()
+        found = T.match_buffer(found_handle, (numbers, shares, 2), "int32")
+        for chunks in range(numbers):
+            for share in range(shares):
+                first, after = T.meta_var(tiles.share_of(chunks, share, shares, 2))
+                found[chunks, share, 0] = first
+                found[chunks, share, 1] = after
+
+    share_all = tvm.compile(tvm.IRModule({"main": share_all}), target="llvm")["main"]
+    for shares in (1, 3, 32):
+        found = tvm.runtime.tensor(np.full((40, shares, 2), -1, dtype=np.int32))
+        share_all(found, shares)
+        expected = [[tiles.share_of(chunks, i, shares, 2) for i in range(shares)] for chunks in range(40)]
+        assert found.numpy().tolist() == np.array(expected).tolist()
+
+
 @pytest.fixture(scope="module")
 def locate():
     """The inline functions, compiled for this CPU: what they find for all numbers of tiles."""

@@ -15,9 +15,10 @@ from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import document_keys, has_key, key_range, query_range
 from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
+from spattn_tvm.domains.variables import scalar
 
 from .backward_sizes import KEPT_WORDS, TILE_WORDS, Pass
-from .blocks import BLOCK, Blocks, row_loader_macro, scalar, wait_macro
+from .blocks import BLOCK, Blocks, row_loader_macro, wait_macro
 
 LOG2E = math.log2(math.e)
 INF = math.inf

@@ -6,7 +6,6 @@ No instruction here is newer than sm_80. Nothing imports TVM until a kernel is b
   so that eight rows of one column, or of one pair of columns, are in different banks, wherever a tile's first
   row is.
 - `locate_macro`: from a tile's number to its document, head, first row and bands.
-- `scalar`: a variable of a kernel that is written as a class with inline parts.
 - `wait_macro`: waits at an mbarrier.
 - `StridedTensor`: a (B, H, N, D) argument of any strides, and where its rows start; `match_rows`: those of a
   function; `match_call`: what the forwards and the backward take alike.
@@ -103,15 +102,6 @@ def locate_macro(rows: int, group: int) -> Callable[..., None]:
         words[FAR_HI] = call.bands[table, head, 3]
 
     return locate
-
-
-def scalar(dtype: str, value: Any) -> Any:
-    """A variable with a first value, in the function that is being parsed."""
-    from tvm.script import tirx as T
-
-    variable = T.local_scalar(dtype).scalar
-    T.buffer_store(variable.source, value, [0])
-    return variable
 
 
 def wait_macro(arch: str) -> Callable[..., None]:

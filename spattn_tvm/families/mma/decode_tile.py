@@ -15,8 +15,9 @@ from tvm.script import tirx as T
 
 from spattn_tvm.bands import LIMIT
 from spattn_tvm.domains.tiles import chunk_count
+from spattn_tvm.domains.variables import scalar
 
-from .blocks import BLOCK, Blocks, element_bytes, row_pitch, scalar
+from .blocks import BLOCK, Blocks, element_bytes, row_pitch
 from .decode_sizes import warp_ring_bytes, words
 
 LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf

@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import key_range
 from spattn_tvm.domains.tiles import chunk_count, tile_slots
+from spattn_tvm.domains.variables import scalar
 
 from .blocks import (
     BATCH,
@@ -37,7 +38,6 @@ from .blocks import (
     locate_macro,
     row_loader_macro,
     row_pitch,
-    scalar,
     wait_macro,
 )
 

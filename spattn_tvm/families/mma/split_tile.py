@@ -1,7 +1,7 @@
 """The portable forward with split keys: what a thread block does with its share of a tile's chunks, and how
-the shares of a row are put together.
+shares with huge scores are weighed.
 
-`split.py` says why it is made so. Everything but that is `ForwardTile`'s.
+`split.py` says why it is made so. Everything but that is `ForwardTile`'s and `ShareMerge`'s.
 """
 
 # mypy: ignore-errors
@@ -13,14 +13,12 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.tiles import chunk_count, tile_slots
+from spattn_tvm.domains.share_merge import ShareMerge, share_row
+from spattn_tvm.domains.tiles import share_of, tile_slots
+from spattn_tvm.domains.variables import scalar
 
-from .blocks import BATCH, BLOCK, DOC_END, HEAD, ROW0, Blocks, row_pitch, scalar
-from .forward_tile import ALL_LANES, INF, LEAST_SCALE, LN2, LOG2E, LOWEST, ForwardTile
-
-QUAD = 4  # columns that a lane puts together at once
-FAN = 8  # shares of a row whose outputs are on their way at once
-MERGE_WARPS = 4
+from .blocks import BATCH, BLOCK, DOC_END, HEAD, ROW0, Blocks, row_pitch
+from .forward_tile import ALL_LANES, LEAST_SCALE, LN2, LOG2E, LOWEST, ForwardTile
 
 
 class SplitTile(ForwardTile):
@@ -63,20 +61,12 @@ class SplitTile(ForwardTile):
                 self.store_nothing()
 
     def take_share(self, split: Any) -> None:
-        """The chunks ``[first_chunk, chunks)`` of the tile's; none where there are fewer shares than blocks.
-
-        Shares differ by one chunk at most.
-        """
+        """The chunks ``[first_chunk, chunks)`` of the tile's; none where shares are fewer than blocks."""
         self.split = scalar("int32", split)
         total = scalar("int32", self.chunks)
-        wanted = chunk_count(0, total, self.least_chunks)
-        shares = scalar("int32", T.max(T.min(self.call.splits, wanted), 1))
-        each = scalar("int32", T.truncdiv(total, shares))
-        longer = scalar("int32", total - each * shares)  # shares of one chunk more
-        begin = each * self.split + T.min(self.split, longer)
-        self.first_chunk = scalar("int32", T.Select(self.split < shares, begin, total))
-        end = self.first_chunk + each + T.Select(self.split < longer, 1, 0)
-        T.buffer_store(self.chunks.source, T.Select(self.split < shares, end, total), [0])
+        first, after = share_of(total, self.split, self.call.splits, self.least_chunks)
+        self.first_chunk = first
+        T.buffer_store(self.chunks.source, after, [0])
 
     @T.inline
     def keep_to_share(self):
@@ -88,8 +78,8 @@ class SplitTile(ForwardTile):
     def row_of(self, row: Any) -> Any:
         """Which of all shares' rows (int64) holds this share of a query."""
         call, tile = self.call, self.tile
-        heads = T.cast(self.split * call.batches + tile[BATCH], "int64") * T.cast(call.query_heads, "int64")
-        return (heads + T.cast(tile[HEAD], "int64")) * T.cast(call.length, "int64") + T.cast(row, "int64")
+        of_call = (call.batches, call.query_heads, call.length)
+        return share_row(self.split, tile[BATCH], tile[HEAD], row, *of_call)
 
     @T.inline
     def store_sums(self, place, reference, total, maximum, is_huge):
@@ -144,68 +134,35 @@ class SplitTile(ForwardTile):
                 self.store_sums(self.row_of(row), T.float32(LOWEST), T.float32(0), T.float32(0), T.float32(0))
 
 
-class Merge:
-    """The kernel that puts the shares of each row together, a warp for a row; `run` is all of it."""
+class Merge(ShareMerge):
+    """The kernel that puts the shares of each row together; `run` is all of it.
+
+    Parameters
+    ----------
+    head_dim, dtype
+        As `SplitTile`'s.
+    call : namespace
+        Likewise.
+    """
 
     def __init__(self, head_dim: int, dtype: str, call: SimpleNamespace) -> None:
-        self.call, self.head_dim = call, head_dim
-        self.blocks = Blocks(dtype, row_pitch(head_dim, dtype))
-        self.units = (head_dim // QUAD + 31) // 32  # of a lane
+        blocks = Blocks(dtype, row_pitch(head_dim, dtype))
+        super().__init__(head_dim, None if blocks.is_split else blocks.pack, call)
 
-    @T.inline
-    def run(self):
-        call = T.meta_var(self.call)
-        rows: T.int32 = call.batches * call.query_heads * call.length
-        block = T.cta_id([(call.batches * call.query_heads * call.length + (MERGE_WARPS - 1)) // MERGE_WARPS])
-        warp = T.warp_id([MERGE_WARPS])
-        lane = T.lane_id([32])
-        self.enter(block * MERGE_WARPS + warp, lane)
-        if self.row < rows:
-            self.read_sums(rows)
-            self.weigh()
-            self.add_outputs(rows)
-            self.store()
-
-    def enter(self, row: Any, lane: Any) -> None:
-        self.row, self.lane = scalar("int32", row), lane
+    def prepare(self) -> None:
         # As the blocks have it.
         factor = T.abs(self.call.scale) * T.float32(LOG2E)
         self.scale2 = scalar("float32", T.max(factor, T.float32(LEAST_SCALE)))
-        # Of the lane's share: reference, sum, greatest score, whether it is huge; its weight.
-        self.sums = T.alloc_local((4,), "float32")
-        self.weight = T.alloc_local((1,), "float32")
-        # Of the row.
-        self.top = T.alloc_local((1,), "float32")
-        self.total = T.alloc_local((1,), "float32")
-        self.lse = T.alloc_local((1,), "float32")
-        self.values = T.alloc_local((QUAD * self.units,), "float32")
 
-    def place(self, share: Any, rows: Any) -> Any:
-        return T.cast(share, "int64") * T.cast(rows, "int64") + T.cast(self.row, "int64")
-
-    @T.inline
-    def read_sums(self, rows):
-        """A share without keys for this row, of which nothing but the sum counts, has a sum of 0."""
-        for i in T.unroll(4):
-            self.sums[i] = T.float32(0)
-        if self.lane < self.call.splits:
-            T.ptx["ld.global.v4.f32"](
-                *[self.sums[i] for i in range(4)],
-                self.call.partial_sums.ptr_to([self.place(self.lane, rows), 0]),
-            )
-
-    @T.inline
-    def find_top(self, value):
-        self.top[0] = T.Select(self.sums[1] != T.float32(0), value, T.float32(LOWEST))
-        for i in T.unroll(5):
-            self.top[0] = T.max(
-                self.top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), self.top[0], 1 << i, 32, 32)
-            )
+    def address(self, batch: Any, head: Any, query: Any, column: Any) -> Any:
+        o = self.call.o
+        to = scalar("int64", o.row(batch, head, query) + T.cast(column, "int64"))
+        return o.flat.ptr_to([to])
 
     @T.inline
     def weigh(self):
-        """Each share's weight, and lse. Where one share's scores were huge, weights are made of scores before
-        they are scaled, as its own were.
+        """Where one share's scores were huge, weights are made of scores before they are scaled, as its own
+        were.
         """
         has_keys: T.bool = self.sums[1] != T.float32(0)
         is_huge: T.bool = T.And(has_keys, self.sums[3] != T.float32(0))
@@ -221,73 +178,8 @@ class Merge:
         else:
             self.find_top(self.sums[0])
             self.weight[0] = T.exp2(self.sums[0] - self.top[0])
-        if T.Not(has_keys):
-            self.weight[0] = T.float32(0)
-        self.total[0] = T.Select(has_keys, self.weight[0] * self.sums[1], T.float32(0))
-        for i in T.unroll(5):
-            self.total[0] = self.total[0] + T.tvm_warp_shuffle_xor(
-                T.uint32(ALL_LANES), self.total[0], 1 << i, 32, 32
-            )
+        self.add_sums(has_keys)
         top: T.float32 = T.if_then_else(
             any_huge, self.top[0] * (self.scale2 * T.float32(LN2)), self.top[0] * T.float32(LN2)
         )
         self.lse[0] = top + T.log2(self.total[0]) * T.float32(LN2)
-
-    @T.inline
-    def add_outputs(self, rows):
-        for i in T.unroll(QUAD * self.units):
-            self.values[i] = T.float32(0)
-        share: T.int32 = 0
-        while share < self.call.splits:
-            parts = T.alloc_local((FAN * QUAD * self.units,), "float32")
-            for p in T.unroll(FAN):
-                # Beyond the last share a lane has a sum of 0.
-                total: T.float32 = T.tvm_warp_shuffle(T.uint32(ALL_LANES), self.sums[1], share + p, 32, 32)
-                for u in T.unroll(self.units):
-                    at = T.meta_var((p * self.units + u) * QUAD)
-                    for i in T.unroll(QUAD):
-                        parts[at + i] = T.float32(0)
-                    if T.And(total != T.float32(0), (self.lane + 32 * u) * QUAD < self.head_dim):
-                        T.ptx["ld.global.v4.f32"](
-                            *[parts[at + i] for i in range(QUAD)],
-                            self.call.partial_o.ptr_to(
-                                [self.place(share + p, rows), (self.lane + 32 * u) * QUAD]
-                            ),
-                        )
-            for p in T.unroll(FAN):
-                weight: T.float32 = T.tvm_warp_shuffle(T.uint32(ALL_LANES), self.weight[0], share + p, 32, 32)
-                for i in T.unroll(QUAD * self.units):
-                    self.values[i] = self.values[i] + parts[p * QUAD * self.units + i] * weight
-            share = share + FAN
-
-    @T.inline
-    def store(self):
-        call = T.meta_var(self.call)
-        head: T.int32 = T.truncdiv(self.row, call.length)
-        query: T.int32 = self.row - head * call.length
-        batch: T.int32 = T.truncdiv(head, call.query_heads)
-        head = head - batch * call.query_heads
-        # A query without keys; one that is NaN, or sees NaN, has a sum of NaN.
-        is_keyless: T.bool = self.total[0] == T.float32(0)
-        factor: T.float32 = T.Select(is_keyless, T.float32(0), T.float32(1) / self.total[0])
-        if self.lane == 0:
-            call.lse[batch, head, query] = T.Select(is_keyless, T.float32(-INF), self.lse[0])
-        for u in T.unroll(self.units):
-            column: T.int32 = (self.lane + 32 * u) * QUAD
-            if column < self.head_dim:
-                to: T.int64 = call.o.row(batch, head, query) + T.cast(column, "int64")
-                self.store_quad(call.o.flat.ptr_to([to]), u * QUAD, factor)
-
-    @T.inline
-    def store_quad(self, to, at, factor):
-        words = T.alloc_local((QUAD,), "uint32")
-        if self.blocks.is_split:
-            for i in T.unroll(QUAD):
-                words[i] = T.reinterpret("uint32", self.values[at + i] * factor)
-            T.ptx["st.global.v4.b32"](to, words[0], words[1], words[2], words[3])
-        else:
-            for i in T.unroll(2):
-                T.ptx[self.blocks.pack](
-                    words[i], self.values[at + 2 * i + 1] * factor, self.values[at + 2 * i] * factor
-                )
-            T.ptx["st.global.v2.b32"](to, words[0], words[1])
