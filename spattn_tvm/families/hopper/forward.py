@@ -65,10 +65,7 @@ do not fit the registers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
-
-from .forward_sizes import PLANE, TILE_WORDS, Sizes, conflict, producer_registers
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import tvm
@@ -119,58 +116,10 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
     from tvm import IRModule
     from tvm.script import tirx as T
 
-    from .forward_consumer import consumer
-    from .forward_producers import decoder, loader
-    from .parts import match_tensors, rows_map
+    from .forward_blocks import ForwardBlocks
+    from .parts import match_tensors
 
-    if dtype not in ("bfloat16", "float16"):
-        raise ValueError(f"dtype must be 'bfloat16' or 'float16', got {dtype!r}")
-    if head_dim % PLANE:
-        raise ValueError(f"head_dim must be a multiple of {PLANE}, got {head_dim}")
-    reason = conflict(decisions, head_dim)
-    if reason is not None:
-        raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
-
-    c = Sizes(decisions, head_dim)
-    decode, load, consume = decoder(decisions, c), loader(decisions, c), consumer(decisions, c, dtype)
-    THREADS = 128 * (c.consumers + 1)
-    CONSUMER_REGISTERS = decisions["consumer_registers"]
-    LOADER_REGISTERS = producer_registers(c.consumers, CONSUMER_REGISTERS)
-
-    def share(arena: Any) -> SimpleNamespace:
-        """The regions of shared memory as buffers."""
-
-        def region(count: int, kind: str, at: int, size: int) -> Any:
-            return T.decl_buffer((count,), kind, data=arena.data, elem_offset=at // size, scope="shared.dyn")
-
-        return SimpleNamespace(
-            k=region(c.stages * c.chunk, dtype, c.k_at, 2),
-            v=region(c.stages * c.chunk, dtype, c.v_at, 2),
-            q=region(c.queries_slots * c.rows * head_dim, dtype, c.q_at, 2),
-            words=region(TILE_WORDS, "int32", c.words_at, 4),
-            barriers=region(c.barriers, "uint64", c.barriers_at, 8),
-        )
-
-    @T.inline
-    def init_barriers(s, first, count, arrivals):
-        for i in T.unroll(count):
-            T.ptx.mbarrier.init.shared.b64(s.barriers.ptr_to([first + i]), T.uint32(arrivals))
-
-    # The loader arrives once for what it hands over, each computing warp for what it hands back, and each
-    # thread for the words of a tile that it has read.
-    @T.inline
-    def init_all_barriers(s):
-        init_barriers(s, c.k_full, c.stages, 1)
-        init_barriers(s, c.v_full, c.stages, 1)
-        init_barriers(s, c.k_empty, c.stages, 4 * c.consumers)
-        init_barriers(s, c.v_empty, c.stages, 4 * c.consumers)
-        init_barriers(s, c.q_full, c.queries_slots, 1)
-        init_barriers(s, c.q_empty, c.queries_slots, 4 * c.consumers)
-        init_barriers(s, c.tile_full, 1, 1)
-        init_barriers(s, c.tile_empty, 1, 128 * c.consumers + 32)
-        init_barriers(s, c.v_landed, 1, 1)
-        T.ptx.fence.mbarrier_init.release.cluster()
-        T.ptx.fence.proxy.async_.shared__cta()
+    blocks = ForwardBlocks(decisions, head_dim, dtype)
 
     @T.prim_func
     def forward(
@@ -194,30 +143,9 @@ def build_hopper_forward(decisions: Mapping[str, int], head_dim: int, dtype: str
                 key_ranges=key_ranges, o=o, lse=lse, counters=counters,
             )
         )  # fmt: skip
-        # Rows before a tensor's first or behind its last are filled with zeros.
-        maps = T.meta_var(
-            SimpleNamespace(q=rows_map(t.q, c.rows), k=rows_map(t.k, c.keys), v=rows_map(t.v, c.keys))
-        )
-        T.device_entry()
+        maps = T.meta_var(blocks.maps(t))
         # With the 1, or ptxas ignores setmaxnreg.
-        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
-        block = T.cta_id([workers])
-        warp = T.warp_id([THREADS // 32])
-        lane = T.lane_id([32])
-        thread = T.thread_id([THREADS])
-        arena = T.alloc_buffer((c.shared_bytes,), "uint8", scope="shared.dyn", align=1024)
-        s = T.meta_var(share(arena))
-        if thread == 0:
-            init_all_barriers(s)
-        T.cuda.cta_sync()
-        if warp < 4:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](LOADER_REGISTERS)
-            if thread == 32:
-                decode(s, t, block, workers)
-            if warp == 0:
-                load(s, t, maps, lane)
-        else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](CONSUMER_REGISTERS)
-            consume(s, t, scale, warp, lane)
+        with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):
+            blocks.run(t, maps, scale, workers)
 
     return IRModule({"forward": forward})
