@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,42 @@ def benchmark_block(kind: str) -> str | None:
     return "\n".join(lines)
 
 
+def _is_ours(entry: dict[str, Any]) -> bool:
+    return is_ours(entry["peer"])
+
+
+def _entry_rows(
+    titles: list[str],
+    entries: list[dict[str, Any]],
+    is_bold: Callable[[dict[str, Any]], bool],
+    cells: Callable[[dict[str, Any]], list[str]],
+) -> list[list[str]]:
+    """A row for each entry of a report: its title and its cells; of one that failed, what became of it."""
+    rows = []
+    for entry in entries:
+        if entry["status"] == "ok":
+            rows.append([f"**{entry['title']}**" if is_bold(entry) else entry["title"], *cells(entry)])
+        else:
+            rows.append([entry["title"], entry["status"], *[""] * (len(titles) - 2)])
+    return rows
+
+
+def _benchmark_cells(entry: dict[str, Any], result: dict[str, Any], kind: str) -> list[str]:
+    spread = "" if entry["p25_ms"] is None else f"{entry['p25_ms']:.4g}-{entry['p75_ms']:.4g}"
+    ratio = entry["ratio_to_dense"]
+    _, factor = _unit(kind)
+    return [
+        f"{entry['median_ms']:.4g}",
+        spread,
+        f"{entry['useful_tflops'] * factor:.4g}",
+        f"{entry['matmul_share']:.0%}",
+        "" if ratio is None else f"{ratio:.3f}",
+        f"{max(entry['errors'].values()):.1e}",
+        *([f"{entry['peak_memory_mib']:.0f}"] if kind == "cuda" else []),
+        plan_text(result["plans"].get(entry["peer"])),
+    ]
+
+
 def performance_page() -> str:
     """All that the newest benchmarks measured, as Markdown."""
     parts = [
@@ -177,7 +214,7 @@ def performance_page() -> str:
         if newest is None:
             continue
         report, taken = newest
-        unit, factor = _unit(kind)
+        unit, _ = _unit(kind)
         titles = ["implementation", "median ms", "p25-p75", f"useful {unit}", "of matmul rate", "of dense"]
         titles += ["largest error"] + (["peak MiB"] if kind == "cuda" else []) + ["made for one length"]
         parts += ["", f"## {report['device']['name']}", "", _where(report, taken, DOCS)]
@@ -188,20 +225,8 @@ def performance_page() -> str:
             for direction in dict.fromkeys(entry["direction"] for entry in result["entries"]):
                 entries = [entry for entry in result["entries"] if entry["direction"] == direction]
                 parts += ["", f"### {result['shape']}, {direction.replace('_', ' + ')}", ""]
-                rows = []
-                for entry in entries:
-                    name = f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"]
-                    if entry["median_ms"] is None:
-                        rows.append([name, entry["status"], *[""] * (len(titles) - 2)])
-                        continue
-                    spread = "" if entry["p25_ms"] is None else f"{entry['p25_ms']:.4g}-{entry['p75_ms']:.4g}"
-                    ratio = entry["ratio_to_dense"]
-                    row = [name, f"{entry['median_ms']:.4g}", spread]
-                    row += [f"{entry['useful_tflops'] * factor:.4g}", f"{entry['matmul_share']:.0%}"]
-                    row += ["" if ratio is None else f"{ratio:.3f}", f"{max(entry['errors'].values()):.1e}"]
-                    row += [f"{entry['peak_memory_mib']:.0f}"] if kind == "cuda" else []
-                    rows.append([*row, plan_text(result["plans"].get(entry["peer"]))])
-                parts += _table(titles, rows)
+                cells = partial(_benchmark_cells, result=result, kind=kind)
+                parts += _table(titles, _entry_rows(titles, entries, _is_ours, cells))
                 reasons = [f"- {e['title']}: {e['reason']}" for e in entries if e["reason"]]
                 parts += ["", *reasons] if reasons else []
         for title, measured in (
@@ -223,24 +248,20 @@ def decode_tables(kind: str, folder: Path) -> list[str]:
         "written; *needed* are the bytes that a step of the layout can't do without, whatever was read.",
     ]
     for result in report["results"]:
-        rows = []
-        for entry in result["entries"]:
-            if entry["status"] != "ok":
-                rows.append([entry["title"], entry["status"], "", "", "", ""])
-                continue
-            rows.append(
-                [
-                    f"**{entry['title']}**" if is_ours(entry["peer"]) else entry["title"],
-                    f"{entry['median_ms']:.4g}",
-                    f"{entry['needed_gb_s']:.4g}",
-                    f"{entry['of_copy']:.0%}",
-                    "" if entry["of_dense"] is None else f"{entry['of_dense']:.3f}",
-                    f"{entry['error']:.1e}",
-                ]
-            )
         titles = ["implementation", "median ms", "needed GB/s", "of copies", "of dense", "largest error"]
+        rows = _entry_rows(titles, result["entries"], _is_ours, _decode_cells)
         parts += ["", f"`{AttentionProblem.from_json(result['problem']).key}`", "", *_table(titles, rows)]
     return parts
+
+
+def _decode_cells(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"{entry['median_ms']:.4g}",
+        f"{entry['needed_gb_s']:.4g}",
+        f"{entry['of_copy']:.0%}",
+        "" if entry["of_dense"] is None else f"{entry['of_dense']:.3f}",
+        f"{entry['error']:.1e}",
+    ]
 
 
 def generation_tables(kind: str, folder: Path) -> list[str]:
@@ -252,21 +273,6 @@ def generation_tables(kind: str, folder: Path) -> list[str]:
     parts = [_where(report, taken, folder)]
     for result in report["results"]:
         problem, model = AttentionProblem.from_json(result["problem"]), result["model"]
-        rows = []
-        for entry in result["entries"]:
-            if entry["status"] != "ok":
-                rows.append([entry["title"], entry["status"], "", "", "", ""])
-                continue
-            rows.append(
-                [
-                    f"**{entry['title']}**" if entry["same_mask"] else entry["title"],
-                    f"{entry['tokens_s']:.4g}",
-                    "" if entry["of_dense"] is None else f"{entry['of_dense']:.2f}",
-                    f"{entry['prefill_tokens_s']:.4g}",
-                    f"{entry['cache_bytes'] / 2**20:.4g}",
-                    f"{entry['cache_of_dense']:.3f}",
-                ]
-            )
         heads = f"{problem.query_heads} heads"
         if problem.kv_heads != problem.query_heads:
             heads += f" ({problem.kv_heads} of keys)"
@@ -279,8 +285,20 @@ def generation_tables(kind: str, folder: Path) -> list[str]:
             "",
         ]
         titles = ["attention and cache", "tokens/s", "of the fastest dense", "prefill tokens/s"]
-        parts += _table([*titles, "cache MiB", "of a dense cache"], rows)
+        titles += ["cache MiB", "of a dense cache"]
+        rows = _entry_rows(titles, result["entries"], itemgetter("same_mask"), _generation_cells)
+        parts += _table(titles, rows)
     return parts
+
+
+def _generation_cells(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"{entry['tokens_s']:.4g}",
+        "" if entry["of_dense"] is None else f"{entry['of_dense']:.2f}",
+        f"{entry['prefill_tokens_s']:.4g}",
+        f"{entry['cache_bytes'] / 2**20:.4g}",
+        f"{entry['cache_of_dense']:.3f}",
+    ]
 
 
 def generation_block(kind: str) -> str | None:
