@@ -10,8 +10,10 @@ import enum
 import itertools
 import json
 import math
+import random
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -601,83 +603,38 @@ def bench(
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write the JSON report.")] = True,
 ) -> None:
     """Check and time ours and its peers in one run; the report goes to autotune_logs/TARGET/benchmarks/."""
-    from rich.console import Console
-
-    from .bench.decode import decode_table
-    from .bench.report import tables, write_report
-    from .workflows import benchmark
-
     timed = _names("--steps", steps)
     decodes, generates = "decode" in timed, "generate" in timed
     if (decodes or generates) and (len(timed) > 1 or documents != 1):
         raise ValueError(
             f"{'decode' if decodes else 'generate'} is benchmarked alone and unpacked, got --steps {steps}"
         )
+    if ranks is not None and (decodes or generates or documents != 1 or deterministic or threads is not None):
+        raise ValueError(
+            "--ranks goes with neither --steps decode or generate nor --documents nor --deterministic "
+            "nor --threads"
+        )
     shapes = [_with_kv_heads(text, kv_heads) for text in shape]
+    direction = "decode" if decodes or generates else "forward"
+    problems = parse_problems(shapes, dtype.value, layout, context, direction)
+    root = log_root if save else None
+    settings: dict[str, Any] = {
+        "peers": None if peers is None else _names("--peers", peers),
+        "device": device,
+        "rounds": rounds,
+        "seed": random.randrange(_LARGEST_SEED) if seed is None else seed,
+    }
+    of_one_rank = settings | {"idle_ms": idle_ms, "threads": threads}
     if ranks is not None:
-        if decodes or generates or documents != 1 or deterministic or threads is not None:
-            raise ValueError(
-                "--ranks goes with neither --steps decode or generate nor --documents nor --deterministic "
-                "nor --threads"
-            )
-        _bench_ranks(
-            parse_problems(shapes, dtype.value, layout, context, "forward"),
-            ranks,
-            sharding.value,
-            timed,
-            None if peers is None else _names("--peers", peers),
-            device,
-            rounds,
-            seed,
-            parts,
-            log_root if save else None,
-        )
-        return
-    if generates:
-        _bench_generation(
-            parse_problems(shapes, dtype.value, layout, context, "decode"),
-            layers,
-            vocabulary,
-            seed,
-            log_root if save else None,
-            peers=None if peers is None else _names("--peers", peers),
-            device=device,
-            tokens=new_tokens,
-            rounds=rounds,
-            idle_ms=idle_ms,
-            threads=threads,
-        )
-        return
-    direction = "decode" if decodes else "forward"
-    with Console(stderr=True).status("starting") as status:
-        report = benchmark(
-            parse_problems(shapes, dtype.value, layout, context, direction),
-            steps=timed,
-            documents=documents,
-            deterministic=deterministic,
-            peers=None if peers is None else _names("--peers", peers),
-            device=device,
-            rounds=rounds,
-            budget_s=budget,
-            idle_ms=idle_ms,
-            threads=threads,
-            seed=seed,
-            report=status.update,
-        )
-    # Not a terminal: a file or a log, where a table may be as wide as it is.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in [decode_table(report)] if decodes else tables(report):
-        console.print(table)
-    for result in [] if decodes else report["results"]:
-        for step, chosen in result["schedule"].items():
-            text = f"{result['shape']} {step}: {chosen['status']}, {chosen['reason']}"
-            console.print(text, markup=False, highlight=False)
-    if save:
-        path = write_report(report, log_root, "decode_benchmarks" if decodes else "benchmarks")
-        console.print(f"written: {path}", markup=False, highlight=False)
-    ours = [e for result in report["results"] for e in result["entries"] if e["peer"] == "ours"]
-    if any(entry["status"] != "ok" for entry in ours):
-        raise typer.Exit(1)
+        dealt = {"shardings": [sharding.value], "parts": parts}
+        _bench_ranks(problems, ranks, root, steps=timed, **dealt, **settings)
+    elif generates:
+        _bench_generation(problems, layers, vocabulary, root, tokens=new_tokens, **of_one_rank)
+    elif decodes:
+        _bench_decode(problems, root, **of_one_rank)
+    else:
+        packing = {"documents": documents, "deterministic": deterministic}
+        _bench_attention(problems, root, steps=timed, budget_s=budget, **packing, **of_one_rank)
 
 
 def _with_kv_heads(shape: str, kv_heads: int | None) -> str:
@@ -689,81 +646,92 @@ def _with_kv_heads(shape: str, kv_heads: int | None) -> str:
     return f"{batch}{comma}{heads}/{kv_heads}{second_comma}{rows}"
 
 
-def _bench_ranks(
-    problems: list[AttentionProblem],
-    ranks: int,
-    sharding: str,
-    steps: list[str],
-    peers: list[str] | None,
-    device: str,
-    rounds: int,
-    seed: int | None,
-    parts: int | None,
-    log_root: Path | None,
-) -> None:
-    """`bench` of sequences that ranks share: another table, another report."""
-    import random
-
+def _bench_attention(problems: list[AttentionProblem], log_root: Path | None, **settings: Any) -> None:
+    """`bench` of forward and backward."""
     from rich.console import Console
 
-    from .bench.ranks import benchmark_ranks, rank_tables
-    from .bench.report import write_report
+    from .bench.report import tables
+    from .workflows import benchmark
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    report = benchmark_ranks(
-        problems,
-        ranks,
-        shardings=[sharding],
-        peers=peers,
-        steps=steps,
-        device=device,
-        rounds=rounds,
-        seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
-        parts=parts,
-    )
-    for table in rank_tables(report):
-        console.print(table)
-    if log_root is not None:
-        path = write_report(report, log_root, "rank_benchmarks")
-        console.print(f"written: {path}", markup=False, highlight=False)
+    with Console(stderr=True).status("starting") as status:
+        report = benchmark(problems, report=status.update, **settings)
+    kernels = [
+        f"{result['shape']} {step}: {chosen['status']}, {chosen['reason']}"
+        for result in report["results"]
+        for step, chosen in result["schedule"].items()
+    ]
+    _finish_benchmark(report, tables(report), "benchmarks", log_root, lambda e: e["peer"] == "ours", kernels)
+
+
+def _bench_decode(problems: list[AttentionProblem], log_root: Path | None, **settings: Any) -> None:
+    """`bench` of steps of decoding."""
+    from rich.console import Console
+
+    from .bench.decode import decode_table
+    from .workflows import benchmark
+
+    with Console(stderr=True).status("starting") as status:
+        report = benchmark(problems, report=status.update, **settings)
+    tables = [decode_table(report)]
+    _finish_benchmark(report, tables, "decode_benchmarks", log_root, lambda entry: entry["peer"] == "ours")
+
+
+def _bench_ranks(
+    problems: list[AttentionProblem], ranks: int, log_root: Path | None, **settings: Any
+) -> None:
+    """`bench` of sequences that ranks share."""
+    from .bench.ranks import benchmark_ranks, rank_tables
+
+    report = benchmark_ranks(problems, ranks, **settings)
     ours = ("one", "heads", "bands")
-    entries = [entry for result in report["results"] for entry in result["entries"] if entry["peer"] in ours]
-    if any(entry["status"] != "ok" for entry in entries):
-        raise typer.Exit(1)
+    _finish_benchmark(
+        report, rank_tables(report), "rank_benchmarks", log_root, lambda entry: entry["peer"] in ours
+    )
 
 
 def _bench_generation(
     problems: list[AttentionProblem],
     layers: int,
     vocabulary: int,
-    seed: int | None,
     log_root: Path | None,
     **settings: Any,
 ) -> None:
-    """`bench` of whole ``generate()`` calls: another table, another report."""
-    import random
-
+    """`bench` of whole ``generate()`` calls."""
     from rich.console import Console
 
     from .bench.generation import ModelSizes, benchmark_generation, generation_tables
+
+    sizes = ModelSizes(layers, vocabulary)
+    with Console(stderr=True).status("starting") as status:
+        report = benchmark_generation(problems, sizes, report=status.update, **settings)
+    tables = generation_tables(report)
+    _finish_benchmark(report, tables, "generation_benchmarks", log_root, lambda entry: entry["same_mask"])
+
+
+def _finish_benchmark(
+    report: dict[str, Any],
+    tables: Iterable[Any],
+    folder: str,
+    log_root: Path | None,
+    must_hold: Callable[[dict[str, Any]], bool],
+    remarks: Iterable[str] = (),
+) -> None:
+    """Print a report and, where there is a `log_root`, write it; exit code 1 when an entry of ours failed."""
+    from rich.console import Console
+
     from .bench.report import write_report
 
-    with Console(stderr=True).status("starting") as status:
-        report = benchmark_generation(
-            problems,
-            ModelSizes(layers, vocabulary),
-            seed=random.randrange(_LARGEST_SEED) if seed is None else seed,
-            report=status.update,
-            **settings,
-        )
+    # Not a terminal: a file or a log, where a table may be as wide as it is.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in generation_tables(report):
+    for table in tables:
         console.print(table)
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False)
     if log_root is not None:
-        path = write_report(report, log_root, "generation_benchmarks")
+        path = write_report(report, log_root, folder)
         console.print(f"written: {path}", markup=False, highlight=False)
     entries = [entry for result in report["results"] for entry in result["entries"]]
-    if any(entry["status"] != "ok" for entry in entries if entry["same_mask"]):
+    if any(entry["status"] != "ok" for entry in entries if must_hold(entry)):
         raise typer.Exit(1)
 
 
