@@ -71,6 +71,10 @@ def _layout_of(module: nn.Module) -> BandLayout:
             f"{type(module).__name__} runs with banded attention and its configuration has no "
             f"{LAYOUTS_KEY}: give the model its bands with set_layout(model, layout)"
         )
+    if not isinstance(specs, (list, tuple)):
+        raise TypeError(
+            f"{LAYOUTS_KEY} in a configuration is a list of a layout's spec a layer, got {specs!r}"
+        )
     if index is None or not 0 <= index < len(specs):
         raise ValueError(f"{type(module).__name__} is layer {index}, and {len(specs)} layers have bands")
     spec = specs[index]
@@ -83,16 +87,23 @@ def _heads_of_rank(module: nn.Module, heads: int, layout: BandLayout) -> BandLay
     """The part of a layer's layout for the query heads that arrive, which are fewer than the layer's under a
     ``tp_plan``: of the ranks among which a projection's rows are sharded each has an equal part, in order.
     """
+    is_sharded = False
     for parameter in module.parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is None:
             continue
+        is_sharded = True
         for axis, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
             if placement.is_shard(0) and mesh.size(axis) * heads == layout.num_heads:
                 key = (layout.spec, mesh.get_local_rank(axis), heads)
                 if key not in _parts:
                     _parts[key] = layout.heads(key[1] * heads, (key[1] + 1) * heads)
                 return _parts[key]
+    if not is_sharded:
+        raise ValueError(
+            f"{type(module).__name__} attends with {heads} query heads, and its bands {layout.spec} are for "
+            f"{layout.num_heads}: give the model others with set_layout(model, layout)"
+        )
     raise ValueError(
         f"{type(module).__name__} attends with {heads} of {layout.num_heads} query heads, and which ones "
         "does not follow from its parameters: give it a tp_plan that shards projections by columns into "
@@ -127,8 +138,10 @@ def set_layout(
         A layout for another number of heads, as many layouts as there are not layers, a model that does not
         take attention functions.
     TypeError
-        Something that is no layout.
+        Something that is no layout, or no model of transformers.
     """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):  # a wrapper hands on its model's
+        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     given = [layout] * layers if layout is None or isinstance(layout, (BandLayout, str)) else list(layout)
@@ -507,6 +520,11 @@ def banded_attention_forward(
     _check_arguments(module, dropout, is_causal, others)
     layout = _layout_of(module)
     batch, heads, queries, _ = query.shape
+    if band_cache is not None and not band_cache.serves(layout):
+        raise ValueError(
+            f"the cache of layer {module.layer_idx} is made for {band_cache.layout.spec}, and the layer has "
+            f"{layout.spec}: make it with make_cache(model)"
+        )
     if heads != layout.num_heads:
         if band_cache is not None:
             _refuse("banded cache of a part of the heads: generate with a cache of transformers' own")

@@ -352,11 +352,20 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         set_layout(model, [BANDED, 5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="expected 'name:heads"):
         set_layout(model, "longformer:heads=4")
+    with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, got Linear"):
+        set_layout(torch.nn.Linear(2, 2), BANDED)  # type: ignore[arg-type]
     assert model.config._attn_implementation != "spattn"
     assert not hasattr(model.config, "spattn_layouts")
     set_layout(model, "spattention:heads=4,context=40")
     with pytest.raises(ValueError, match="a sequence of 41 is longer"):
         model(torch.ones(1, 41, dtype=torch.int64))
+    for specs, error, message in (
+        (["spattention:heads=8"] * LAYERS, ValueError, "attends with 4 query heads, .* are for 8: give"),
+        ("spattention:heads=4", TypeError, "is a list of a layout's spec a layer, got 'spattention"),
+    ):
+        model.config.spattn_layouts = specs
+        with pytest.raises(error, match=message):
+            model(torch.ones(1, 40, dtype=torch.int64))
 
 
 def test_a_model_without_bands_is_refused() -> None:
@@ -488,6 +497,10 @@ def test_caches_refuse_what_they_cannot_hold() -> None:
             model(batch["input_ids"][:, 10:30], position_ids=later, cache=cache)
     with pytest.raises(RuntimeError, match="a cache has no gradient"):
         model(batch["input_ids"], cache=make_cache(model))
+    others = _banded(layout=[BandLayout.exclusive(HEADS, LENGTH), BANDED])
+    for kind in ("banded", "paged"):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"of layer 0 is made for exclusive.*has spatt"):
+            model(batch["input_ids"], cache=make_cache(others, kind))
     cache = make_cache(model)
     model.set_attn_implementation("sdpa")
     with torch.no_grad(), pytest.raises(ValueError, match="keeps what bands need, and the model runs 'sdpa'"):
