@@ -622,7 +622,7 @@ class BandLayout:
         if self.context_length is not None and length > self.context_length and not self.allow_longer:
             raise ValueError(
                 f"a sequence of {length} is longer than the layout's context_length {self.context_length}; "
-                "make the layout for the longer context, or pass allow_longer=True to it"
+                "make the layout for the longer context, or pass allow_longer=True to it (in a spec longer=1)"
             )
 
     def edges(self, length: int) -> tuple[int, ...]:
