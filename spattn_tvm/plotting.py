@@ -93,6 +93,9 @@ def _fit_texts(figure: Any) -> None:
     figure.draw_without_rendering()
     for axes in figure.axes:
         box = axes.get_window_extent()
+        # Long labels have made the axes narrower than they were.
+        for title in (axes.title, axes._left_title, axes._right_title):
+            _break(title, box.x1)
         right = axes.get_xlim()[1]
         for text in axes.texts:
             extent = text.get_window_extent()
@@ -443,7 +446,8 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(0.01 * longest, position, row.get("status", "not available"), va="center",
                       fontsize=8.5, color=_MUTED, style="italic", in_layout=False)  # fmt: skip
             continue
-        axes.barh(position, median, height=0.7, color=_OURS if is_ours(row.get("peer", "")) else _PEER)
+        ours = is_ours(row.get("peer", "")) or str(row.get("title", "")).startswith("ours, ")
+        axes.barh(position, median, height=0.7, color=_OURS if ours else _PEER)
         end = median
         if row.get("p25_ms") is not None:
             end = max(median, row["p75_ms"])
