@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spattn_tvm.target import is_before_hopper, registers_most, shared_bytes_most
+from spattn_tvm.target import is_before_hopper
 
-from .blocks import BLOCK, element_bytes
+from .blocks import BLOCK, element_bytes, lack_of_room
 
 PAD = 16  # bytes behind a row in shared memory
 INFO_BYTES = 16  # of a chunk: first row, its band's lo and hi, which band of which head
@@ -231,14 +231,7 @@ def _pass_conflict(part: Pass, arch: str) -> str | None:
         return f"{part.split} warps for a head dim of {part.head_dim}"
     if part.threads > 512:
         return f"{part.threads} threads"
-    most = shared_bytes_most(arch, part.blocks)
-    if part.shared_bytes > most:
-        return (
-            f"{part.shared_bytes} bytes of shared memory, {arch} has {most} for each of {part.blocks} blocks"
-        )
-    if part.registers > registers_most(part.threads, part.blocks):
-        return f"about {part.registers} registers, a thread has {registers_most(part.threads, part.blocks)}"
-    return None
+    return lack_of_room(part.shared_bytes, part.registers, part.threads, part.blocks, arch)
 
 
 def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:

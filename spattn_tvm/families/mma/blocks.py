@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from spattn_tvm.target import is_before_hopper
+from spattn_tvm.target import is_before_hopper, registers_most, shared_bytes_most
 
 from .support import DTYPES, HEAD_DIMS
 
@@ -122,6 +122,28 @@ def wait_macro(arch: str) -> Callable[..., None]:
             T.ptx["mbarrier.test_wait.parity.shared.b64"](done[0], barrier, T.cast(phase, "uint32"))
 
     return spin if is_before_hopper(arch) else sleep
+
+
+def greatest(scores: Any, first: Any, keys: int) -> Any:
+    """The greatest of a lane's scores in one row: pairs ``first``, ``first + 4``, ... of each block."""
+    from tvm.script import tirx as T
+
+    level = [scores[first + 4 * n + e] for n in range(keys // 8) for e in range(2)]
+    while len(level) > 1:
+        level = [T.max(*level[i : i + 2]) for i in range(0, len(level), 2)]
+    return level[0]
+
+
+def lack_of_room(needed: int, registers: int, threads: int, blocks: int, arch: str) -> str | None:
+    """What a multiprocessor of `arch` lacks to hold `blocks` of so many bytes of shared memory and of so many
+    `threads` with about so many `registers` each; None if nothing.
+    """
+    limit, most = shared_bytes_most(arch, blocks), registers_most(threads, blocks)
+    if needed > limit:
+        return f"{needed} bytes of shared memory, each of {blocks} blocks has {limit} on {arch}"
+    if registers > most:
+        return f"about {registers} registers are needed, each of {blocks} x {threads} threads has {most}"
+    return None
 
 
 def check_buildable(

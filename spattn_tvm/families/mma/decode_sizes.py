@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from spattn_tvm.target import registers_most, shared_bytes_most
-
 from .abi import DECODE_BLOCKS
-from .blocks import BLOCK, element_bytes, row_pitch
+from .blocks import BLOCK, element_bytes, lack_of_room, row_pitch
 
 
 class Words(NamedTuple):
@@ -69,12 +67,10 @@ def registers_needed(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
 def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
     """Why the kernel can't be built with ``decisions`` for a chip of ``arch``; None if it can."""
     blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
-    needed, limit = shared_bytes(decisions, head_dim, dtype), shared_bytes_most(arch, blocks)
-    if needed > limit:
-        return f"{needed} bytes of shared memory, each of {blocks} blocks has {limit} on {arch}"
-    registers, most = registers_needed(decisions, head_dim, dtype), registers_most(threads, blocks)
-    if registers > most:
-        return f"about {registers} registers are needed, each of {blocks} x {threads} threads has {most}"
+    needed = shared_bytes(decisions, head_dim, dtype), registers_needed(decisions, head_dim, dtype)
+    reason = lack_of_room(*needed, threads, blocks, arch)
+    if reason is not None:
+        return reason
     if blocks * decisions["waves"] > DECODE_BLOCKS:
         return (
             f"{decisions['waves']} waves of {blocks} blocks a multiprocessor are more than the "

@@ -17,7 +17,7 @@ from spattn_tvm.bands import LIMIT
 from spattn_tvm.domains.tiles import chunk_count
 from spattn_tvm.domains.variables import scalar
 
-from .blocks import BLOCK, Blocks, element_bytes, row_pitch
+from .blocks import BLOCK, Blocks, element_bytes, greatest, row_pitch
 from .decode_sizes import warp_ring_bytes, words
 
 LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
@@ -502,19 +502,12 @@ class DecodeTile:
         """Whether a key is in the span that begins at ``spans[span]``."""
         return T.cast(key - self.spans[span], "uint32") < T.cast(self.spans[span + 1], "uint32")
 
-    def greatest(self, scores: Any, first: Any) -> Any:
-        """The greatest of a lane's scores in one row: pairs ``first``, ``first + 4``, ... of each block."""
-        level = [scores[first + 4 * n + e] for n in range(self.keys // 8) for e in range(2)]
-        while len(level) > 1:
-            level = [T.max(*level[i : i + 2]) for i in range(0, len(level), 2)]
-        return level[0]
-
     @T.inline
     def find_maximum(self, scores):
         """The greatest score of each row so far becomes the reference of its weights."""
         top = T.alloc_local((2,), "float32")
         for r in T.unroll(2):
-            top[r] = self.greatest(scores, 2 * r)
+            top[r] = greatest(scores, 2 * r, self.keys)
         grown: T.bool = T.Or(top[0] > self.row_max[0], top[1] > self.row_max[1])
         if T.cuda.any_sync(T.uint32(ALL_LANES), grown) != 0:
             for r in T.unroll(2):

@@ -43,9 +43,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spattn_tvm.target import registers_most, shared_bytes_most
-
-from .blocks import BLOCK, LOCATION_BYTES, check_buildable, element_bytes, match_call, row_pitch
+from .blocks import BLOCK, LOCATION_BYTES, check_buildable, element_bytes, lack_of_room, match_call, row_pitch
 
 if TYPE_CHECKING:
     import tvm
@@ -74,12 +72,10 @@ def registers_needed(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
 def conflict(decisions: Mapping[str, int], head_dim: int, dtype: str, arch: str) -> str | None:
     """Why the kernel can't be built with ``decisions`` for a chip of ``arch``; None if it can."""
     blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
-    needed, limit = shared_bytes(decisions, head_dim, dtype), shared_bytes_most(arch, blocks)
-    if needed > limit:
-        return f"{needed} bytes of shared memory, each of {blocks} blocks has {limit} on {arch}"
-    registers, most = registers_needed(decisions, head_dim, dtype), registers_most(threads, blocks)
-    if registers > most:
-        return f"about {registers} registers are needed, each of {blocks} x {threads} threads has {most}"
+    needed = shared_bytes(decisions, head_dim, dtype), registers_needed(decisions, head_dim, dtype)
+    reason = lack_of_room(*needed, threads, blocks, arch)
+    if reason is not None:
+        return reason
     if decisions["key_rows"] % decisions["edge_keys"]:
         return f"edge_keys={decisions['edge_keys']} does not divide key_rows={decisions['key_rows']}"
     if decisions["ahead"] >= decisions["stages"]:

@@ -35,6 +35,7 @@ from .blocks import (
     Blocks,
     RowCopies,
     element_bytes,
+    greatest,
     locate_macro,
     row_loader_macro,
     row_pitch,
@@ -451,20 +452,13 @@ class ForwardTile:
                                 T.cast(key - least, "uint32") < seen, scores[i], T.float32(-INF)
                             )
 
-    def greatest(self, scores: Any, first: Any, keys: int) -> Any:
-        """The greatest of a lane's scores in one row: pairs ``first``, ``first + 4``, ... of each block."""
-        level = [scores[first + 4 * n + e] for n in range(keys // 8) for e in range(2)]
-        while len(level) > 1:
-            level = [T.max(*level[i : i + 2]) for i in range(0, len(level), 2)]
-        return level[0]
-
     @T.inline
     def find_maximum(self, scores, keys):
         """Raises the reference of a row's weights, if its greatest score so far asks for it."""
         top = T.alloc_local((2 * self.row_blocks,), "float32")
         for m in T.unroll(self.row_blocks):
             for r in T.unroll(2):
-                top[2 * m + r] = self.greatest(scores, m * (keys // 2) + 2 * r, keys)
+                top[2 * m + r] = greatest(scores, m * (keys // 2) + 2 * r, keys)
         if self.threshold > 0:
             # Any reference near the maximum gives the same quotient; weights stay below 2**threshold, sums
             # are float32. So lanes need not know each other's maxima.
