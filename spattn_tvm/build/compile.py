@@ -16,7 +16,7 @@ from spattn_tvm.target import MachineTarget
 from .cubin import read_cubins
 from .errors import KernelUnavailableError
 from .resources import read_ptxas
-from .toolchain import _run_compiler, find_compiler, find_nvcc
+from .toolchain import find_compiler, find_nvcc, run_compiler
 
 # TVM runs a parallel loop on a thread pool of its own. Two pools on the same cores starve each other: between
 # PyTorch operators on 2 cores, a kernel took 24.2 ms in TVM's pool against 16.7 ms alone, and a matrix
@@ -208,7 +208,7 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, 
         if target.kind == "cpu":
             source, launch = Path(folder) / "openmp_launch.c", Path(folder) / "openmp_launch.o"
             source.write_text(_OPENMP_LAUNCH_SOURCE, encoding="utf-8")
-            _run_compiler(["-O2", "-fPIC", "-c", str(source), "-o", str(launch)])
+            run_compiler(["-O2", "-fPIC", "-c", str(source), "-o", str(launch)])
             addons = [str(launch)]
         library = tvm.compile(module, target=tvm_target, **options)
         library.export_library(str(path), addons=addons, cc=compiler)

@@ -81,7 +81,7 @@ def find_compiler() -> str:
     )
 
 
-def _run_compiler(arguments: list[str]) -> None:
+def run_compiler(arguments: list[str]) -> None:
     """Run the C++ compiler on source text of this package, which compiles wherever a compiler works."""
     result = subprocess.run([find_compiler(), *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
@@ -151,7 +151,7 @@ def _driver_stub() -> Path:
             code, built = build / "stub.c", build / "libcuda.so.1"
             try:
                 code.write_text(source, encoding="utf-8")
-                _run_compiler(
+                run_compiler(
                     ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", str(code), "-o", str(built)]
                 )
                 os.chmod(built, 0o755)

@@ -322,10 +322,6 @@ class RowCopies:
     def own_column(self, thread: Any) -> Any:
         return thread % self._abreast * self._unit
 
-    def own_place(self, thread: Any) -> Any:
-        """Elements from where the rows begin in shared memory to the thread's first."""
-        return self.own_row(thread) * self.pitch + self.own_column(thread)
-
     def _copy_macro(self, rows: int, turns: int, high: int) -> Callable[..., None]:
         """The macro ``copy(target, place, source, start, stride, own, row0, first, end)``.
 
