@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,116 @@ def _families(
     return able, reasons
 
 
+class _Lookup:
+    """What the records say of a problem on a target.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    target : MachineTarget
+    root : Path
+        Of the records.
+    able : sequence of str
+        Families that can serve the problem.
+    deterministic : bool
+
+    Attributes
+    ----------
+    passed_over : list of str
+        Records that their space no longer offers, and why.
+    """
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        target: MachineTarget,
+        root: Path,
+        able: Sequence[str],
+        deterministic: bool,
+    ) -> None:
+        self._problem, self._target, self._root = problem, target, root
+        self._able, self._deterministic = able, deterministic
+        self.passed_over: list[str] = []
+        self._here = self._usable(target.folder)
+
+    @cached_property
+    def _elsewhere(self) -> list[ScheduleRecord]:
+        folders = kin_folders(self._target, self._root)
+        return [record for folder in folders for record in self._usable(folder)]
+
+    def _kernel_of(self, record: ScheduleRecord) -> KernelSpec:
+        """The record's kernel in the problem's dtype, which may be another than it was measured in."""
+        return dataclasses.replace(record.kernel, dtype=self._problem.dtype)
+
+    def _usable(self, folder: str) -> list[ScheduleRecord]:
+        records = []
+        for record in read_cached(self._root, folder):
+            known = record.problem
+            if (
+                known.direction != self._problem.direction
+                or known.head_dim != self._problem.head_dim
+                or record.kernel.family not in self._able
+            ):
+                continue
+            reason = self._kernel_of(record).rejection(self._target)
+            if reason is not None:
+                self.passed_over.append(f"{known.key} of {folder} ignored: {reason}")
+            elif not self._deterministic or record.kernel.is_deterministic:
+                records.append(record)
+        return records
+
+    def _nearness(self, record: ScheduleRecord) -> tuple[Any, ...]:
+        distance = problem_distance(self._problem, record.problem)
+        distance += _KINSHIP * (record.target != self._target.folder)
+        return distance, record.latency_us, record.problem.key, record.target
+
+    def _nearest(self, known: Sequence[ScheduleRecord], names: Sequence[str]) -> list[ScheduleRecord]:
+        """Those that count, the nearest first: a record speaks for what all families would do at its problem,
+        beside which it was measured.
+        """
+
+        def is_beyond(record: ScheduleRecord) -> bool:
+            return any(
+                is_far(name, self._problem, record.problem, self._target, self._deterministic)
+                for name in names
+            )
+
+        return sorted((record for record in known if not is_beyond(record)), key=self._nearness)
+
+    def choose(self, names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
+        """The choice among some families, and the records measured beside its own."""
+        problem, target = self._problem, self._target
+        known = [record for record in self._here if record.kernel.family in names]
+        same = [record for record in known if is_same_problem(problem, record.problem)]
+        if same:
+            record = min(same, key=lambda item: item.latency_us)
+            reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
+            return Choice(self._kernel_of(record), "tuned", reason, record), same
+        near = self._nearest(known, names)
+        if not near or self._nearness(near[0])[0] > _KINSHIP:  # else no other chip's is nearer
+            known += [record for record in self._elsewhere if record.kernel.family in names]
+            near = self._nearest(known, names)
+        if near:
+            record = near[0]
+            reason = f"nearest record, measured {_difference(problem, record, target)}"
+            beside = [r for r in near if (r.problem, r.target) == (record.problem, record.target)]
+            return Choice(self._kernel_of(record), "nearest", reason, record), beside
+        kernel = KernelSpec.untuned(names[0], problem, target, self._deterministic)
+        return Choice(kernel, "untuned", self._why_untuned(known)), []
+
+    def _why_untuned(self, known: Sequence[ScheduleRecord]) -> str:
+        problem, target = self._problem, self._target
+        if not known:
+            wanted = f"{problem.direction} d{problem.head_dim}"
+            return f"no record for {wanted} on {target.folder} or its instruction set"
+        beyond = min(known, key=self._nearness)
+        return (
+            f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
+            f"{_difference(problem, beyond, target)}, has {beyond.problem.mean_keys:.0f}, for which the "
+            "default is another"
+        )
+
+
 def find_schedule(
     problem: AttentionProblem,
     target: MachineTarget,
@@ -158,80 +269,15 @@ def find_schedule(
             f"{detail}"
         )
 
-    passed_over: list[str] = []
-
-    def kernel_of(record: ScheduleRecord) -> KernelSpec:
-        """The record's kernel in the problem's dtype, which may be another than it was measured in."""
-        return dataclasses.replace(record.kernel, dtype=problem.dtype)
-
-    def usable(folder: str) -> list[ScheduleRecord]:
-        records = []
-        for record in read_cached(root, folder):
-            known = record.problem
-            if (
-                known.direction != problem.direction
-                or known.head_dim != problem.head_dim
-                or record.kernel.family not in able
-            ):
-                continue
-            reason = kernel_of(record).rejection(target)
-            if reason is not None:
-                passed_over.append(f"{known.key} of {folder} ignored: {reason}")
-            elif not deterministic or record.kernel.is_deterministic:
-                records.append(record)
-        return records
-
-    here = usable(target.folder)
-    elsewhere: list[ScheduleRecord] | None = None
-
-    def nearness(record: ScheduleRecord) -> tuple[Any, ...]:
-        distance = problem_distance(problem, record.problem) + _KINSHIP * (record.target != target.folder)
-        return distance, record.latency_us, record.problem.key, record.target
-
-    def is_beyond(record: ScheduleRecord, names: Sequence[str]) -> bool:
-        """A record speaks for what all families would do at its problem, beside which it was measured."""
-        return any(is_far(name, problem, record.problem, target, deterministic) for name in names)
-
-    def choose(names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
-        """The choice among some families, and the records measured beside its own."""
-        nonlocal elsewhere
-        known = [record for record in here if record.kernel.family in names]
-        same = [record for record in known if is_same_problem(problem, record.problem)]
-        if same:
-            record = min(same, key=lambda item: item.latency_us)
-            reason = f"measured for this problem on this chip: {record.latency_us:.1f} us"
-            return Choice(kernel_of(record), "tuned", reason, record), same
-        near = sorted((r for r in known if not is_beyond(r, names)), key=nearness)
-        if not near or nearness(near[0])[0] > _KINSHIP:  # else no other chip's is nearer
-            if elsewhere is None:
-                elsewhere = [record for folder in kin_folders(target, root) for record in usable(folder)]
-            known += [record for record in elsewhere if record.kernel.family in names]
-            near = sorted((r for r in known if not is_beyond(r, names)), key=nearness)
-        if near:
-            record = near[0]
-            reason = f"nearest record, measured {_difference(problem, record, target)}"
-            beside = [r for r in near if (r.problem, r.target) == (record.problem, record.target)]
-            return Choice(kernel_of(record), "nearest", reason, record), beside
-        if known:
-            beyond = min(known, key=nearness)
-            reason = (
-                f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
-                f"{_difference(problem, beyond, target)}, has {beyond.problem.mean_keys:.0f}, for which the "
-                "default is another"
-            )
-        else:
-            wanted = f"{problem.direction} d{problem.head_dim}"
-            reason = f"no record for {wanted} on {target.folder} or its instruction set"
-        return Choice(KernelSpec.untuned(names[0], problem, target, deterministic), "untuned", reason), []
-
-    choice, beside = choose(able)
+    lookup = _Lookup(problem, target, root, able, deterministic)
+    choice, beside = lookup.choose(able)
     reason, record = choice.reason, choice.record
     if record is not None:
         measured = {other.kernel.family for other in beside}
         preferred = able[: able.index(choice.kernel.family)]
         unmeasured = [family for family in preferred if family not in measured]
         if unmeasured:
-            choice, _ = choose(unmeasured[:1])
+            choice, _ = lookup.choose(unmeasured[:1])
             reason = (
                 f"{choice.kernel.family} is preferred to {record.kernel.family}, whose "
                 f"{record.latency_us:.1f} us ({record.problem.key} on {record.target}) were measured without "
@@ -239,6 +285,6 @@ def find_schedule(
             )
         else:
             reason += _other_families(record, beside, able)
-    if passed_over:
-        reason += f" ({'; '.join(passed_over)})"
+    if lookup.passed_over:
+        reason += f" ({'; '.join(lookup.passed_over)})"
     return dataclasses.replace(choice, reason=reason)
