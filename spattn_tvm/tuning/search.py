@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +41,9 @@ _RECOVERED_FOR = 3
 # What a second timing must gain, or the machine is as busy as it was.
 _WORTH_RETAKING = 0.92
 RETAKEN = "retaken"
+
+# A kernel, and what the strategy knows it by.
+_Proposal = tuple[KernelSpec, Any]
 
 
 class DefaultFailedError(RuntimeError):
@@ -274,6 +277,28 @@ class _Session:
     def of_family(self, family: str, code: str) -> list[Measurement]:
         return [m for m in self.log.measurements if m.kernel.family == family and m.code == code]
 
+    def begin(self, family: str, direction: str, code: str) -> None:
+        """Show how far the search of a family is."""
+        if self.budget.minutes is None:
+            extent = float(self.budget.trials or 0), float(len(self.of_family(family, code)))
+        else:
+            extent = 60.0 * self.budget.minutes, self.elapsed_s
+        self.progress.begin(f"{family} {direction}", *extent)
+
+    def note(self, kernel: KernelSpec, code: str, outcome: Outcome) -> None:
+        self.log.append(
+            Measurement(
+                kernel,
+                code,
+                outcome.latency_us,
+                outcome.error,
+                round(self.elapsed_s, 3),
+                round(outcome.slowdown, 4),
+                outcome.resources,
+                outcome.server,
+            )
+        )
+
     def show(self, family: str, code: str) -> None:
         measured = self.of_family(family, code)
         failed = sum(m.error is not None for m in measured)
@@ -322,7 +347,7 @@ def run_search(
     known = {m.kernel: m.latency_us for m in session.of_family(family, code)}
     batch_size = max(_LEAST_BATCH, getattr(meter, "builders", 1))
 
-    def ask() -> list[tuple[KernelSpec, Any]] | None:
+    def ask() -> list[_Proposal] | None:
         proposed = search.ask()
         if proposed is None:
             return None
@@ -333,7 +358,7 @@ def run_search(
     search.restore([(dict(kernel.decisions), latency) for kernel, latency in known.items()])
     stale = 0
     early = [(kernel, search.candidate(kernel.decisions)) for kernel in (first, *also)]
-    proposed: list[tuple[KernelSpec, Any]] | None
+    proposed: list[_Proposal] | None
     if first in known:
         proposed, early = early, []
     elif first_alone:
@@ -350,51 +375,26 @@ def run_search(
         if proposed is None or stale > _MOST_STALE_BATCHES:
             return "exhausted"
 
-        # Random sampling may repeat itself, and a resumed search proposes what an earlier session measured.
-        fresh: list[tuple[KernelSpec, Any]] = []
-        seen = set(known)
-        for kernel, candidate in proposed:
-            if kernel not in seen:
-                seen.add(kernel)
-                fresh.append((kernel, candidate))
-        fresh = fresh[:left]
+        fresh = _unmeasured(proposed, known)[:left]
         stale = 0 if fresh else stale + 1
 
         told = []
         best_us = _best_us(session.of_family(family, code))
         usual_us = known.get(first)
         anchor = None if usual_us is None else (first, usual_us)
-        waiting: list[tuple[int, Outcome]] = []
-        for measured in meter.measure([kernel for kernel, _ in fresh], best_us, anchor):
-            waiting.append(measured)
-            if first not in known:
-                if fresh[measured[0]][0] != first:
-                    continue
-                if measured[1].error is not None:
-                    # The compiler, the device or the kernel's code is at fault, not this candidate. Failures
-                    # that such a session logged would never be measured again.
-                    raise DefaultFailedError(f"the untuned default of {family} fails: {measured[1].error}")
-            # The default is the first line of a log: its curve is drawn relative to it.
-            for position, outcome in sorted(waiting, key=lambda item: fresh[item[0]][0] != first):
-                kernel, candidate = fresh[position]
-                session.log.append(
-                    Measurement(
-                        kernel,
-                        code,
-                        outcome.latency_us,
-                        outcome.error,
-                        round(session.elapsed_s, 3),
-                        round(outcome.slowdown, 4),
-                        outcome.resources,
-                        outcome.server,
-                    )
-                )
+        # The only reference to what is measured: when the loop is left, it ends.
+        for arrived in _default_first(
+            meter.measure([kernel for kernel, _ in fresh], best_us, anchor),
+            fresh,
+            None if first in known else first,
+        ):
+            for (kernel, candidate), outcome in arrived:
+                session.note(kernel, code, outcome)
                 search.keep(candidate, outcome.latency_us)
                 known[kernel] = outcome.latency_us
                 told.append((candidate, outcome.latency_us))
                 if anchor is not None and outcome.error is None:
                     recovered = recovered + 1 if outcome.slowdown < _RECOVERED else 0
-            waiting.clear()
             session.show(family, code)
             if session.out_of_time():
                 break
@@ -403,16 +403,62 @@ def run_search(
             return "interrupted"
         if recovered >= _RECOVERED_FOR and usual_us is not None:
             recovered = 0
-            for _, outcome in meter.measure([first], None):
-                if outcome.latency_us is not None and outcome.latency_us < _WORTH_RETAKING * usual_us:
-                    session.log.rescale(first, code, outcome.latency_us)
-                    session.progress.say(
-                        f"the default took {usual_us:,.1f} us on a busy machine and takes "
-                        f"{outcome.latency_us:,.1f} us now: all latencies are stated anew"
-                    )
-                    return RETAKEN
+            if _is_retaken(first, usual_us, meter, session, code):
+                return RETAKEN
         if not session.out_of_time():
             proposed, early = (early, []) if early else (ask(), [])
+
+
+def _unmeasured(proposed: Sequence[_Proposal], known: Container[KernelSpec]) -> list[_Proposal]:
+    """Those that are not known, each once: random sampling may repeat itself, and a resumed search proposes
+    what an earlier session measured.
+    """
+    fresh: dict[KernelSpec, Any] = {}
+    for kernel, candidate in proposed:
+        if kernel not in known:
+            fresh.setdefault(kernel, candidate)
+    return list(fresh.items())
+
+
+def _default_first(
+    outcomes: Iterable[tuple[int, Outcome]], measured: Sequence[_Proposal], first: KernelSpec | None
+) -> Iterator[list[tuple[_Proposal, Outcome]]]:
+    """Outcomes as they come, but `first` before all others, which wait for it: it is the first line of a log,
+    relative to which its curve is drawn.
+
+    Raises
+    ------
+    DefaultFailedError
+        When that one failed.
+    """
+    waiting: list[tuple[_Proposal, Outcome]] = []
+    for position, outcome in outcomes:
+        kernel, _ = measured[position]
+        waiting.append((measured[position], outcome))
+        if first is not None:
+            if kernel != first:
+                continue
+            if outcome.error is not None:
+                # The compiler, the device or the kernel's code is at fault, not this candidate. Failures
+                # that such a session logged would never be measured again.
+                raise DefaultFailedError(f"the untuned default of {first.family} fails: {outcome.error}")
+            waiting = [waiting[-1], *waiting[:-1]]
+            first = None
+        yield waiting
+        waiting = []
+
+
+def _is_retaken(first: KernelSpec, usual_us: float, meter: Meter, session: _Session, code: str) -> bool:
+    """Time the default again; if it is faster by enough, state all latencies of the log anew."""
+    for _, outcome in meter.measure([first], None):
+        if outcome.latency_us is not None and outcome.latency_us < _WORTH_RETAKING * usual_us:
+            session.log.rescale(first, code, outcome.latency_us)
+            session.progress.say(
+                f"the default took {usual_us:,.1f} us on a busy machine and takes "
+                f"{outcome.latency_us:,.1f} us now: all latencies are stated anew"
+            )
+            return True
+    return False
 
 
 def tune(
@@ -460,8 +506,6 @@ def tune(
         or the fleet has no server left, or another process is searching the same problem with the same logs.
     """
     settings = SearchSettings() if settings is None else settings
-    budget, strategy, seed = settings.budget, settings.strategy, settings.seed
-    log_root = Path(settings.log_root)
     fleet = None if workers is None else workers.fleet
     reason = target.can_run_here() if fleet is None else None
     if reason is not None:
@@ -471,14 +515,11 @@ def tune(
     if missing:
         raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
 
-    from .strategy import DecisionSearch, forget_database, kernel_hash, workload_hash
-    from .warm_start import warm_starts
-
-    folder = log_folder(log_root, target, problem, strategy)
+    folder = log_folder(Path(settings.log_root), target, problem, settings.strategy)
     interrupt = _Interrupt()
     failures: dict[str, str] = {}
     with (
-        TuningLog(folder, problem, target, strategy) as log,
+        TuningLog(folder, problem, target, settings.strategy) as log,
         interrupt.watching(),
         _Progress(progress) as bar,
         ExitStack() as owned,
@@ -486,70 +527,20 @@ def tune(
         if workers is None:
             workers = owned.enter_context(Workers(target))
         session = _Session(
-            log, budget, lambda: interrupt.requested, bar, deadline or (lambda measured: math.inf)
+            log, settings.budget, lambda: interrupt.requested, bar, deadline or (lambda measured: math.inf)
         )
         device = session_device(target) if fleet is None else {"name": f"servers of {fleet.key}"}
-        log.begin_session({"seed": seed, "versions": versions(), "device": device})
+        log.begin_session({"seed": settings.seed, "versions": versions(), "device": device})
         ended = "failed"
-
-        def open_search(family: str, code: str) -> DecisionSearch:
-            space = find_space(family, problem.direction)
-            return DecisionSearch(space, problem, target, folder, strategy, seed, code)
-
-        def rewrite_database(current: str = "") -> None:
-            """The database from the measurements of all families; the current one's search adds its own."""
-            forget_database(folder)
-            for family, facts in log.run["families"].items():
-                if family == current or not has_space(family, problem.direction):
-                    continue
-                if find_space(family, problem.direction).unsupported(problem.head_dim, problem.dtype, target):
-                    continue
-                search = open_search(family, facts["kernel"])
-                search.record(
-                    [
-                        (dict(m.kernel.decisions), m.latency_us)
-                        for m in session.of_family(family, facts["kernel"])
-                        if search.offers(m.kernel.decisions)
-                    ]
-                )
-
+        searches = _Searches(problem, target, settings, session, interrupt, workers)
         try:
-            rewrite_database()
+            searches.rewrite_database()
             for position, (family, space) in enumerate(spaces.items()):
                 session.allot(len(spaces) - position)
-                code = kernel_hash(space, problem, target)
-                log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": code})
-                search = open_search(family, code)
-                log.drop_what_is_not_offered(code, family, search.offers)
-                done = len(session.of_family(family, code))
-                if budget.minutes is None:
-                    extent = float(budget.trials or 0), float(done)
-                else:
-                    extent = 60.0 * budget.minutes, session.elapsed_s
-                bar.begin(f"{family} {problem.direction}", *extent)
-
-                def stopped(family: str = family, code: str = code) -> bool:
-                    # The default at least is measured, however little time there is.
-                    late = session.out_of_time() and bool(session.of_family(family, code))
-                    return interrupt.requested or late
-
-                first = KernelSpec.untuned(family, problem, target)
-                early = [KernelSpec.untuned(family, problem, target, deterministic=True)]
-                if strategy == "evolutionary":
-                    early += warm_starts(family, problem, target, log_root, settings.schedules)
-                alone = target.kind == "cpu"
                 try:
-                    with ProcessMeter(problem, target, seed=seed, stopped=stopped, workers=workers) as meter:
-                        while True:
-                            ended = run_search(search, meter, session, code, first, alone, early)
-                            search.close()
-                            if ended != RETAKEN:
-                                break
-                            rewrite_database(family)
-                            search = open_search(family, code)
+                    ended = searches.run(family, space)
                 except DefaultFailedError as error:
                     failures[family] = str(error)
-                    search.close()
                 if fleet is not None:
                     log.note_device({**workers.server_facts, "servers": sorted(workers.used_servers)})
                 if ended == "interrupted":
@@ -559,6 +550,89 @@ def tune(
         finally:
             log.end_session(ended, session.elapsed_s)
         return _result(log, session, ended, failures)
+
+
+@dataclass
+class _Searches:
+    """The searches of one call of :func:`tune`, of a family each, over one log and its database."""
+
+    problem: AttentionProblem
+    target: MachineTarget
+    settings: SearchSettings
+    session: _Session
+    interrupt: _Interrupt
+    workers: Workers
+
+    def run(self, family: str, space: Space) -> str:
+        """Search a family; returns why it ended, as `run_search` does.
+
+        Raises
+        ------
+        DefaultFailedError
+            When even the default fails.
+        """
+        from .strategy import kernel_hash, workload_hash
+        from .warm_start import warm_starts
+
+        problem, target, settings, session = self.problem, self.target, self.settings, self.session
+        code = kernel_hash(space, problem, target)
+        session.log.note_family(family, {"workload_hash": workload_hash(problem), "kernel": code})
+        search = self._open(family, code)
+        session.log.drop_what_is_not_offered(code, family, search.offers)
+        session.begin(family, problem.direction, code)
+
+        def stopped() -> bool:
+            # The default at least is measured, however little time there is.
+            late = session.out_of_time() and bool(session.of_family(family, code))
+            return self.interrupt.requested or late
+
+        first = KernelSpec.untuned(family, problem, target)
+        early = [KernelSpec.untuned(family, problem, target, deterministic=True)]
+        if settings.strategy == "evolutionary":
+            early += warm_starts(family, problem, target, Path(settings.log_root), settings.schedules)
+        alone = target.kind == "cpu"
+        with ProcessMeter(
+            problem, target, seed=settings.seed, stopped=stopped, workers=self.workers
+        ) as meter:
+            while True:
+                try:
+                    ended = run_search(search, meter, session, code, first, alone, early)
+                finally:
+                    search.close()
+                if ended != RETAKEN:
+                    return ended
+                self.rewrite_database(family)
+                search = self._open(family, code)
+
+    def rewrite_database(self, current: str = "") -> None:
+        """The database from the measurements of all families; the current one's search adds its own."""
+        from .strategy import forget_database
+
+        problem, session = self.problem, self.session
+        forget_database(session.log.folder)
+        for family, facts in session.log.run["families"].items():
+            if family == current or not has_space(family, problem.direction):
+                continue
+            space = find_space(family, problem.direction)
+            if space.unsupported(problem.head_dim, problem.dtype, self.target) is not None:
+                continue
+            search = self._open(family, facts["kernel"])
+            search.record(
+                [
+                    (dict(m.kernel.decisions), m.latency_us)
+                    for m in session.of_family(family, facts["kernel"])
+                    if search.offers(m.kernel.decisions)
+                ]
+            )
+
+    def _open(self, family: str, code: str) -> DecisionSearch:
+        from .strategy import DecisionSearch
+
+        space, settings = find_space(family, self.problem.direction), self.settings
+        folder = self.session.log.folder
+        return DecisionSearch(
+            space, self.problem, self.target, folder, settings.strategy, settings.seed, code
+        )
 
 
 def _supporting_spaces(
