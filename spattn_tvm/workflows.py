@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .tuning.distill import distill as distill_logs
 from .tuning.distill import write_comparison
 from .tuning.fleet import Fleet
 from .tuning.log import log_folder, read_run
-from .tuning.search import DefaultFailedError, SearchProgress, SearchSettings, TuningResult
+from .tuning.search import Deadline, DefaultFailedError, SearchProgress, SearchSettings, TuningResult
 from .tuning.search import tune as search
 from .tuning.workers import Workers
 from .verify import Verification, kernels_of_records, verify
@@ -161,70 +161,108 @@ def tune(
         plan = TimePlan(60 * minutes, verify_problems * len(problems), distill, control)
         settings = replace(settings, minutes=minutes / (len(problems) * len(strategies)))
 
-    results: list[TuningResult] = []
-    comparisons: list[dict[str, Any]] = []
-    records: list[ScheduleRecord] = []
-    failures: list[str] = []
-    verification = None
+    found = _Findings(report)
     with Workers(machine, fleet=fleet) as workers:
         for position, problem in enumerate(problems):
             ends = math.inf if plan is None else plan.problem_ends(len(problems) - position)
             for done, asked in enumerate(strategies):
                 report(f"{problem.key} on {machine.folder}, {asked}")
-                try:
-                    result = search(
-                        problem,
-                        machine,
-                        replace(settings, strategy=asked),
-                        progress=progress,
-                        workers=workers,
-                        deadline=None if plan is None else plan.search_ends(ends, len(strategies) - done),
-                    )
-                except DefaultFailedError as error:  # the other problems are still tuned
-                    failures.append(f"{problem.key}: {error}")
-                    report(failures[-1])
-                    break
-                results.append(result)
-                failures += [f"{problem.key}: {text}" for text in result.failures.values()]
-                report(_described(result))
-                if result.ended == "interrupted":
+                deadline = None if plan is None else plan.search_ends(ends, len(strategies) - done)
+                ended = found.search(
+                    problem, machine, replace(settings, strategy=asked), progress, workers, deadline
+                )
+                if ended == "interrupted":
                     report("interrupted: the same command goes on from here")
-                    found = tuple(results), tuple(comparisons), tuple(records)
-                    return Tuning(*found, None, tuple(failures), interrupted=True)
+                    return found.tuning(None, interrupted=True)
+                if ended is None:  # the other problems are still tuned
+                    break
             else:
                 if control:
                     left_s = (ends - time.monotonic()) / (2 if distill else 1)
                     logs = log_folder(log_root, machine, problem, "evolutionary")
-                    comparisons += _compared(logs, workers, left_s, report)
+                    found.comparisons += _compared(logs, workers, left_s, report)
                 if distill:
-                    try:
-                        records += distill_logs(
-                            log_root,
-                            target=machine,
-                            problems=[problem],
-                            schedules=schedules,
-                            report=report,
-                            workers=workers,
-                            limit_s=ends - time.monotonic(),
-                        )
-                    except RuntimeError as error:
-                        failures.append(f"{problem.key}: {error}")
-    for record in records:
+                    found.distill(problem, machine, log_root, schedules, workers, ends)
+    for record in found.records:
         report(described_record(record))
-    if verify_problems and records and machine.can_run_here() is None:
-        kernels = kernels_of_records(records)
+    verification = None
+    if verify_problems and found.records and machine.can_run_here() is None:
+        kernels = kernels_of_records(found.records)
         limit_s = math.inf if plan is None else plan.left_s
         verification = verify(
             machine, verify_problems * len(kernels), seed=seed, kernels=kernels, limit_s=limit_s
         )
-        failures += verification.failures
+        found.failures += verification.failures
         passed, failed = verification.passed, len(verification.failures)
         report(f"verified on random problems: {passed} passed, {failed} failed")
-    for failure in failures:
+    for failure in found.failures:
         report(failure)
-    return Tuning(
-        tuple(results), tuple(comparisons), tuple(records), verification, tuple(failures), interrupted=False
-    )
+    return found.tuning(verification, interrupted=False)
+
+
+@dataclass
+class _Findings:
+    """What a call of :func:`tune` has found so far."""
+
+    report: Report
+    results: list[TuningResult] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    records: list[ScheduleRecord] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def search(
+        self,
+        problem: AttentionProblem,
+        machine: MachineTarget,
+        settings: SearchSettings,
+        progress: bool | Callable[[SearchProgress], None],
+        workers: Workers,
+        deadline: Deadline | None,
+    ) -> str | None:
+        """Search a problem; returns why that ended, or None when the default failed."""
+        try:
+            result = search(problem, machine, settings, progress=progress, workers=workers, deadline=deadline)
+        except DefaultFailedError as error:
+            self.failures.append(f"{problem.key}: {error}")
+            self.report(self.failures[-1])
+            return None
+        self.results.append(result)
+        self.failures += [f"{problem.key}: {text}" for text in result.failures.values()]
+        self.report(_described(result))
+        return result.ended
+
+    def distill(
+        self,
+        problem: AttentionProblem,
+        machine: MachineTarget,
+        log_root: Path,
+        schedules: Path | None,
+        workers: Workers,
+        ends: float,
+    ) -> None:
+        """Put the winners of a problem into the schedules, until ``time.monotonic()`` is at `ends`."""
+        try:
+            self.records += distill_logs(
+                log_root,
+                target=machine,
+                problems=[problem],
+                schedules=schedules,
+                report=self.report,
+                workers=workers,
+                limit_s=ends - time.monotonic(),
+            )
+        except RuntimeError as error:
+            self.failures.append(f"{problem.key}: {error}")
+
+    def tuning(self, verification: Verification | None, interrupted: bool) -> Tuning:
+        return Tuning(
+            tuple(self.results),
+            tuple(self.comparisons),
+            tuple(self.records),
+            verification,
+            tuple(self.failures),
+            interrupted,
+        )
 
 
 def _described(result: TuningResult) -> str:
