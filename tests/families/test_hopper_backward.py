@@ -20,7 +20,13 @@ from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.hopper.backward import build_hopper_backward
-from spattn_tvm.families.hopper.backward_sizes import SHARED_LIMIT, shared_bytes
+from spattn_tvm.families.hopper.backward_sizes import (
+    BARRIER_BYTES,
+    SHARED_LIMIT,
+    dkv_arena,
+    dq_arena,
+    shared_bytes,
+)
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import Domain, launch_backward
 from spattn_tvm.ops.band_tables import find_domain
@@ -92,6 +98,26 @@ def test_legal_decisions_fit_in_shared_memory_and_no_fitting_ones_are_lost(
             refused_for_memory += 1
             assert most > SHARED_LIMIT
     assert refused_for_memory > 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_second_pass_leaves_the_memory_of_the_first_one_s_barriers_alone(head_dim: int) -> None:
+    choices = SPACE.structures(head_dim, "bfloat16")["two passes"]
+    draw = random.Random(head_dim)
+    for _ in range(300):
+        decisions = {name: draw.choice(values) for name, values in choices.items()}
+        (first, first_bytes), (second, second_bytes) = (
+            arena(decisions, head_dim) for arena in (dq_arena, dkv_arena)
+        )
+        barriers = range(first["full"], first["told"] + 2 * BARRIER_BYTES)
+        assert all(
+            first[name] < barriers.start for name in ("q", "do", "o", "k", "v", "info", "tile", "queue")
+        )
+        rings = ("info", "tile", "queue", "full")
+        assert second["stats"] + 8 * decisions["dkv_queries"] * decisions["dkv_stages"] <= barriers.start
+        assert all(second[name] < barriers.start for name in ("k", "v", "q", "do", "stats"))
+        assert all(barriers.stop <= second[name] for name in rings)
+        assert barriers.stop == first_bytes < second_bytes
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

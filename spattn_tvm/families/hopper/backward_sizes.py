@@ -39,10 +39,12 @@ class _Offsets:
             self.of[name] = (self.size + align - 1) // align * align
             self.size = self.of[name] + count
 
-    def take_rings(self, stages: int, buffers: int) -> None:
+    def take_words(self, stages: int, buffers: int) -> None:
         self.take(
             16, info=stages * INFO_BYTES, tile=buffers * TILE_INFO_BYTES, queue=QUEUE * QUEUE_INFO_BYTES
         )
+
+    def take_barriers(self, stages: int, buffers: int) -> None:
         counts = {
             "full": stages,
             "empty": stages,
@@ -56,29 +58,47 @@ class _Offsets:
         self.take(8, **{name: count * BARRIER_BYTES for name, count in counts.items()})
 
 
-def dq_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
-    """The dQ pass: Q, dO and O of a tile, rings of K and V."""
-    row = head_dim * 2
-    rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
-    ring = decisions["dq_stages"] * decisions["dq_keys"]
-    arena = _Offsets()
-    arena.take(1024, q=rows * row, do=rows * row, o=rows * row, k=ring * row, v=ring * row)
-    arena.take_rings(decisions["dq_stages"], 1)
-    arena.take(8, told=2 * BARRIER_BYTES)
-    return arena.of, arena.size
-
-
-def dkv_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
-    """The dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
+def _dkv_data(decisions: Mapping[str, int], head_dim: int) -> _Offsets:
     row = head_dim * 2
     rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]
     ring = decisions["dkv_stages"] * decisions["dkv_queries"]
     arena = _Offsets()
     arena.take(1024, k=rows * row, v=rows * row, q=ring * row, do=ring * row)
     arena.take(128, stats=ring * 8)
+    return arena
+
+
+def _dq_data(decisions: Mapping[str, int], head_dim: int) -> _Offsets:
+    row = head_dim * 2
+    rows = WARPGROUP_ROWS * decisions["dq_warpgroups"]
+    ring = decisions["dq_stages"] * decisions["dq_keys"]
+    arena = _Offsets()
+    arena.take(1024, q=rows * row, do=rows * row, o=rows * row, k=ring * row, v=ring * row)
+    arena.take_words(decisions["dq_stages"], 1)
+    return arena
+
+
+def dq_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
+    """The dQ pass: Q, dO and O of a tile, rings of K and V.
+
+    Its barriers lie behind all data of the dK/dV pass, which follows in the same launch. PTX lets nobody use
+    the memory of an mbarrier for anything else; where that pass had dO there, words of barriers that nobody
+    used any more came back over what TMA had written, at a later proxy fence (seen on an H100).
+    """
+    arena = _dq_data(decisions, head_dim)
+    arena.size = max(arena.size, _dkv_data(decisions, head_dim).size)
+    arena.take_barriers(decisions["dq_stages"], 1)
+    arena.take(8, told=2 * BARRIER_BYTES)
+    return arena.of, arena.size
+
+
+def dkv_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
+    """The dK/dV pass: K and V of a tile, rings of Q, dO and two float32 a query."""
+    arena = _dkv_data(decisions, head_dim)
     # Behind everything of the dQ pass: they are set up before it.
     arena.size = max(arena.size, dq_arena(decisions, head_dim)[1])
-    arena.take_rings(decisions["dkv_stages"], decisions["dkv_buffers"])
+    arena.take_words(decisions["dkv_stages"], decisions["dkv_buffers"])
+    arena.take_barriers(decisions["dkv_stages"], decisions["dkv_buffers"])
     return arena.of, arena.size
 
 
@@ -92,12 +112,15 @@ def one_pass_arena(decisions: Mapping[str, int], head_dim: int) -> Arena:
     arena.take(1024, ds=2 * rows * ONE_PASS_QUERIES * 2, sum=ONE_PASS_QUERIES * head_dim * 4)
     arena.take(128, stats=ring * 8)
     arena.take(8, met=decisions["dkv_stages"] * MET_BYTES)
-    arena.take_rings(decisions["dkv_stages"], 1)
+    arena.take_words(decisions["dkv_stages"], 1)
+    arena.take_barriers(decisions["dkv_stages"], 1)
     return arena.of, arena.size
 
 
 def shared_bytes(decisions: Mapping[str, int], head_dim: int) -> dict[str, int]:
-    """Dynamic shared memory of each pass that ``decisions`` ask for, in bytes."""
+    """Dynamic shared memory that ``decisions`` ask for, in bytes: of the dQ pass its data alone, for the
+    barriers of both passes lie behind that of either.
+    """
     if decisions["one_pass"]:
         return {"one": one_pass_arena(decisions, head_dim)[1]}
-    return {"dQ": dq_arena(decisions, head_dim)[1], "dK/dV": dkv_arena(decisions, head_dim)[1]}
+    return {"dQ": _dq_data(decisions, head_dim).size, "dK/dV": dkv_arena(decisions, head_dim)[1]}
