@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from spattn_tvm.domains.row_store import store_row
 
-from .backward_producers import Plan, draw_tiles, init_barriers, init_rings, walk_chunks
+from .backward_producers import LANES, Plan, draw_tiles, init_barriers, init_rings, walk_chunks
 from .backward_sizes import BARRIER_BYTES, SWIZZLE_ROW_BYTES, TILE_COUNTS_AT, WARPGROUP_ROWS, dq_arena
 from .parts import (
     ALL,
@@ -66,7 +66,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
         kept=("q", "do", "o"),
         streamed=("k", "v"),
         head_dim=D,
-        tile_others=1,
+        tile_others=LANES,
     )
 
     @T.inline
@@ -289,9 +289,7 @@ def report_tiles(plan, at, lane, t):
         else:
             count = T.min(load_shared(at("tile") + T.uint32(8)) - row, plan.rows)
             head = load_shared(at("tile") + T.uint32(12))
-            T.cuda.warp_sync()
-            if lane == 0:
-                arrive(at("tile_empty"))
+            arrive(at("tile_empty"))
             T.cuda.mbarrier_wait(at("told", taken % 2, BARRIER_BYTES), taken // 2 % 2)
             if lane == 0:
                 # Ordinary stores; copies read them through the asynchronous proxy.
