@@ -9,6 +9,7 @@ itself has changed them, and never waits for the device to tell, except where a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def _within(layout: BandLayout, max_length: int) -> BandLayout:
     return BandLayout.custom(
         [[(lo, min(hi, max_length - 1)) for lo, hi in head if lo < max_length] for head in bands]
     )
+
+
+def _outlasting_inference() -> AbstractContextManager[Any]:
+    """For what is allocated here: tensors made in inference mode can't be changed outside of it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _check_size(name: str, size: Any, least: int, most: int = LIMIT) -> None:
@@ -111,7 +117,8 @@ class KeyValueCache(ABC):
         self.head_dim = head_dim
         self.slack = slack
         self.max_length = max_length
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with _outlasting_inference():
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.starts: Tensor | None = None
         self._counts_on_host = count_on_host
         # How many keys each row has, where all have as many and the host knows it.
@@ -464,9 +471,10 @@ class KeyValueCache(ABC):
         return indices
 
     def _take_rows(self, indices: Tensor, in_place: bool) -> None:
-        self._take_memory(indices, in_place)
-        lengths = self.lengths.index_select(0, indices)
-        self.lengths = self.lengths.copy_(lengths) if in_place else lengths
+        with _outlasting_inference():
+            self._take_memory(indices, in_place)
+            lengths = self.lengths.index_select(0, indices)
+            self.lengths = self.lengths.copy_(lengths) if in_place else lengths
         if self.starts is not None:
             self.starts = self.starts.index_select(0, indices)
         if isinstance(self._highest, Tensor):
@@ -585,8 +593,9 @@ class BandedCache(KeyValueCache):
         self._rows = sum(capacity) + 1
         self._place_rows(batch_size)
         shape = (batch_size, self._rows, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        with _outlasting_inference():
+            self.keys = torch.empty(shape, dtype=dtype, device=device)
+            self.values = torch.empty_like(self.keys)
 
     def _place_rows(self, batch_size: int) -> None:
         first = torch.arange(batch_size, device=self.ring.device)[:, None, None] * self._rows
@@ -687,9 +696,10 @@ class PagedCache(KeyValueCache):
         device = self.keys.device
         pages = torch.arange(first, first + batch * more, dtype=torch.int32, device=device)
         self.block_table = torch.cat((self.block_table, pages.view(batch, more)), 1)
-        new = self.keys.new_empty((batch * more, *self.keys.shape[1:]))
-        self.keys = torch.cat((self.keys, new))
-        self.values = torch.cat((self.values, new))
+        with _outlasting_inference():
+            new = self.keys.new_empty((batch * more, *self.keys.shape[1:]))
+            self.keys = torch.cat((self.keys, new))
+            self.values = torch.cat((self.values, new))
 
     def _make_room(self, count: int) -> None:
         if self.max_length is not None:

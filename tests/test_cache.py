@@ -367,6 +367,23 @@ def test_a_refused_call_changes_nothing(kind: type[KeyValueCache]) -> None:
         caches[0].crop(7)
 
 
+@pytest.mark.parametrize("kind", [BandedCache, PagedCache])
+def test_a_cache_goes_on_outside_of_inference_mode(kind: type[KeyValueCache]) -> None:
+    layout, k = BandLayout.spattention(4, 64), torch.randn(2, 2, 15, HEAD_DIM)
+    with torch.inference_mode():
+        cache = kind(layout, batch_size=1, num_kv_heads=2, head_dim=HEAD_DIM)
+        cache.append(k[:1], k[:1])
+        cache.repeat(2)
+        cache.reorder(torch.tensor([1, 0]))
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            cache.append(k, k)
+            cache.select(torch.tensor([1, 0]))
+            cache.reorder(torch.tensor([1, 1]))
+            cache.crop(5)
+    assert cache.lengths.tolist() == [45, 45]
+
+
 def test_a_call_that_was_interrupted_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is compiled in the middle of it, which takes seconds and can fail."""
     cache = BandedCache(BandLayout.spattention(4, 64), batch_size=1, num_kv_heads=2, head_dim=HEAD_DIM)
