@@ -205,9 +205,10 @@ def performance_page() -> str:
         "",
         "Made by `scripts/update_readme.py` from the reports of `spattn bench`, which checks every",
         "implementation against float64 at sampled rows and keys and then times them in turns; medians.",
-        "*Useful* operations are those of the implementation's own mask, *of dense* is the time over that of",
-        "the fastest dense causal attention, and the last column says what must be made anew for another",
-        "length: time, and memory on the device.",
+        "*Useful* operations are those of the implementation's own mask, *of matmul rate* is their rate over",
+        "that of a product of two large square matrices of the dtype in the same run, *of dense* is the time",
+        "over that of the fastest dense causal attention, and the last column says what must be made anew",
+        "for another length: time, and memory on the device.",
     ]
     for kind in ("cuda", "cpu"):
         newest = newest_results(kind)
