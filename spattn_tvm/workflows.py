@@ -79,6 +79,101 @@ class Tuning:
     interrupted: bool
 
 
+@dataclass
+class _Findings:
+    """What a call of :func:`tune` has found so far."""
+
+    report: Report
+    results: list[TuningResult] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    records: list[ScheduleRecord] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def search(
+        self,
+        problem: AttentionProblem,
+        machine: MachineTarget,
+        settings: SearchSettings,
+        progress: bool | Callable[[SearchProgress], None],
+        workers: Workers,
+        deadline: Deadline | None,
+    ) -> str | None:
+        """Search a problem; returns why that ended, or None when the default failed."""
+        try:
+            result = search(problem, machine, settings, progress=progress, workers=workers, deadline=deadline)
+        except DefaultFailedError as error:
+            self.failures.append(f"{problem.key}: {error}")
+            self.report(self.failures[-1])
+            return None
+        self.results.append(result)
+        self.failures += [f"{problem.key}: {text}" for text in result.failures.values()]
+        self.report(_described(result))
+        return result.ended
+
+    def distill(
+        self,
+        problem: AttentionProblem,
+        machine: MachineTarget,
+        log_root: Path,
+        schedules: Path | None,
+        workers: Workers,
+        ends: float,
+    ) -> None:
+        """Put the winners of a problem into the schedules, until ``time.monotonic()`` is at `ends`."""
+        try:
+            self.records += distill_logs(
+                log_root,
+                target=machine,
+                problems=[problem],
+                schedules=schedules,
+                report=self.report,
+                workers=workers,
+                limit_s=ends - time.monotonic(),
+            )
+        except RuntimeError as error:
+            self.failures.append(f"{problem.key}: {error}")
+
+    def tuning(self, verification: Verification | None, interrupted: bool) -> Tuning:
+        return Tuning(
+            tuple(self.results),
+            tuple(self.comparisons),
+            tuple(self.records),
+            verification,
+            tuple(self.failures),
+            interrupted,
+        )
+
+
+def _described(result: TuningResult) -> str:
+    found = (
+        "none was correct"
+        if result.kernel is None
+        else f"{result.latency_us:,.1f} us with {result.kernel.family}, {result.kernel.decisions}"
+    )
+    failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
+    return f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}"
+
+
+def _compared(log_dir: Path, workers: Workers, limit_s: float, report: Report) -> list[dict[str, Any]]:
+    sampled = read_run(log_dir / "random")["families"]
+    families = [name for name in read_run(log_dir)["families"] if name in sampled]
+    found = []
+    for family in families:
+        comparison = write_comparison(log_dir, family, workers=workers, limit_s=limit_s / len(families))
+        latencies = comparison["latency_us"]
+        shown = ", ".join(f"{name} {latency_us:,.1f} us" for name, latency_us in latencies.items())
+        report(f"{family}, timed in turns: {shown}")
+        found.append(comparison)
+    return found
+
+
+def described_record(record: ScheduleRecord) -> str:
+    """A record in one line: its problem, latency and kernel."""
+    spent = f" ({record.resources})" if record.resources else ""
+    kernel = f"{record.kernel.family}, {record.kernel.decisions}"
+    return f"{record.problem.key}: {record.latency_us:,.1f} us with {kernel}{spent}"
+
+
 def tune(
     problems: AttentionProblem | Iterable[AttentionProblem],
     target: MachineTarget | str = "cpu",
@@ -198,101 +293,6 @@ def tune(
     for failure in found.failures:
         report(failure)
     return found.tuning(verification, interrupted=False)
-
-
-@dataclass
-class _Findings:
-    """What a call of :func:`tune` has found so far."""
-
-    report: Report
-    results: list[TuningResult] = field(default_factory=list)
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
-    records: list[ScheduleRecord] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def search(
-        self,
-        problem: AttentionProblem,
-        machine: MachineTarget,
-        settings: SearchSettings,
-        progress: bool | Callable[[SearchProgress], None],
-        workers: Workers,
-        deadline: Deadline | None,
-    ) -> str | None:
-        """Search a problem; returns why that ended, or None when the default failed."""
-        try:
-            result = search(problem, machine, settings, progress=progress, workers=workers, deadline=deadline)
-        except DefaultFailedError as error:
-            self.failures.append(f"{problem.key}: {error}")
-            self.report(self.failures[-1])
-            return None
-        self.results.append(result)
-        self.failures += [f"{problem.key}: {text}" for text in result.failures.values()]
-        self.report(_described(result))
-        return result.ended
-
-    def distill(
-        self,
-        problem: AttentionProblem,
-        machine: MachineTarget,
-        log_root: Path,
-        schedules: Path | None,
-        workers: Workers,
-        ends: float,
-    ) -> None:
-        """Put the winners of a problem into the schedules, until ``time.monotonic()`` is at `ends`."""
-        try:
-            self.records += distill_logs(
-                log_root,
-                target=machine,
-                problems=[problem],
-                schedules=schedules,
-                report=self.report,
-                workers=workers,
-                limit_s=ends - time.monotonic(),
-            )
-        except RuntimeError as error:
-            self.failures.append(f"{problem.key}: {error}")
-
-    def tuning(self, verification: Verification | None, interrupted: bool) -> Tuning:
-        return Tuning(
-            tuple(self.results),
-            tuple(self.comparisons),
-            tuple(self.records),
-            verification,
-            tuple(self.failures),
-            interrupted,
-        )
-
-
-def _described(result: TuningResult) -> str:
-    found = (
-        "none was correct"
-        if result.kernel is None
-        else f"{result.latency_us:,.1f} us with {result.kernel.family}, {result.kernel.decisions}"
-    )
-    failed = f"{result.errors} failed" + (f", {result.spilling} spill" if result.spilling else "")
-    return f"best of {result.trials} trials ({failed}): {found}; log in {result.log_dir}"
-
-
-def _compared(log_dir: Path, workers: Workers, limit_s: float, report: Report) -> list[dict[str, Any]]:
-    sampled = read_run(log_dir / "random")["families"]
-    families = [name for name in read_run(log_dir)["families"] if name in sampled]
-    found = []
-    for family in families:
-        comparison = write_comparison(log_dir, family, workers=workers, limit_s=limit_s / len(families))
-        latencies = comparison["latency_us"]
-        shown = ", ".join(f"{name} {latency_us:,.1f} us" for name, latency_us in latencies.items())
-        report(f"{family}, timed in turns: {shown}")
-        found.append(comparison)
-    return found
-
-
-def described_record(record: ScheduleRecord) -> str:
-    """A record in one line: its problem, latency and kernel."""
-    spent = f" ({record.resources})" if record.resources else ""
-    kernel = f"{record.kernel.family}, {record.kernel.decisions}"
-    return f"{record.problem.key}: {record.latency_us:,.1f} us with {kernel}{spent}"
 
 
 def explain(

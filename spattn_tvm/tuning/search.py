@@ -461,97 +461,6 @@ def _is_retaken(first: KernelSpec, usual_us: float, meter: Meter, session: _Sess
     return False
 
 
-def tune(
-    problem: AttentionProblem,
-    target: MachineTarget,
-    settings: SearchSettings | None = None,
-    *,
-    progress: bool | Callable[[SearchProgress], None] = True,
-    workers: Workers | None = None,
-    deadline: Deadline | None = None,
-) -> TuningResult:
-    """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
-
-    Calling it again with the same arguments resumes: what the log folder holds is not measured again and
-    counts towards the budget. Ctrl-C ends the search after the measurement in flight was dropped, and the
-    best so far is returned.
-
-    Parameters
-    ----------
-    problem : AttentionProblem
-        Candidates run on random data of its shape and with its layout's band table.
-    target : MachineTarget
-        This machine's, or that of the fleet's servers.
-    settings : SearchSettings, optional
-        64 trials for each family by default.
-    progress : bool or callable
-        Whether to show a progress bar; or what is told how far the search is.
-    workers : Workers, optional
-        Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
-        fleet.
-    deadline : callable, optional
-        Given the measurements so far, the ``time.monotonic()`` at which the search ends whatever the settings
-        leave.
-
-    Returns
-    -------
-    TuningResult
-
-    Raises
-    ------
-    ValueError
-        When the target is not this machine, or no family supports the problem.
-    RuntimeError
-        When TVM or xgboost is missing, or not even one family's untuned default builds, runs and is correct,
-        or the fleet has no server left, or another process is searching the same problem with the same logs.
-    """
-    settings = SearchSettings() if settings is None else settings
-    fleet = None if workers is None else workers.fleet
-    reason = target.can_run_here() if fleet is None else None
-    if reason is not None:
-        raise ValueError(f"a search must run on its target {target.folder}: {reason}")
-    spaces = _supporting_spaces(problem, target, settings.families)
-    missing = missing_packages("tvm", "xgboost", *(("rich",) if progress is True else ()))
-    if missing:
-        raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
-
-    folder = log_folder(Path(settings.log_root), target, problem, settings.strategy)
-    interrupt = _Interrupt()
-    failures: dict[str, str] = {}
-    with (
-        TuningLog(folder, problem, target, settings.strategy) as log,
-        interrupt.watching(),
-        _Progress(progress) as bar,
-        ExitStack() as owned,
-    ):
-        if workers is None:
-            workers = owned.enter_context(Workers(target))
-        session = _Session(
-            log, settings.budget, lambda: interrupt.requested, bar, deadline or (lambda measured: math.inf)
-        )
-        device = session_device(target) if fleet is None else {"name": f"servers of {fleet.key}"}
-        log.begin_session({"seed": settings.seed, "versions": versions(), "device": device})
-        ended = "failed"
-        searches = _Searches(problem, target, settings, session, interrupt, workers)
-        try:
-            searches.rewrite_database()
-            for position, (family, space) in enumerate(spaces.items()):
-                session.allot(len(spaces) - position)
-                try:
-                    ended = searches.run(family, space)
-                except DefaultFailedError as error:
-                    failures[family] = str(error)
-                if fleet is not None:
-                    log.note_device({**workers.server_facts, "servers": sorted(workers.used_servers)})
-                if ended == "interrupted":
-                    break
-            if len(failures) == len(spaces):
-                raise DefaultFailedError("; ".join(failures.values()))
-        finally:
-            log.end_session(ended, session.elapsed_s)
-        return _result(log, session, ended, failures)
-
-
 @dataclass
 class _Searches:
     """The searches of one call of :func:`tune`, of a family each, over one log and its database."""
@@ -673,3 +582,94 @@ def _result(log: TuningLog, session: _Session, ended: str, failures: dict[str, s
         failures=failures,
         spilling=sum(m.error is None and spilled_bytes(m.resources) > SPILL_TOLERANCE_BYTES for m in current),
     )
+
+
+def tune(
+    problem: AttentionProblem,
+    target: MachineTarget,
+    settings: SearchSettings | None = None,
+    *,
+    progress: bool | Callable[[SearchProgress], None] = True,
+    workers: Workers | None = None,
+    deadline: Deadline | None = None,
+) -> TuningResult:
+    """Search for the fastest decisions of a problem on this machine, or on a fleet's servers.
+
+    Calling it again with the same arguments resumes: what the log folder holds is not measured again and
+    counts towards the budget. Ctrl-C ends the search after the measurement in flight was dropped, and the
+    best so far is returned.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        Candidates run on random data of its shape and with its layout's band table.
+    target : MachineTarget
+        This machine's, or that of the fleet's servers.
+    settings : SearchSettings, optional
+        64 trials for each family by default.
+    progress : bool or callable
+        Whether to show a progress bar; or what is told how far the search is.
+    workers : Workers, optional
+        Processes that several searches for the target share; ``Workers(target, fleet=…)`` measures on a
+        fleet.
+    deadline : callable, optional
+        Given the measurements so far, the ``time.monotonic()`` at which the search ends whatever the settings
+        leave.
+
+    Returns
+    -------
+    TuningResult
+
+    Raises
+    ------
+    ValueError
+        When the target is not this machine, or no family supports the problem.
+    RuntimeError
+        When TVM or xgboost is missing, or not even one family's untuned default builds, runs and is correct,
+        or the fleet has no server left, or another process is searching the same problem with the same logs.
+    """
+    settings = SearchSettings() if settings is None else settings
+    fleet = None if workers is None else workers.fleet
+    reason = target.can_run_here() if fleet is None else None
+    if reason is not None:
+        raise ValueError(f"a search must run on its target {target.folder}: {reason}")
+    spaces = _supporting_spaces(problem, target, settings.families)
+    missing = missing_packages("tvm", "xgboost", *(("rich",) if progress is True else ()))
+    if missing:
+        raise RuntimeError(f"a search needs {' and '.join(missing)}: {install_hint('tune')}")
+
+    folder = log_folder(Path(settings.log_root), target, problem, settings.strategy)
+    interrupt = _Interrupt()
+    failures: dict[str, str] = {}
+    with (
+        TuningLog(folder, problem, target, settings.strategy) as log,
+        interrupt.watching(),
+        _Progress(progress) as bar,
+        ExitStack() as owned,
+    ):
+        if workers is None:
+            workers = owned.enter_context(Workers(target))
+        session = _Session(
+            log, settings.budget, lambda: interrupt.requested, bar, deadline or (lambda measured: math.inf)
+        )
+        device = session_device(target) if fleet is None else {"name": f"servers of {fleet.key}"}
+        log.begin_session({"seed": settings.seed, "versions": versions(), "device": device})
+        ended = "failed"
+        searches = _Searches(problem, target, settings, session, interrupt, workers)
+        try:
+            searches.rewrite_database()
+            for position, (family, space) in enumerate(spaces.items()):
+                session.allot(len(spaces) - position)
+                try:
+                    ended = searches.run(family, space)
+                except DefaultFailedError as error:
+                    failures[family] = str(error)
+                if fleet is not None:
+                    log.note_device({**workers.server_facts, "servers": sorted(workers.used_servers)})
+                if ended == "interrupted":
+                    break
+            if len(failures) == len(spaces):
+                raise DefaultFailedError("; ".join(failures.values()))
+        finally:
+            log.end_session(ended, session.elapsed_s)
+        return _result(log, session, ended, failures)
