@@ -107,6 +107,49 @@ def _own_heads(q: DTensor, placements: list[Any]) -> tuple[int, int]:
     return begin, end
 
 
+def _own_keys_and_values(
+    q: DTensor, k: DTensor, v: DTensor, placements: list[Any], begin: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """What the query heads ``[begin, end)`` of this rank read, placed as q but for heads that ranks share."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    ranks = 1
+    for axis, placement in enumerate(placements):
+        ranks *= q.device_mesh.size(axis) if placement.is_shard(_HEADS) else 1
+    if q.shape[1] % ranks:
+        raise ValueError(f"{q.shape[1]} query heads can't be shared equally by {ranks} ranks")
+    group = q.shape[1] // k.shape[1]
+    are_sharded = k.shape[1] % ranks == 0
+    if not are_sharded and (end - begin) % group and group % (end - begin):
+        raise ValueError(
+            f"{end - begin} query heads a rank are neither whole groups of {group} nor part of one: the "
+            f"{k.shape[1]} key/value heads can't be shared by {ranks} ranks"
+        )
+    are_whole = [placement.is_shard(_HEADS) and not are_sharded for placement in placements]
+    own = [Replicate() if whole else each for whole, each in zip(are_whole, placements, strict=True)]
+    # A key/value head that several ranks read gets a part of its gradient from each.
+    gradients = [Partial() if whole else each for whole, each in zip(are_whole, placements, strict=True)]
+    k_own, v_own = (
+        tensor.redistribute(placements=own).to_local(grad_placements=gradients) for tensor in (k, v)
+    )
+    if are_sharded:
+        return k_own, v_own
+    first, last = begin // group, -(-end // group)
+    return k_own[:, first:last], v_own[:, first:last]
+
+
+def _placed(local: Tensor, size: torch.Size, mesh: Any, placements: list[Any]) -> DTensor:
+    """The DTensor of which this rank has a part; strides in the order of the part's."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*size[:3], *local.shape[3:]))
+    order = sorted(range(local.dim()), key=lambda dim: (local.stride(dim), -dim))
+    strides, step = [0] * local.dim(), 1
+    for dim in order:
+        strides[dim], step = step, step * shape[dim]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides))
+
+
 def attend_sharded(
     attend: Callable[..., Tensor | tuple[Tensor, Tensor]],
     q: Any,
@@ -150,7 +193,7 @@ def attend_sharded(
         DTensors on different meshes, query heads that the ranks can't divide, and of sharded rows what
         context parallelism has not.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if not all(isinstance(tensor, DTensor) for tensor in (q, k, v)):
         kinds = ", ".join(type(tensor).__name__ for tensor in (q, k, v))
@@ -169,35 +212,8 @@ def attend_sharded(
     if sharing:
         _check_shared_rows(q, k, sharing, {**by_row, **shared})
     q = q.redistribute(placements=placements)
-    heads_ranks = 1
-    for axis, placement in enumerate(placements):
-        heads_ranks *= mesh.size(axis) if placement.is_shard(_HEADS) else 1
-    if q.shape[1] % heads_ranks:
-        raise ValueError(f"{q.shape[1]} query heads can't be shared equally by {heads_ranks} ranks")
     begin, end = _own_heads(q, placements)
-    group = q.shape[1] // k.shape[1]
-    are_kv_sharded = k.shape[1] % heads_ranks == 0
-    if not are_kv_sharded and (end - begin) % group and group % (end - begin):
-        raise ValueError(
-            f"{end - begin} query heads a rank are neither whole groups of {group} nor part of one: the "
-            f"{k.shape[1]} key/value heads can't be shared by {heads_ranks} ranks"
-        )
-    kv_placements = [
-        Replicate() if placement.is_shard(_HEADS) and not are_kv_sharded else placement
-        for placement in placements
-    ]
-    # A key/value head that several ranks read gets a part of its gradient from each.
-    kv_gradients = [
-        Partial() if placement.is_shard(_HEADS) and not are_kv_sharded else placement
-        for placement in placements
-    ]
-    k_own, v_own = (
-        tensor.redistribute(placements=kv_placements).to_local(grad_placements=kv_gradients)
-        for tensor in (k, v)
-    )
-    if not are_kv_sharded:
-        first, last = begin // group, -(-end // group)
-        k_own, v_own = k_own[:, first:last], v_own[:, first:last]
+    k_own, v_own = _own_keys_and_values(q, k, v, placements, begin, end)
     row_placements = [placement if placement.is_shard(_BATCH) else Replicate() for placement in placements]
 
     def own_rows(value: Any) -> Any:
@@ -219,15 +235,6 @@ def attend_sharded(
             *tensors, own, **{name: own_rows(value) for name, value in by_row.items()}, **options
         )
 
-    def placed(local: Tensor) -> DTensor:
-        shape = torch.Size((*size[:3], *local.shape[3:]))
-        # Strides in the order of the shard's.
-        order = sorted(range(local.dim()), key=lambda dim: (local.stride(dim), -dim))
-        strides, step = [0] * local.dim(), 1
-        for dim in order:
-            strides[dim], step = step, step * shape[dim]
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides)
-        )
-
-    return placed(outputs) if isinstance(outputs, Tensor) else tuple(placed(each) for each in outputs)
+    if isinstance(outputs, Tensor):
+        return _placed(outputs, size, mesh, placements)
+    return tuple(_placed(each, size, mesh, placements) for each in outputs)
