@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_mma import compiled, machine_code
 from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_decisions, draw_legal
 from sweep import DTYPES, check_problem
-from test_mma_forward import OTHER_KEYS, complete_problem, machine_code
+from test_mma_forward import OTHER_KEYS, complete_problem
 
 from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.build.library_cache import compile_kernel
-from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.families import find_space
-from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.backward import build_mma_backward
 from spattn_tvm.families.mma.backward_sizes import Pass, passes
 from spattn_tvm.problem import AttentionProblem
@@ -120,15 +116,6 @@ def test_features_are_finite_and_tell_decisions_apart() -> None:
     check_features(SPACE, problem)
 
 
-def compiled(decisions: dict[str, int], head_dim: int, target: MachineTarget) -> tuple[Path, dict[str, Any]]:
-    """A library in bfloat16, compiled here, and what each of its kernels takes of a multiprocessor."""
-    obstacle = compile_obstacle(target)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
-    library = compile_kernel(KernelSpec("mma", "backward", "bfloat16", head_dim, decisions), target)
-    return library, json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"]
-
-
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
@@ -137,7 +124,7 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     target = parse_target("a100") if deterministic else H200
     decisions = SPACE.untuned(64, "bfloat16", target, deterministic=deterministic)
-    library, kernels = compiled(decisions, 64, target)
+    library, kernels = compiled("mma", "backward", 64, decisions, target)
     assert len(kernels) == 3
     assert all(each["spill_store_bytes"] <= 32 for each in kernels.values())
 
@@ -169,7 +156,8 @@ def test_two_passes_at_head_dim_128_spill_nothing(tmp_path: Path, monkeypatch: p
                 decisions = SPACE.untuned(head_dim, dtype, H200, deterministic=deterministic)
                 where = deterministic and head_dim == 128 and dtype != "float32"
                 assert all(part.looks_up == where for part in passes(decisions, head_dim, dtype))
-    _, kernels = compiled(SPACE.untuned(128, "bfloat16", H200, deterministic=True), 128, H200)
+    decisions = SPACE.untuned(128, "bfloat16", H200, deterministic=True)
+    _, kernels = compiled("mma", "backward", 128, decisions, H200)
     assert not any(each["spill_store_bytes"] + each["spill_load_bytes"] for each in kernels.values())
 
 

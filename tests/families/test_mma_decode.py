@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,19 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_mma import compiled, machine_code
 from decode_problems import FORMS, DecodeProblem, random_decode
 from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_legal
 from sweep import DTYPES
-from test_mma_forward import machine_code
 
 from spattn_tvm import BandLayout, banded_attention_decode
 from spattn_tvm.accuracy import judge
-from spattn_tvm.build.library_cache import compile_kernel
-from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.families import find_space
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.abi import DECODE
 from spattn_tvm.families.mma.decode import build_mma_decode
 from spattn_tvm.families.mma.decode_sizes import flying_bytes, registers_needed, shared_bytes, words
@@ -129,13 +124,10 @@ def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = parse_target("a100")
-    obstacle = compile_obstacle(target)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     decisions = SPACE.untuned(128, "bfloat16", target)
-    library = compile_kernel(KernelSpec("mma", "decode", "bfloat16", 128, decisions), target)
-    (resources,) = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
+    library, kernels = compiled("mma", "decode", 128, decisions, target)
+    (resources,) = kernels.values()
     assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
     blocks, threads = decisions["blocks_per_multiprocessor"], 32 * decisions["warps"]
     assert blocks * threads * resources["registers"] <= 65536

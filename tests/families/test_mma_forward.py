@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_mma import compiled, machine_code
 from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_legal
 from sweep import DTYPES, SweepProblem, check_problem
 
 from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.build.cubin import cubin_offsets
-from spattn_tvm.build.library_cache import compile_kernel
-from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.families import find_space
-from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.blocks import row_pitch
 from spattn_tvm.families.mma.forward import build_mma_forward, registers_needed, shared_bytes
 from spattn_tvm.problem import AttentionProblem
@@ -106,29 +100,15 @@ def test_eight_rows_of_a_column_are_in_different_banks(head_dim: int, dtype: str
     assert len({row * pitch // 16 % 8 for row in range(8)}) == 8
 
 
-def machine_code(library: Path) -> str:
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        pytest.skip("cuobjdump is not installed")
-    data = library.read_bytes()
-    (start,) = cubin_offsets(data)
-    cubin = library.with_suffix(".cubin")
-    cubin.write_bytes(data[start:])
-    return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.timeout(120)
 def test_the_machine_code_uses_tensor_cores_and_spills_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = parse_target("a100")
-    obstacle = compile_obstacle(target)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
     decisions = SPACE.untuned(64, "bfloat16", target)
-    library = compile_kernel(KernelSpec("mma", "forward", "bfloat16", 64, decisions), target)
-    (resources,) = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
+    library, kernels = compiled("mma", "forward", 64, decisions, target)
+    (resources,) = kernels.values()
     assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
     assert resources["registers"] <= registers_most(
         32 * decisions["warps"], decisions["blocks_per_multiprocessor"]

@@ -5,19 +5,16 @@ beside the forward's, in test_mma_forward.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from compiled_mma import compiled, require_nvcc
 from length_problems import random_problem, truth
 
 from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.build.library_cache import compile_kernel
-from spattn_tvm.build.toolchain import compile_obstacle
 from spattn_tvm.bundle import read_manifest
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import find_kernel
@@ -101,24 +98,16 @@ def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: 
 @pytest.mark.timeout(120)
 def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = parse_target("a100")
-    obstacle = compile_obstacle(target)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
-    library = compile_kernel(
-        KernelSpec("mma_split", "forward", "bfloat16", 64, SPACE.untuned(64, "bfloat16", target)), target
-    )
-    kernels = json.loads(library.with_suffix(".json").read_text())["resources"]["kernels"].values()
+    _, kernels = compiled("mma_split", "forward", 64, SPACE.untuned(64, "bfloat16", target), target)
     assert len(kernels) == 2
-    for resources in kernels:
+    for resources in kernels.values():
         assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
 
 
 @pytest.mark.timeout(180)
 def test_a_bundle_for_short_calls_serves_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    obstacle = compile_obstacle(H100)
-    if obstacle is not None or shutil.which("nvcc") is None:
-        pytest.skip(obstacle or "nvcc is not installed")
+    require_nvcc(H100)
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "cache"))
     folder = export_bundle(tmp_path / "bundle", dataclasses.replace(SHORT, head_dim=64), H100)
     kernels = read_manifest(folder)["kernels"]
