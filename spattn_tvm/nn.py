@@ -292,14 +292,19 @@ class BandedAttention(nn.Module):
     def make_cache(self, batch_size: int, **settings: Any) -> BandedCache:
         """A :class:`BandedCache` for this module: its layout, heads, dtype and device.
 
+        Where the projections' weights are integers (quantized), the dtype is PyTorch's default unless given.
+
         Parameters
         ----------
         batch_size : int
         **settings
             Further arguments of BandedCache, such as `slack` and `max_length`.
         """
-        weight = self.k_proj.weight
-        given = {"dtype": weight.dtype, "device": weight.device, **settings}
+        weight: Any = self.k_proj.weight
+        if not isinstance(weight, Tensor):
+            weight = weight()  # a method of PyTorch's quantized projections
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        given = {"dtype": dtype, "device": weight.device, **settings}
         return BandedCache(
             self.layout,
             batch_size=batch_size,

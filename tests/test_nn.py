@@ -380,6 +380,30 @@ def test_with_a_cache_it_goes_on_where_it_was(rope_theta: float | None) -> None:
             assert cache.known_length == 64
 
 
+def test_quantized_projections_have_caches() -> None:
+    module, x = _module(), torch.randn(1, 20, 128)
+
+    class Quantized(nn.Module):
+        def __init__(self, linear: nn.Linear, has_method: bool) -> None:
+            super().__init__()
+            self.linear = [linear]
+            stored = torch.zeros(2, 2, dtype=torch.int8)
+            self.weight = (lambda: stored) if has_method else stored
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear[0](x)  # type: ignore[no-any-return]
+
+    expected = module(x)
+    for has_method in (True, False):
+        quantized = copy.deepcopy(module)
+        quantized.k_proj = Quantized(module.k_proj, has_method)  # type: ignore[assignment]
+        with torch.no_grad():
+            cache = quantized.make_cache(1)
+            parts = [quantized(part, cache=cache) for part in x.split((19, 1), 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+        assert quantized.make_cache(1, dtype=torch.bfloat16).keys.dtype is torch.bfloat16
+
+
 @pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str) -> None:
