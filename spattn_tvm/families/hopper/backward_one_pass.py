@@ -70,6 +70,29 @@ Level or lost by that (16,384, 65,536 and 131,072 tokens at head dim 128, where 
 statistics of all heads but the first pack's by the idle warp, keys and values to the L2 early, 1.279, 13.80
 and 54.99. Only at head dim 64 both together gain: 0.650 for 0.690 at 16,384 tokens, but 8.86 for 8.74 at
 65,536.
+
+A tile's 12,000 clocks are not the wait for its copies. Without one, K changing places with the chunks of the
+ring, V loaded after the last dP, dK and dV stored under the next tile's first scores and dP, it is (ms, and
+this structure in the same run, H100):
+
+==================== =========== ======== ======
+(B, H, N, D)         layout      no wait  this
+==================== =========== ======== ======
+(1, 16, 16384, 128)  spattention 1.035    1.052
+(1, 32, 32768, 128)  spattention 4.366    4.437
+(1, 16, 65536, 128)  spattention 13.86    13.93
+(1, 16, 131072, 128) spattention 55.63    54.80
+(1, 16, 8192, 128)   causal      1.361    1.349
+(1, 16, 16384, 64)   spattention 0.690    0.687
+(1, 16, 65536, 64)   spattention 8.74     8.54
+(1, 16, 16384, 64)   causal      3.14     3.06
+==================== =========== ======== ======
+
+On top of that a warpgroup without pairs in a band's first or last chunk passed it: 3 of 5 products saved in 4
+of 36 chunks, but 1.052, 4.410, 14.42 and 58.4 at the first four shapes, for whether it does is known only
+behind the copy, before the scores: what lies between a chunk's dQ and the next scores counts for each chunk.
+Then 4 rows a thread in the first kernel, its last heads first: 1.047, 4.388 and 14.45; the conversion's sums
+prefetched to the L2: 1.051, 4.404 and 14.51; V, too: 1.060, 4.422 and 14.47.
 """
 
 # mypy: ignore-errors
