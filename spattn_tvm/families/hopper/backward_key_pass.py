@@ -33,12 +33,14 @@ from .parts import (
     convert,
     element,
     find_chunk,
+    find_next,
     here,
     hold,
     issue_left_shared,
     issue_sum,
     mask_queries,
     pass_rest,
+    peek,
     rows_map,
     statistics_map,
     wait_count,
@@ -194,6 +196,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
         prev: T.int32 = 0
         left: T.int32 = 0
         found: T.int32 = 0
+        takers: T.int32 = 0
         todo: T.int32 = 0
         running: T.int32 = 1
         scale2: T.float32 = scale * T.float32(LOG2E)
@@ -223,7 +226,8 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
             T.cuda.warp_sync()
             arrive(at("tile_empty", slab, BARRIER_BYTES))
 
-        # dP runs under the exponentials, dV under dS, and the dK of one chunk before the scores of the next.
+        # dP runs under the exponentials, as does the look at the next chunk, dV under dS, and the dK of one
+        # chunk before the scores of the next.
         @T.inline
         def step(follows):
             if follows:
@@ -237,6 +241,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
             T.ptx.wgmma.wait_group.sync.aligned(1)
             hold(s_acc, QUERIES // 2)
             mask_queries(s_acc, QUERIES, lane, chunk, tile, w * WARPGROUP_ROWS, my_row)
+            peek(at, stage, phase, STAGES, takers)
             for n in T.unroll(QUERIES // 8):
                 for j in T.unroll(4):
                     T.ptx["ex2.approx.ftz.f32"](
@@ -266,7 +271,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
         def look_ahead():
             found = 0
             if todo > 0:
-                find_chunk(at, w, stage, phase, STAGES, left, found, chunk, STAGES - 2)
+                find_next(at, w, stage, phase, STAGES, left, found, chunk, takers)
 
         @T.inline
         def run_chunks():

@@ -29,6 +29,7 @@ from .parts import (
     dot2,
     element,
     find_chunk,
+    find_next,
     here,
     hold,
     issue_left_registers,
@@ -36,6 +37,7 @@ from .parts import (
     load_shared,
     mask_keys,
     pass_rest,
+    peek,
     pin,
     settle_statistics,
     wgmma,
@@ -122,6 +124,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
         prev: T.int32 = 0
         left: T.int32 = 0
         found: T.int32 = 0
+        takers: T.int32 = 0
         todo: T.int32 = 0
         fresh: T.int32 = 0
         b: T.int32 = 0
@@ -175,7 +178,8 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
                         t.stats[b, h, query // 2, query % 2] = lse2[j]
                         t.stats[b, h, query // 2, query % 2 + 2] = delta[j]
 
-        # The previous chunk's dQ product runs under this chunk's exponentials.
+        # The previous chunk's dQ product runs under this chunk's exponentials, and so does the look at the
+        # next one.
         @T.inline
         def step(follows):
             issue_left_registers(
@@ -191,6 +195,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
             T.ptx.wgmma.wait_group.sync.aligned(2 if follows else 1)
             hold(s_acc, KEYS // 2)
             mask_keys(s_acc, KEYS, lane, chunk, tile, w * WARPGROUP_ROWS, my_row)
+            peek(at, stage, phase, STAGES, takers)
             for n in T.unroll(KEYS // 8):
                 for j in T.unroll(4):
                     T.ptx["ex2.approx.ftz.f32"](s_acc[4 * n + j], s_acc[4 * n + j] * scale2 - lse2[j // 2])
@@ -213,7 +218,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
         def look_ahead():
             found = 0
             if todo > 0:
-                find_chunk(at, w, stage, phase, STAGES, left, found, chunk, STAGES - 2)
+                find_next(at, w, stage, phase, STAGES, left, found, chunk, takers)
 
         # The loop is rotated so that no product is in flight across its back edge: ptxas serializes every
         # wgmma otherwise (C7514).

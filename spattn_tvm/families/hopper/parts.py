@@ -19,6 +19,7 @@ from .backward_sizes import BARRIER_BYTES, INFO_BYTES, PLANE, SWIZZLE_ROW_BYTES,
 LOG2E = math.log2(math.e)
 INF = math.inf
 ALL = 0xFFFFFFFF  # lanes of a warp
+TAKERS_AT = 12  # in what a chunk's producer says of it
 ANY_CHUNK = 1 << 30  # limit of a search that may wait
 # Of a query with keys. Finite, so that a masked score's -inf less it is -inf, not NaN.
 LEAST_LSE = -3.4028234663852886e38
@@ -57,6 +58,17 @@ _LOAD_SHARED_SOURCE = """
 __device__ __forceinline__ int spattn_load_shared(unsigned int at) {
   int value;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  return value;
+}
+"""
+
+_LOAD_IF_COMPLETE_SOURCE = """
+__device__ __forceinline__ int spattn_load_if_complete(unsigned int barrier, int phase, unsigned int at) {
+  int value;
+  asm volatile(
+      "{\\n.reg .pred p;\\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\\n"
+      "mov.b32 %0, 0;\\n@p ld.shared.s32 %0, [%3];\\n}"
+      : "=&r"(value) : "r"(barrier), "r"(phase), "r"(at) : "memory");
   return value;
 }
 """
@@ -210,6 +222,14 @@ def band_row(bands: Any, heads: Any, row: Any, head: Any) -> Any:
 def load_shared(at: Any) -> Any:
     """An int32 in shared memory."""
     return T.cuda.func_call("spattn_load_shared", at, source_code=_LOAD_SHARED_SOURCE, return_type="int32")
+
+
+def load_if_complete(barrier: Any, phase: Any, at: Any) -> Any:
+    """An int32 in shared memory if that phase of the barrier is complete, else 0; waits for nothing."""
+    return T.cuda.func_call(
+        "spattn_load_if_complete", barrier, phase, at,
+        source_code=_LOAD_IF_COMPLETE_SOURCE, return_type="int32",
+    )  # fmt: skip
 
 
 def here(value: Any) -> Any:
@@ -442,6 +462,28 @@ def find_chunk(at, w, stage, phase, stages, left, found, chunk, limit):
             else:
                 pass_chunk(at, stage, phase, stages, left)
                 skipped = skipped + 1
+
+
+@T.inline
+def peek(at, stage, phase, stages, takers):
+    # Who takes the chunk behind this one (a bit for each warpgroup), if it is there already.
+    behind: T.int32 = stage
+    behind_phase: T.int32 = phase
+    advance(behind, behind_phase, stages)
+    takers = load_if_complete(
+        at("full", behind, BARRIER_BYTES), behind_phase, at("info", behind, INFO_BYTES) + T.uint32(TAKERS_AT)
+    )
+
+
+@T.inline
+def find_next(at, w, stage, phase, stages, left, found, chunk, takers):
+    # As `find_chunk` where a product is still to be issued; `takers` is what `peek` has seen before.
+    if ((takers >> w) & 1) == 1:
+        T.ptx["ld.shared.v4.s32"](chunk[0], chunk[1], chunk[2], chunk[3], at("info", stage, INFO_BYTES))
+        found = 1
+        left = left - 1
+    else:
+        find_chunk(at, w, stage, phase, stages, left, found, chunk, stages - 2)
 
 
 @T.inline
