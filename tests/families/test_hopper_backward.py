@@ -379,6 +379,29 @@ def test_two_passes_end_and_agree_with_any_number_of_ctas(
             assert torch.equal(gradient, expected[name]), (name, workers)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@shapes
+def test_warpgroups_of_a_tile_that_have_different_chunks(
+    dtype: str, head_dim: int, h200: MachineTarget
+) -> None:
+    """Far bands leave the last keys without queries: where they end, a warpgroup has none of the chunks that
+    others of its tile have, and is ahead of them by what it may hand back.
+    """
+    kernel = kernel_of(2, dtype, head_dim, h200)
+    length, draw = 2048, random.Random(head_dim)
+    begins = [length - 64 * draw.randint(1, 24) + draw.choice((-32, 0, 1, 32)) for _ in range(16)]
+    layout = BandLayout.custom(
+        [[(begin, min(begin + draw.choice((0, 3, 40, 300)), length - 1))] for begin in begins]
+    )
+    inputs = Inputs.draw(layout, (4, 16, 16, length, head_dim), dtype, None)
+    first = inputs.launch(kernel)
+    assert_near(first, inputs.exact(layout, None))
+    for _ in range(20):
+        for name, gradient in inputs.launch(kernel).items():
+            assert torch.equal(gradient, first[name]), name
+
+
 def check_lengths(kernel: Kernel, problem: LengthProblem, dtype: str) -> None:
     """NaN in keys that don't exist, and in whatever arrives for queries without keys."""
     q, k, v, do, dlse = problem.tensors(DTYPES[dtype], "cuda")

@@ -22,6 +22,7 @@ from .backward_sizes import (
     TILE_INFO_BYTES,
     WARPGROUP_ROWS,
     dkv_arena,
+    holds_keys,
 )
 from .parts import (
     ANY_CHUNK,
@@ -36,8 +37,10 @@ from .parts import (
     find_next,
     here,
     hold,
+    issue_left_registers,
     issue_left_shared,
     issue_sum,
+    load_fragment,
     mask_queries,
     pass_rest,
     peek,
@@ -172,13 +175,20 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
     WARPGROUPS = decisions["dkv_warpgroups"]
     OFFSETS, BYTES = dkv_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(QUERIES, dtype), wgmma(D, dtype), convert(dtype)
+    HOLDS = holds_keys(D)
     PLAN = key_plan(decisions, D, QUERIES, BUFFERS)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
         w: T.int32 = warp // 4 - 1
-        my_row: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16 + lane // 4
+        strip: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16  # this warp's rows of the tile
+        my_row: T.int32 = strip + lane // 4
+        frag_row: T.uint32 = T.Cast("uint32", (strip + lane % 16) * SWIZZLE_ROW_BYTES)
+        frag_column: T.uint32 = T.Cast("uint32", lane // 16)
+        frag_swizzle: T.uint32 = T.Cast("uint32", lane % 8)
         stats_lane: T.uint32 = T.Cast("uint32", lane % 4 * 16)
+        kf = T.alloc_local((D // 4,), "uint32")
+        vf = T.alloc_local((D // 4,), "uint32")
         s_acc = T.alloc_local((QUERIES // 2,), "float32")
         p_acc = T.alloc_local((QUERIES // 2,), "float32")
         k_acc = T.alloc_local((D // 2,), "float32")
@@ -203,14 +213,23 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
 
         # scores^T = K Q^T or dP^T = V dO^T of this warpgroup's keys.
         @T.inline
-        def issue_product(out, kept, streamed):
-            own: T.uint32 = at(kept, slab, PLAN.tile_bytes) + T.Cast(
-                "uint32", w * (WARPGROUP_ROWS * SWIZZLE_ROW_BYTES)
-            )
-            issue_left_shared(
-                SCORE, out, QUERIES // 2, D, own, PLAN.rows,
-                at(streamed, stage, PLAN.chunk_bytes), QUERIES, False,
-            )  # fmt: skip
+        def issue_product(out, kept, fragments, streamed):
+            right: T.uint32 = at(streamed, stage, PLAN.chunk_bytes)
+            if HOLDS:
+                issue_left_registers(SCORE, out, QUERIES // 2, D, fragments, right, QUERIES)
+            else:
+                own: T.uint32 = at(kept, slab, PLAN.tile_bytes) + T.Cast(
+                    "uint32", w * (WARPGROUP_ROWS * SWIZZLE_ROW_BYTES)
+                )
+                issue_left_shared(SCORE, out, QUERIES // 2, D, own, PLAN.rows, right, QUERIES, False)
+
+        @T.inline
+        def hold_keys():
+            k_at: T.uint32 = at("k", slab, PLAN.tile_bytes)
+            v_at: T.uint32 = at("v", slab, PLAN.tile_bytes)
+            for step in T.unroll(D // 16):
+                load_fragment(kf, 4 * step, k_at, PLAN.rows, step, frag_row, frag_column, frag_swizzle)
+                load_fragment(vf, 4 * step, v_at, PLAN.rows, step, frag_row, frag_column, frag_swizzle)
 
         # Of a chunk's queries: lse at 0, delta at 8.
         @T.inline
@@ -232,11 +251,11 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
         def step(follows):
             if follows:
                 issue_sum(OUTPUT, k_acc, D // 2, ds, at("q", prev, PLAN.chunk_bytes), QUERIES)
-            issue_product(s_acc, "k", "q")
+            issue_product(s_acc, "k", kf, "q")
             if follows:
                 T.ptx.wgmma.wait_group.sync.aligned(1)
                 arrive(at("empty", prev, BARRIER_BYTES))
-            issue_product(p_acc, "v", "do")
+            issue_product(p_acc, "v", vf, "do")
             load_statistics(0)
             T.ptx.wgmma.wait_group.sync.aligned(1)
             hold(s_acc, QUERIES // 2)
@@ -253,9 +272,10 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
             load_statistics(8)
             T.ptx.wgmma.wait_group.sync.aligned(1)
             hold(p_acc, QUERIES // 2)
-            if todo == 1:
-                # K and V are read: the next tile's may load under what is left of this one.
-                release_tile()
+            if not HOLDS:
+                if todo == 1:
+                    # K and V are read: the next tile's may load under what is left of this one.
+                    release_tile()
             for n in T.unroll(QUERIES // 8):
                 for j in T.unroll(2):
                     T.ptx[CONVERT](
@@ -304,7 +324,10 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
                 for i in T.unroll(D // 2):
                     k_acc[i] = T.float32(0)
                     v_acc[i] = T.float32(0)
-                if todo == 0:
+                if HOLDS:
+                    hold_keys()
+                    release_tile()
+                elif todo == 0:
                     release_tile()
                 run_chunks()
                 pass_rest(at, stage, phase, STAGES, left)

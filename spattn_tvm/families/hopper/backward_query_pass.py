@@ -34,6 +34,7 @@ from .parts import (
     hold,
     issue_left_registers,
     issue_sum,
+    load_fragment,
     load_shared,
     mask_keys,
     pass_rest,
@@ -50,7 +51,6 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
     """What the roles of the pass do, inline functions of shared memory and the tensors."""
     D = head_dim
     STEPS = D // 16  # of 16 columns
-    ROW = SWIZZLE_ROW_BYTES
     KEYS = decisions["dq_keys"]
     STAGES = decisions["dq_stages"]
     WARPGROUPS = decisions["dq_warpgroups"]
@@ -102,9 +102,8 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
         w: T.int32 = warp // 4 - 1
         strip: T.int32 = w * WARPGROUP_ROWS + warp % 4 * 16  # this warp's rows of the tile
         my_row: T.int32 = strip + lane // 4
-        # The 8 lanes of a matrix take 8 rows, and the 16-byte column is swizzled by the row, as TMA did.
-        frag_offset: T.uint32 = T.Cast("uint32", (strip + lane % 16) * ROW)
-        frag_col: T.uint32 = T.Cast("uint32", lane // 16)
+        frag_row: T.uint32 = T.Cast("uint32", (strip + lane % 16) * SWIZZLE_ROW_BYTES)
+        frag_column: T.uint32 = T.Cast("uint32", lane // 16)
         frag_swizzle: T.uint32 = T.Cast("uint32", lane % 8)
         qf = T.alloc_local((4 * STEPS,), "uint32")
         gf = T.alloc_local((4 * STEPS,), "uint32")
@@ -133,20 +132,12 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
         scale2: T.float32 = scale * T.float32(LOG2E)
 
         @T.inline
-        def load_fragment(fragment, start, region, step):
-            T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                *[fragment[start + i] for i in range(4)],
-                at(region) + T.uint32(step // 4 * ROWS * ROW) + frag_offset
-                + (((frag_col + T.uint32(step % 4 * 2)) ^ frag_swizzle) << T.uint32(4)),
-            )  # fmt: skip
-
-        @T.inline
         def begin_tile():
             b = T.truncdiv(tile[3], t.query_heads)
             h = tile[3] - b * t.query_heads
             for step in T.unroll(STEPS):
-                load_fragment(qf, 4 * step, "q", step)
-                load_fragment(gf, 4 * step, "do", step)
+                load_fragment(qf, 4 * step, at("q"), ROWS, step, frag_row, frag_column, frag_swizzle)
+                load_fragment(gf, 4 * step, at("do"), ROWS, step, frag_row, frag_column, frag_swizzle)
             for i in T.unroll(D // 2):
                 acc[i] = T.float32(0)
             fresh = 1
@@ -163,7 +154,7 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
                     dl[j] = t.dlse[b, h, query]
                 delta[j] = T.float32(0)
             for step in T.unroll(STEPS):
-                load_fragment(ds, 0, "o", step)
+                load_fragment(ds, 0, at("o"), ROWS, step, frag_row, frag_column, frag_swizzle)
                 for i in T.unroll(4):
                     delta[i % 2] = dot2(ds[i], gf[4 * step + i], delta[i % 2], dtype)
             T.cuda.warp_sync()

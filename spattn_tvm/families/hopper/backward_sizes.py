@@ -58,6 +58,15 @@ class _Offsets:
         self.take(8, **{name: count * BARRIER_BYTES for name, count in counts.items()})
 
 
+def holds_keys(head_dim: int) -> bool:
+    """Whether the dK/dV pass keeps its tile of K and V in registers, as the dQ pass keeps Q and dO.
+
+    Its products then read half of what they read from shared memory otherwise, and the next tile loads under
+    all of this one. At head dim 128 there are no registers for it.
+    """
+    return head_dim == 64
+
+
 def _dkv_data(decisions: Mapping[str, int], head_dim: int) -> _Offsets:
     row = head_dim * 2
     rows = WARPGROUP_ROWS * decisions["dkv_warpgroups"] * decisions["dkv_buffers"]

@@ -20,6 +20,7 @@ from .backward_sizes import (
     WARPGROUP_ROWS,
     dkv_arena,
     dq_arena,
+    holds_keys,
     one_pass_arena,
 )
 from .support import MULTIPROCESSORS, unsupported
@@ -70,9 +71,14 @@ def _dq_registers(decisions: Decisions, head_dim: int) -> int:
 
 
 def _dkv_registers(decisions: Decisions, head_dim: int) -> int:
-    """Registers of a dK/dV consumer: dK and dV, scores, dP, P and dS or the statistics of a chunk."""
-    queries = ONE_PASS_QUERIES if decisions["one_pass"] else decisions["dkv_queries"]
-    return head_dim + queries + queries // 2 + DKV_OTHER_REGISTERS
+    """Registers of a dK/dV consumer: dK and dV, scores, dP, P and dS or the statistics of a chunk, and where
+    they are held the fragments of K and V.
+    """
+    queries, held = ONE_PASS_QUERIES, 0
+    if not decisions["one_pass"]:
+        queries = decisions["dkv_queries"]
+        held = 2 * (head_dim // 4) if holds_keys(head_dim) else 0
+    return head_dim + queries + queries // 2 + held + DKV_OTHER_REGISTERS
 
 
 def _register_conflict(consumers: int, producer: int, warpgroups: int) -> str | None:

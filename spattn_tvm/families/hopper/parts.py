@@ -356,6 +356,18 @@ def issue_left_registers(instruction, out, count, head_dim, left, right, right_r
 
 
 @T.inline
+def load_fragment(fragment, start, at, rows, step, row_at, column, swizzle):
+    # The 16 columns of `step` of 16 rows, where planes of 64 columns have `rows` rows. The 8 lanes of a
+    # matrix take 8 rows, and the 16-byte column is swizzled by the row, as TMA did: of a lane, `row_at` is
+    # its row's offset, `column` 0 or 1, `swizzle` the row modulo 8.
+    T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
+        *[fragment[start + i] for i in range(4)],
+        at + T.uint32(step // 4 * rows * SWIZZLE_ROW_BYTES) + row_at
+        + (((column + T.uint32(step % 4 * 2)) ^ swizzle) << T.uint32(4)),
+    )  # fmt: skip
+
+
+@T.inline
 def issue_sum(instruction, out, count, left, right, right_rows):
     # out += left right, the left one in registers with as many columns as the right one has rows
     right_at: T.uint64 = matrix(descriptor(right_rows * SWIZZLE_ROW_BYTES), right)
