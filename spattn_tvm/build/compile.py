@@ -93,6 +93,10 @@ _LAUNCH = re.compile(
 )
 
 
+# A kernel that waits for the one before it may be launched under it (programmatic dependent launch).
+_WAITS = re.compile(r'griddepcontrol\("wait"')
+_LAUNCH_UNDER_LAST = "tirx.use_programtic_dependent_launch"  # TVM's spelling
+
 _CUDA_COMPILE_CALLBACK = "tvm_callback_cuda_compile"
 
 
@@ -112,6 +116,29 @@ def _record_launches(found: dict[str, int]) -> Any:
                     found.update((kernel, int(size)) for kernel, size in _LAUNCH.findall(str(function)))
 
     return Recorder()
+
+
+def _pipeline() -> str:
+    """The name of TVM's pipeline for TIRx, at whose end kernels that wait for the one before them are to be
+    launched under it: TVM's runtime does so, and none of its passes asks for it.
+    """
+    import tvm
+    from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+
+    @tvm.transform.module_pass(opt_level=0)
+    def launch_under_last(module: Any, context: Any) -> Any:
+        for variable, function in module.functions_items():
+            if _WAITS.search(str(function)):
+                tags = [_LAUNCH_UNDER_LAST, *function.attrs["tirx.kernel_launch_params"]]
+                module.update_func(variable, function.with_attr("tirx.kernel_launch_params", tags))
+        return module
+
+    def make() -> tuple[Any, Any, Any]:
+        lowering, of_host, of_device = get_tir_pipeline("tirx")
+        return lowering, of_host, lambda: tvm.transform.Sequential([of_device(), launch_under_last])
+
+    register_tir_pipeline("spattn_tvm", make)
+    return "spattn_tvm"
 
 
 @contextlib.contextmanager
@@ -194,7 +221,7 @@ def compile_module(module: Any, target: MachineTarget, path: Path) -> dict[str, 
     compiler = find_compiler()
     tvm_target = target.tvm_target()
     scheduled = all(func.attrs and "s_tir" in func.attrs for _, func in module.functions_items())
-    options: dict[str, Any] = {} if scheduled else {"tir_pipeline": "tirx"}
+    options: dict[str, Any] = {} if scheduled else {"tir_pipeline": _pipeline()}
     said: list[str] = []
     launched: dict[str, int] = {}
     instruments = [_record_launches(launched)] if target.kind == "cuda" else []

@@ -181,6 +181,8 @@ def test_machine_code_neither_spills_nor_waits_for_each_product(
     for kernel in resources["kernels"].values():
         assert kernel["spill_store_bytes"] <= SPILL_TOLERANCE_BYTES
     assert not [text for text in resources["warnings"] if "serialized" in text]
+    # Both passes in one launch wait by themselves for what clears their counters.
+    assert (b"programtic_dependent_launch" in path.read_bytes()) == (not one_pass)
 
 
 def kernel_of(structure: int, dtype: str, head_dim: int, target: MachineTarget) -> Kernel:

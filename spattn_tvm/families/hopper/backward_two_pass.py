@@ -25,6 +25,7 @@ def reset(t):
     # which must be finite.
     block = T.cta_id([(t.batches * t.query_heads + RESET_THREADS - 1) // RESET_THREADS])
     thread = T.thread_id([RESET_THREADS])
+    T.ptx.griddepcontrol.launch_dependents()
     row: T.int32 = block * RESET_THREADS + thread
     if row < 2:
         t.next_tile[row] = 0
@@ -68,6 +69,8 @@ def build_two_passes(decisions: Mapping[str, int], head_dim: int, dtype: str) ->
         if thread == 0:
             dq_pass.start(first_at)
             dkv_pass.start(second_at)
+        # CTAs start while the counters are still being cleared.
+        T.ptx.griddepcontrol.wait()
         T.cuda.cta_sync()
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](decisions["dq_producer_registers"])
