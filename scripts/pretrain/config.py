@@ -211,7 +211,29 @@ def _check_context_parallel(config: Config) -> None:
         )
 
 
+# Numbers that may be zero; the others are above it.
+_FROM_ZERO = ("warmup", "seed", "weight_decay", "final_learning_rate", "router_loss")
+
+
+def _check_numbers(config: Config) -> None:
+    for section in (config.model, config.data, config.train):
+        for entry in dataclasses.fields(section):
+            value = getattr(section, entry.name)
+            name = f"{type(section).__name__.lower()}.{entry.name}"
+            is_zero_fine = entry.name in _FROM_ZERO
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if "float" in str(entry.type):
+                if not (value >= 0 if is_zero_fine else value > 0) or value == float("inf"):
+                    raise ConfigError(f"{name} is {'at least' if is_zero_fine else 'above'} 0, got {value}")
+            elif value < (least := 0 if is_zero_fine else 1):
+                raise ConfigError(f"{name} is at least {least}, got {value}")
+            elif value >= 2**31:
+                raise ConfigError(f"{name} is below 2^31, got {value}")
+
+
 def _check(config: Config) -> None:
+    _check_numbers(config)
     model, attention, data, train = config.model, config.attention, config.data, config.train
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
         "model.kind": (model.kind, ("olmoe", "llama")),
@@ -226,14 +248,6 @@ def _check(config: Config) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
-    for section in (model, data, train):
-        for entry in dataclasses.fields(section):
-            value = getattr(section, entry.name)
-            least = 0 if entry.name in ("warmup", "seed") else 1
-            if type(value) is int and value < least:
-                raise ConfigError(
-                    f"{type(section).__name__.lower()}.{entry.name} is at least {least}, got {value}"
-                )
     if len(config.names) != model.layers:
         raise ConfigError(f"attention.name has {len(config.names)} names, model.layers is {model.layers}")
     if model.hidden % model.heads or model.heads % model.kv_heads:
@@ -260,9 +274,6 @@ def _check(config: Config) -> None:
         raise ConfigError(f"train.warmup ({train.warmup}) is below train.steps ({train.steps})")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas are two numbers from 0 to below 1, got {train.betas}")
-    for name in ("learning_rate", "clip"):
-        if not 0 < getattr(train, name) < float("inf"):
-            raise ConfigError(f"train.{name} is above 0, got {getattr(train, name)}")
     if attention.window is not None and not ("sliding_window" in config.names and attention.window >= 1):
         raise ConfigError(f"attention.window ({attention.window}) is sliding_window's, and at least 1")
 
