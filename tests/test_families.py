@@ -161,27 +161,39 @@ def test_the_package_prefers_a_chips_own_family() -> None:
 def test_a_family_made_for_some_problems_comes_first_for_them_alone() -> None:
     h200, wide = parse_target("nvidia/h200"), BandLayout.causal(4)
     few = AttentionProblem("forward", "bfloat16", 1, 4, 4, 100, 64, wide, kv_length=9000)
-    assert families_for(h200, few) == ("mma_split", "hopper", "mma")
-    others = (
-        dataclasses.replace(few, batch=17),  # more tiles than half of the multiprocessors
-        dataclasses.replace(few, kv_length=650),
-        dataclasses.replace(few, batch=16, kv_length=1600),
-        dataclasses.replace(few, direction="backward"),
-    )
-    for other in others:
-        assert families_for(h200, other) == ("hopper", "mma")
     assert families_for(parse_target("x86-64-v2"), few) == ("cpu",)
+    # Head dims with kernels of one family, with more tiles than half of the multiprocessors, or all of them,
+    # and with fewer keys than they are worth.
+    for head_dim, family, batches, keys, more in (
+        (64, "hopper_split", 34, 390, 1600),
+        (128, "hopper_split", 17, 430, 1600),
+        (192, "mma_split", 17, 780, 3600),
+    ):
+        short = dataclasses.replace(few, head_dim=head_dim)
+        assert families_for(h200, short) == (family, "hopper", "mma")
+        others = (
+            dataclasses.replace(short, batch=batches),
+            dataclasses.replace(short, kv_length=keys),
+            dataclasses.replace(short, batch=batches - 1, kv_length=more),
+            dataclasses.replace(short, direction="backward"),
+        )
+        for other in others:
+            assert families_for(h200, other) == ("hopper", "mma")
+        for other in others[:1]:
+            assert families_for(h200, dataclasses.replace(other, batch=batches - 1))[0] == family
     # Where no faster kernels are, fewer keys are worth it.
     for target, changes in (("sm_80", {}), ("h200", {"dtype": "float32"}), ("h200", {"head_dim": 96})):
         some = dataclasses.replace(few, batch=16, kv_length=300, **changes)
         assert families_for(parse_target(target), some)[0] == "mma_split"
         for other in (dataclasses.replace(some, kv_length=200), dataclasses.replace(some, batch=17)):
             assert "mma_split" not in families_for(parse_target(target), other)
-    assert families_on(h200) == ("hopper", "mma", "mma_split")
+    assert families_on(h200) == ("hopper", "hopper_split", "mma", "mma_split")
 
 
 KERNELS = [
-    (name, each) for name in ("cpu", "mma", "mma_split", "hopper") for each in find_family(name).spaces
+    (name, each)
+    for name in ("cpu", "mma", "mma_split", "hopper", "hopper_split")
+    for each in find_family(name).spaces
 ]
 
 

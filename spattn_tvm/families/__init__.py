@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .cpu.abi import FAMILY as CPU
 from .family import Family
 from .hopper.abi import FAMILY as HOPPER
+from .hopper.abi import SPLIT as HOPPER_SPLIT
 from .mma.abi import FAMILY as MMA
 from .mma.abi import SPLIT as MMA_SPLIT
 from .space import Space
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 # In order of preference, for a device that several run on.
-_registered: dict[str, Family] = {family.name: family for family in (CPU, HOPPER, MMA, MMA_SPLIT)}
+_registered: dict[str, Family] = {
+    family.name: family for family in (CPU, HOPPER, HOPPER_SPLIT, MMA, MMA_SPLIT)
+}
 _listeners: list[Callable[[], None]] = []
 
 

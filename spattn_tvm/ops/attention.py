@@ -254,8 +254,9 @@ def banded_attention(
     impl : str
         ``"auto"`` takes the device's preferred kernel family, the eager reference for float64, and the
         reference with a warning where no kernel can serve. ``"reference"`` is that one; any other is the name
-        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"``, ``"mma_split"`` or a registered one), which is
-        used or the call fails; ``"mma_split"``, for few queries and many keys, has no backward.
+        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"``, ``"hopper_split"``, ``"mma_split"`` or a
+        registered one), which is used or the call fails; the split ones, for few queries and many keys, have
+        no backward.
 
     Returns
     -------

@@ -1,5 +1,5 @@
 """What the Hopper forward can be built with, which the builder tells before it imports TVM; on a GPU, what it
-gives."""
+gives, with keys split over blocks too (the rest of which is in test_hopper_split.py)."""
 
 from __future__ import annotations
 
@@ -107,14 +107,18 @@ def test_features_are_finite_and_tell_decisions_apart(h200: MachineTarget) -> No
 
 
 def kernel_of(changes: dict[str, int], dtype: str, head_dim: int, target: MachineTarget) -> Kernel:
-    """The kernel with the untuned decisions but for some, for a test on a GPU."""
+    """The kernel with the untuned decisions but for some, for a test on a GPU: one that splits keys if they
+    say how far.
+    """
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of sm_90")
     if compile_obstacle(target) is not None:
         pytest.skip(str(compile_obstacle(target)))
-    decisions = {**SPACE.untuned(head_dim, dtype, target), **changes}
-    assert SPACE.rejection(decisions, head_dim, dtype, target) is None
-    spec = KernelSpec("hopper", "forward", dtype, head_dim, decisions)
+    family = "hopper_split" if "least_chunks" in changes else "hopper"
+    space = find_space(family, "forward")
+    decisions = {**space.untuned(head_dim, dtype, target), **changes}
+    assert space.rejection(decisions, head_dim, dtype, target) is None
+    spec = KernelSpec(family, "forward", dtype, head_dim, decisions)
     return Kernel(load_library(compile_kernel(spec, target), "forward"), spec)
 
 
@@ -122,6 +126,7 @@ LARGE_CHUNKS = {
     "consumer_warpgroups": 2, "consumer_registers": 240, "key_rows": 128, "stages": 2, "overlap": 0,
     "queries_in_registers": 0,
 }  # fmt: skip
+SPLIT = {"least_chunks": 1}
 variants = pytest.mark.parametrize(
     "changes,dtype,head_dim",
     [
@@ -131,6 +136,11 @@ variants = pytest.mark.parametrize(
         ({}, "float16", 128),
         ({}, "bfloat16", 192),
         (LARGE_CHUNKS, "bfloat16", 128),
+        (SPLIT, "bfloat16", 64),
+        (SPLIT, "float16", 64),
+        (SPLIT, "bfloat16", 128),
+        (SPLIT, "float16", 128),
+        (SPLIT, "bfloat16", 192),
     ],
 )
 
@@ -157,9 +167,12 @@ def test_queries_and_keys_that_are_not_the_same_rows(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("changes", [{}, SPLIT])
 @pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 64), ("float16", 128)])
-def test_chunks_of_a_prompt_equal_one_call(dtype: str, head_dim: int, h200: MachineTarget) -> None:
-    kernel, layout = kernel_of({}, dtype, head_dim, h200), BandLayout.spattention(4, 1100)
+def test_chunks_of_a_prompt_equal_one_call(
+    changes: dict[str, int], dtype: str, head_dim: int, h200: MachineTarget
+) -> None:
+    kernel, layout = kernel_of(changes, dtype, head_dim, h200), BandLayout.spattention(4, 1100)
     q, k, v = (
         torch.randn(2, heads, 1001, head_dim, device="cuda").to(getattr(torch, dtype)) for heads in (4, 2, 2)
     )
@@ -186,11 +199,12 @@ def test_chunks_of_a_prompt_equal_one_call(dtype: str, head_dim: int, h200: Mach
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("changes", [{}, SPLIT])
 @pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 64), ("float16", 128)])
 def test_what_a_document_with_keys_of_its_own_holds_stays_there(
-    dtype: str, head_dim: int, value: float, h200: MachineTarget
+    changes: dict[str, int], dtype: str, head_dim: int, value: float, h200: MachineTarget
 ) -> None:
-    kernel = kernel_of({}, dtype, head_dim, h200)
+    kernel = kernel_of(changes, dtype, head_dim, h200)
     ends, key_ends = [0, 1, 63, 130, 131, 195, 260, 389, 600], [0, 140, 141, 141, 300, 433, 500, 701, 800]
     layout = BandLayout.custom([[(3, 9), (33, 90)], [(0, 80)], [(65, 400)], []])
     q, k, v = (
@@ -282,6 +296,26 @@ def test_scores_far_below_a_rows_others_leave_nothing_behind(
     clear = ~(top < -1000)
     atol = 2e-2 if dtype == "bfloat16" else 3e-3
     torch.testing.assert_close(o.double()[clear], expected[clear], rtol=0, atol=atol * v.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("high", [1e3, 1.1e4, 2.3e4, 3e4])
+@variants
+def test_scores_far_above_a_rows_others_are_not_lost(
+    changes: dict[str, int], dtype: str, head_dim: int, high: float, h200: MachineTarget
+) -> None:
+    """Relative to a reference that is rounded by more than 128, every weight may be 0."""
+    kernel = kernel_of(changes, dtype, head_dim, h200)
+    q, k, v = (torch.randn(1, 4, 700, head_dim, device="cuda") for _ in range(3))
+    q, k = 0.2 * q, 0.2 * k
+    q[..., 0], k[..., 0] = 6e4, 0
+    k[:, :, 350:, 0] = high
+    q, k, v = (tensor.to(getattr(torch, dtype)) for tensor in (q, k, v))
+    o, lse = launch_forward(kernel, q, k, v, find_domain(BANDS.spec, q, k), 1.0)
+    expected_lse = exact_attention(q, k, v, BANDS, 1.0)[1]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+    assert (o.abs() <= v.abs().max()).all()
 
 
 @pytest.mark.gpu

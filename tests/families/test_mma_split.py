@@ -19,10 +19,10 @@ from spattn_tvm.bundle import read_manifest
 from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.export import export_bundle
-from spattn_tvm.families import find_family, find_space
+from spattn_tvm.families import find_family, find_space, is_made_for
 from spattn_tvm.families.family import Sizes
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.families.mma.abi import HOPPER_HEAD_DIMS
+from spattn_tvm.families.mma.abi import HOPPER_HEAD_DIMS, SPLIT_BY_HOPPER
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
@@ -52,6 +52,10 @@ def test_it_knows_what_the_hopper_forward_has_kernels_for() -> None:
         for dtype in ("bfloat16", "float16", "float32"):
             is_there = hopper.unsupported(head_dim, dtype, H100) is None
             assert is_there == (dtype != "float32" and head_dim in HOPPER_HEAD_DIMS)
+            short = dataclasses.replace(SHORT, head_dim=head_dim, dtype=dtype)
+            is_left = is_there and head_dim in SPLIT_BY_HOPPER
+            assert is_made_for("hopper_split", short, H100) == is_left
+            assert is_made_for("mma_split", short, H100) != is_left
 
 
 def test_features_tell_the_shares() -> None:
@@ -80,19 +84,21 @@ def test_scratch_grows_with_the_multiprocessors_not_with_the_call() -> None:
 
 
 def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: Path) -> None:
+    short = dataclasses.replace(SHORT, head_dim=192)
+
     def record(family: str, latency_us: float) -> None:
-        kernel = KernelSpec.untuned(family, SHORT, H100)
-        save_records([ScheduleRecord(SHORT, H100.folder, kernel, latency_us)], tmp_path)
+        kernel = KernelSpec.untuned(family, short, H100)
+        save_records([ScheduleRecord(short, H100.folder, kernel, latency_us)], tmp_path)
 
     record("hopper", 130.0)
-    choice = find_schedule(SHORT, H100, root=tmp_path)
-    assert choice.kernel == KernelSpec.untuned("mma_split", SHORT, H100)
+    choice = find_schedule(short, H100, root=tmp_path)
+    assert choice.kernel == KernelSpec.untuned("mma_split", short, H100)
     assert "mma_split is preferred to hopper" in choice.reason
-    assert find_schedule(dataclasses.replace(SHORT, batch=9), H100, root=tmp_path).kernel.family == "hopper"
-    assert find_schedule(SHORT, H100, families=["mma"], root=tmp_path).kernel.family == "mma"
+    assert find_schedule(dataclasses.replace(short, batch=9), H100, root=tmp_path).kernel.family == "hopper"
+    assert find_schedule(short, H100, families=["mma"], root=tmp_path).kernel.family == "mma"
     # Measured beside it, the faster one serves.
     record("mma_split", 150.0)
-    assert find_schedule(SHORT, H100, root=tmp_path).kernel.family == "hopper"
+    assert find_schedule(short, H100, root=tmp_path).kernel.family == "hopper"
 
 
 @pytest.mark.timeout(120)
@@ -107,11 +113,12 @@ def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.timeout(180)
 def test_a_bundle_for_short_calls_serves_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_nvcc(H100)
+    a100 = parse_target("a100")
+    require_nvcc(a100)
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "cache"))
-    folder = export_bundle(tmp_path / "bundle", dataclasses.replace(SHORT, head_dim=64), H100)
+    folder = export_bundle(tmp_path / "bundle", dataclasses.replace(SHORT, head_dim=64), a100)
     kernels = read_manifest(folder)["kernels"]
-    assert [kernel["family"] for kernel in kernels] == ["mma_split", "hopper"]
+    assert [kernel["family"] for kernel in kernels] == ["mma_split", "mma"]
 
 
 @pytest.mark.gpu
@@ -145,7 +152,7 @@ def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> 
 @pytest.mark.gpu
 def test_short_calls_take_it_by_themselves_again_and_in_graphs() -> None:
     layout = BandLayout.spattention(16, 8192)
-    shapes = ((1, 16, 100, 64), (1, 4, 8192, 64), (1, 4, 8192, 64))
+    shapes = ((1, 16, 100, 96), (1, 4, 8192, 96), (1, 4, 8192, 96))
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     assert find_kernel("forward", q, layout.spec, kv_heads=4, kv_length=8192).family == "mma_split"
     expected = banded_attention(q, k, v, layout, impl="mma")

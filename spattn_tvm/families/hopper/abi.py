@@ -5,11 +5,13 @@ Its kernels mask and find a row's maximum before they scale, which only a positi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
 
 if TYPE_CHECKING:
+    from spattn_tvm.problem import AttentionProblem
     from spattn_tvm.target import MachineTarget
 
 TMA_BYTES = 16  # what a TMA descriptor's address and strides are multiples of
@@ -26,6 +28,55 @@ FORWARD = Abi(
     inputs=("q", "k", "v", "bands", "cu_seqlens", "cu_seqlens_k", "key_ranges"),
     outputs=(Output("o", like="q"), Output("lse", shape=_query_rows, dtype="float32")),
     scratch=(NEXT_TILE,),
+    alignment=TMA_BYTES,
+    positive_scale=True,
+)
+
+# Shares of a tile's keys at most: one for each lane of the warp that puts them together.
+MOST_SPLITS = 32
+# Query rows of a tile where keys are split, for each head dim: of the tiles that were measured fastest.
+SPLIT_ROWS = {64: 128, 128: 192, 192: 128}
+# What a share costs beside its products, and what putting shares together costs, in times of a tile: those
+# with which `split_shares` finds what was fastest at 4096 keys and 16 to 128 tiles.
+SHARE_COST = 0.1
+MERGE_COST = 0.15
+
+
+def split_tiles(batch: int, heads: int, queries: int, head_dim: int) -> int:
+    """Tiles of a call with split keys that is not packed."""
+    return batch * heads * -(-queries // SPLIT_ROWS[head_dim])
+
+
+@lru_cache(maxsize=1024)
+def split_shares(tiles: int, workers: int) -> int:
+    """What the keys of each of so many tiles are split over: one where the tiles are enough for the blocks.
+
+    The blocks take one share after the other: of all numbers the one with the least ``rounds * (1 / shares +
+    SHARE_COST) + MERGE_COST``, in times of a tile; one share costs neither.
+    """
+
+    def cost(shares: int) -> float:
+        if shares == 1:
+            return 1.0
+        return -(-tiles * shares // workers) * (1 / shares + SHARE_COST) + MERGE_COST
+
+    return 1 if tiles >= workers else min(range(1, MOST_SPLITS + 1), key=cost)
+
+
+def _split_rows(n: Sizes) -> int:
+    """Rows of all shares, or one, which no share is kept in."""
+    shares = split_shares(split_tiles(n.batch, n.query_heads, n.queries, n.head_dim), n.workers)
+    return shares * n.batch * n.query_heads * n.queries if shares > 1 else 1
+
+
+SPLIT_FORWARD = Abi(
+    inputs=FORWARD.inputs,
+    outputs=FORWARD.outputs,
+    scratch=(
+        Scratch("partial_o", shape=lambda n: (_split_rows(n), n.head_dim), dtype="float32"),
+        Scratch("partial_sums", shape=lambda n: (_split_rows(n), 4), dtype="float32"),
+        NEXT_TILE,
+    ),
     alignment=TMA_BYTES,
     positive_scale=True,
 )
@@ -63,4 +114,51 @@ FAMILY = Family(
     },
     abis={"forward": FORWARD, "backward": BACKWARD},
     sources=("spattn_tvm.families.hopper", "spattn_tvm.domains"),
+)
+
+
+# For which calls keys are split, for each head dim: with at most so many tiles, and so many keys and more
+# for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which pays where they fill the
+# chip in one round, with one share each.) Measured on an H100, bfloat16, L2 cleared, us:
+#
+# =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
+# head dim 128                             head dim 64
+# ---------------------------------------  --------------------------------------
+# tiles  keys  split         mma   hopper  tiles  keys  split        mma   hopper
+# =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
+#    16   512  17.1          19.3  15.8
+#    16  1024  19.4          23.7  22.4       16  1024  15.7         20.1  19.4
+#    16  2048  22.8          27.1  34.2       16  4096  22.8         28.2  55.9
+#    32  1024  21.1          25.3  23.8       32  4096  27.5         34.0  70.5
+#    48  1024  26.2          31.1  23.6       64  1024  21.8         24.0  23.4
+#    48  2048  33.6          42.8  38.1       64  4096  40.4         47.6  72.4
+#    48  4096  48.6          63.2  66.8       96  4096  52.7         61.4  72.6
+#    64  4096  57.8          111   76.8      128  4096  53.3         77.3  73.7
+#    96  4096  78.9 (89.8)   118   78.5
+# =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
+#
+# (In brackets with 4 shares where one is as fast as the whole forward.) 64 tiles of 4 sequences with 128
+# queries and 2048 keys each, which are bound by memory, took 49.8 and 44.3 in the whole forward.
+MOST_TILES = {64: 132, 128: 66}
+LEAST_KEYS = 360
+MORE_KEYS = {64: 10, 128: 20}
+
+
+def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool:
+    if problem.head_dim not in MOST_TILES or problem.dtype == "float32":
+        return False
+    tiles = split_tiles(problem.batch, problem.query_heads, problem.length, problem.head_dim)
+    least = LEAST_KEYS + MORE_KEYS[problem.head_dim] * tiles
+    return tiles <= MOST_TILES[problem.head_dim] and problem.most_keys >= least
+
+
+SPLIT = Family(
+    name="hopper_split",
+    title="Hopper kernels, keys split over blocks",
+    reference="spattn_tvm.families.hopper.abi:SPLIT",
+    runs_on=_runs_on,
+    spaces={"forward": "spattn_tvm.families.hopper.split_space:FORWARD"},
+    abis={"forward": SPLIT_FORWARD},
+    sources=FAMILY.sources,
+    made_for=_is_short_and_wide,
 )

@@ -21,7 +21,7 @@ class ForwardBlocks:
     Parameters
     ----------
     decisions, head_dim, dtype
-        As `build_hopper_forward`'s.
+        As `build_hopper_forward`'s; with ``least_chunks`` keys are split, see `decoder` and `consumer`.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.row_store import store_row
+from spattn_tvm.domains.share_merge import share_row
 
 from .attend_row import attend_row
 from .forward_producers import arrive, wait
@@ -29,6 +30,7 @@ from .forward_sizes import (
     PLANE,
     QUERY0,
     QUERY_END,
+    SHARE,
     WARPGROUP_ROWS,
     Sizes,
 )
@@ -52,7 +54,11 @@ RAISED_EXPONENT = 7
 
 
 def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[..., None]:
-    """A warpgroup's work, an inline function of shared memory, tensors, the scale, and its warp and lane."""
+    """A warpgroup's work, an inline function of shared memory, tensors, the scale, and its warp and lane.
+
+    Where keys are split, rows go to ``t.partial_o`` and ``t.partial_sums`` unless ``t.splits`` is 1.
+    """
+    SPLITS = "least_chunks" in decisions
     D = c.head_dim
     KEYS, STAGES, CHUNK, ROWS = c.keys, c.stages, c.chunk, c.rows
     OVERLAP = bool(decisions["overlap"])
@@ -342,6 +348,9 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             near_chunks: T.int32 = s.words[NEAR_CHUNKS]
             far_top: T.int32 = s.words[FAR_TOP]
             far_chunks: T.int32 = s.words[FAR_CHUNKS]
+            share: T.int32 = 0
+            if SPLITS:
+                share = s.words[SHARE]
             row0: T.int32 = s.words[QUERY0] + warpgroup * WARPGROUP_ROWS
             # Every lane, since every lane has read the words.
             arrive(s, c.tile_empty)
@@ -364,6 +373,12 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             has_far: T.bool = T.And(row0 < end, far_bottom < far_end)
             far_first: T.int32 = T.Select(has_far, (far_top - far_end) // KEYS, far_chunks)
             far_last: T.int32 = T.Select(has_far, (far_top - far_bottom + (KEYS - 1)) // KEYS, far_chunks)
+            if SPLITS:
+                # The share may end before the band does.
+                near_first = T.min(near_first, near_chunks)
+                near_last = T.min(near_last, near_chunks)
+                far_first = T.min(far_first, far_chunks)
+                far_last = T.min(far_last, far_chunks)
             near_count: T.int32 = near_last - near_first
             chunks: T.int32 = near_count + far_last - far_first
             between: T.int32 = near_chunks - near_last + far_first
@@ -493,16 +508,53 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
             if T.And(near_count > 0, chunks == near_count):
                 pass_chunks(between)
             pass_chunks(far_chunks - far_last)
+            if SPLITS:
+                if t.splits > 1:
+                    store_share(share, batch, head, row0 + my_row, end)
+                else:
+                    finish_rows(batch, head, row0, end)
+            else:
+                finish_rows(batch, head, row0, end)
+
+        @T.inline
+        def finish_rows(batch, head, row0, end):
             store_rows(batch, head, row0 + my_row, end)
             if unusual != 0:
                 attend_again(batch, head, row0 + warp % 4 * 16, end)
+
+        # Of each row the output before it is divided, what its weights are relative to, rounded as they have
+        # it, their sum, and whether that reference is the one that rows begin with, or huge: see `Merge`.
+        @T.inline
+        def store_share(share, batch, head, query, end):
+            for r in T.unroll(2):
+                add_lanes(r)
+                row: T.int32 = query + 8 * r
+                place: T.int64 = share_row(share, batch, head, row, t.batches, t.query_heads, t.queries)
+                begins: T.bool = T.And(row_max[r] == -huge, row_sum[r] == row_sum[r])
+                is_huge: T.bool = T.And(row_max[r] >= huge, row_max[r] <= T.float32(LARGEST))
+                if row < end:
+                    if lane % 4 == 0:
+                        T.ptx["st.global.v4.f32"](
+                            t.partial_sums.ptr_to([place, 0]), row_max[r] * scale2, row_sum[r],
+                            T.cast(begins, "float32"), T.cast(is_huge, "float32"),
+                        )  # fmt: skip
+                    if row_sum[r] != T.float32(0):
+                        for j in T.unroll(D // 8):
+                            T.ptx["st.global.v2.f32"](
+                                t.partial_o.ptr_to([place, 8 * j + my_column]),
+                                output[4 * j + 2 * r], output[4 * j + 2 * r + 1],
+                            )  # fmt: skip
+
+        @T.inline
+        def add_lanes(r):
+            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32)
+            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 2, 32, 32)
 
         # Rows whose sum is 0 have no key: the largest weight of others is 1 at least. NaN stays NaN.
         @T.inline
         def store_rows(batch, head, query, end):
             for r in T.unroll(2):
-                row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32)
-                row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 2, 32, 32)
+                add_lanes(r)
                 shrink[r] = T.float32(1) / row_sum[r]
                 if T.And(lane % 4 == 0, query + 8 * r < end):
                     t.lse[batch, head, query + 8 * r] = T.Select(

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import document_keys, key_range
-from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, table_row, tile_slots
+from spattn_tvm.domains.tiles import (
+    chunk_count,
+    locate_head,
+    locate_rows,
+    share_of,
+    table_row,
+    tile_slots,
+)
 
 from .forward_sizes import (
     BATCH,
@@ -26,6 +33,7 @@ from .forward_sizes import (
     PLANE,
     QUERY0,
     QUERY_END,
+    SHARE,
     Sizes,
 )
 from .parts import LOAD
@@ -54,10 +62,14 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
 
     Apart from the loader, so that the latencies of a ticket, two boundaries and four band edges, and the
     divisions, don't hold up the loads.
+
+    With the decision ``least_chunks`` keys are split: a tile is handed out ``t.splits`` times, each time with
+    a share of its chunks, one of the near band's ends and the far band's beginning or both.
     """
 
     DYNAMIC = bool(decisions["dynamic"])
     GROUP = decisions["head_group"]
+    LEAST_CHUNKS = decisions.get("least_chunks", 0)
 
     # The keys of `[begin, end)` that one band gives to a tile: `[top - chunks * keys, top)`, read from the
     # top down, so that no chunk reaches beyond the keys that exist.
@@ -83,10 +95,29 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
             locate_head(number - early, 1, batches, heads, batches * heads, slot, batch, head)
             slot = slots - 1
 
+    # Of both bands' chunks those of a share, in the order in which they are loaded.
+    @T.inline
+    def take_share(words, share, splits):
+        near: T.int32 = words[NEAR_CHUNKS]
+        chunks: T.int32 = near + words[FAR_CHUNKS]
+        bounds = T.meta_var(share_of(chunks, share, splits, LEAST_CHUNKS))
+        first: T.int32 = bounds[0]
+        after: T.int32 = bounds[1]
+        near_first: T.int32 = T.min(first, near)
+        near_after: T.int32 = T.min(after, near)
+        words[SHARE] = share
+        words[NEAR_TOP] = words[NEAR_TOP] - near_first * c.keys
+        words[NEAR_CHUNKS] = near_after - near_first
+        words[FAR_TOP] = words[FAR_TOP] - (first - near_first) * c.keys
+        words[FAR_CHUNKS] = after - near_after - (first - near_first)
+
     @T.inline
     def decode(s, t, block, workers):
         slots: T.int32 = tile_slots(t.queries, t.documents, c.rows)
         tiles: T.int32 = slots * t.batches * t.query_heads
+        share: T.int32 = 0
+        if LEAST_CHUNKS > 0:
+            tiles = tiles * t.splits
         tile: T.int32 = block
         word_phase: T.int32 = 0
         slot: T.int32 = 0
@@ -100,7 +131,12 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
             # A group of heads is finished before the next one starts, so that its keys and values stay in the
             # L2 cache between the near and the far band's reading (all heads at once would read 1.5 times the
             # bytes at (4, 32, 4096, 128)).
-            locate(tile, slots, t.batches, t.query_heads, slot, batch, head)
+            if LEAST_CHUNKS > 0:
+                whole: T.int32 = T.truncdiv(tile, t.splits)
+                share = tile - whole * t.splits
+                locate_head(whole, slots, t.batches, t.query_heads, GROUP, slot, batch, head)
+            else:
+                locate(tile, slots, t.batches, t.query_heads, slot, batch, head)
             # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks
             # end together. Head 0 last: its near and far band coincide in the paper's layout, so it is the
             # lightest.
@@ -132,6 +168,8 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
                 tell_band(s.words, near, first, last, near_lo, near_hi, key_begin, key_end)
                 far = T.meta_var((FAR_LO, FAR_HI, FAR_TOP, FAR_CHUNKS))
                 tell_band(s.words, far, first, last, far_lo, far_hi, key_begin, key_end)
+                if LEAST_CHUNKS > 0:
+                    take_share(s.words, share, t.splits)
                 arrive(s, c.tile_full)
                 # Not before the loader nears this tile's end: blocks that claim early end apart (by 7 % of
                 # the kernel's time at (4, 16, 4096, 128) when the ticket was drawn a tile ahead).

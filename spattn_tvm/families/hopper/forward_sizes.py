@@ -14,7 +14,7 @@ SHARED_BYTES_MOST = shared_bytes_most("sm_90a") - 1024  # which aligning the are
 # What the decoding thread tells the others about a tile, as int32 words in shared memory.
 TILE_WORDS = 16
 LIVE, BATCH, HEAD, QUERY0, QUERY_END, KEY_BEGIN, NEAR_LO, NEAR_HI, FAR_LO, FAR_HI = range(10)
-NEAR_TOP, NEAR_CHUNKS, FAR_TOP, FAR_CHUNKS = range(10, 14)
+NEAR_TOP, NEAR_CHUNKS, FAR_TOP, FAR_CHUNKS, SHARE = range(10, 15)
 # Barriers besides the rings': queries full and empty (two each), tile full and empty, values landed.
 OTHER_BARRIERS = 7
 

@@ -166,6 +166,7 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
     sizes = {
         name: T.int64() for name in ("B", "HQ", "HKV", "N", "NK", "M", "boundaries", "R", "pairs", "counts")
     }
+    parts = T.int64() if "partial_o" in handles else None
     batches, query_heads, kv_heads, queries, keys, tables, boundaries, ranges, pairs, counts = (
         named(name, size) for name, size in sizes.items()
     )
@@ -179,6 +180,8 @@ def match_tensors(dtype: str, head_dim: int, **handles: Any) -> SimpleNamespace:
             shape = (batches, heads, pairs, 4)
         elif name == "dq_sum":
             shape = (batches, heads, length, T.int64(head_dim))
+        elif name in ("partial_o", "partial_sums"):
+            shape = (parts, head_dim if name == "partial_o" else 4)
         elif name == "bands":
             shape, options = (tables, heads, 4), {"dtype": "int32", "align": 4}
         elif name == "key_ranges":

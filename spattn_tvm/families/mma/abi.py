@@ -91,6 +91,7 @@ MOST_TILES = 66
 LEAST_KEYS = 256
 LEAST_KEYS_BESIDE_HOPPER = 600  # and a quarter of the head dim more for each tile
 HOPPER_HEAD_DIMS = (64, 128, 192)  # which it has in two-byte types
+SPLIT_BY_HOPPER = (64, 128)  # of these, where its own kernels with split keys were measured, and faster
 
 
 def query_tiles(batch: int, heads: int, queries: int) -> int:
@@ -119,6 +120,8 @@ def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool
     tiles = query_tiles(problem.batch, problem.query_heads, problem.length)
     least = LEAST_KEYS
     if target.arch == "sm_90a" and problem.dtype != "float32" and problem.head_dim in HOPPER_HEAD_DIMS:
+        if problem.head_dim in SPLIT_BY_HOPPER:
+            return False
         least = LEAST_KEYS_BESIDE_HOPPER + tiles * problem.head_dim // 4
     return tiles <= MOST_TILES and problem.most_keys >= least
 

@@ -1,0 +1,68 @@
+"""How the Hopper forward with split keys puts the shares of a row together."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from tvm.script import tirx as T
+
+from spattn_tvm.domains.share_merge import ShareMerge
+from spattn_tvm.domains.variables import scalar
+
+from .attend_row import attend_row
+from .parts import ALL, convert, element
+
+
+class Merge(ShareMerge):
+    """The second kernel; `run` is all of it.
+
+    Beside a share's reference and sum it finds whether that reference is the one that rows begin with, and
+    whether it is huge. As in the forward, a row is attended to again where some share's is huge, or no
+    share's has risen; where one has, what shares of the lowest scores leave is right, and next to nothing.
+
+    Parameters
+    ----------
+    head_dim : int
+    dtype : {"bfloat16", "float16"}
+    call : namespace
+        As `ShareMerge`'s, and the forward's tensors and sizes and ``scale``.
+    """
+
+    def __init__(self, head_dim: int, dtype: str, call: SimpleNamespace) -> None:
+        super().__init__(head_dim, convert(dtype), call)
+        self.dtype = dtype
+
+    def prepare(self) -> None:
+        self.again = scalar("int32", T.int32(0))
+
+    def address(self, batch: Any, head: Any, query: Any, column: Any) -> Any:
+        return scalar("uint64", element(self.call.o, batch, head, query, column))
+
+    @T.inline
+    def weigh(self):
+        has_keys: T.bool = self.sums[1] != T.float32(0)
+        self.weigh_by_references(has_keys)
+        has_risen: T.bool = T.And(has_keys, self.sums[2] == T.float32(0))
+        # Relative to a huge reference, which is rounded, even the greatest score may weigh 0.
+        is_huge: T.bool = self.sums[3] != T.float32(0)
+        self.again = T.Select(
+            T.Or(
+                T.cuda.any_sync(T.uint32(ALL), has_risen) == 0,
+                T.cuda.any_sync(T.uint32(ALL), is_huge) != 0,
+            ),
+            1,
+            0,
+        )
+
+    @T.inline
+    def finish(self):
+        if self.again != 0:
+            T.cuda.warp_sync()
+            call = T.meta_var(self.call)
+            head: T.int32 = T.truncdiv(self.row, call.length)
+            query: T.int32 = self.row - head * call.length
+            batch: T.int32 = T.truncdiv(head, call.query_heads)
+            head = head - batch * call.query_heads
+            attend_row(call, self.dtype, self.head_dim, call.scale, self.lane, batch, head, query)

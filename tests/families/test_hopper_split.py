@@ -1,0 +1,167 @@
+"""The Hopper forward with split keys: its space, its choice, its shares and its machine code. More of its
+results is tested beside the forward's, in test_hopper_forward.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from compiled_mma import compiled
+from length_problems import random_problem, truth
+
+from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm.choice import find_schedule
+from spattn_tvm.dispatch import find_kernel
+from spattn_tvm.families import find_family, find_space
+from spattn_tvm.families.family import Sizes
+from spattn_tvm.families.hopper.abi import MOST_SPLITS, split_shares
+from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.store import ScheduleRecord, save_records
+from spattn_tvm.target import parse_target
+
+PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "100"))
+SPACE = find_space("hopper_split", "forward")
+H100 = parse_target("nvidia/h100")
+SHORT = AttentionProblem(
+    "forward", "bfloat16", 1, 16, 16, 512, 128, BandLayout.spattention(16, 32768), kv_length=32768
+)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str) -> None:
+    decisions = SPACE.untuned(head_dim, dtype, H100, deterministic=True)
+    assert SPACE.rejection(decisions, head_dim, dtype, H100) is None
+    assert SPACE.is_deterministic(decisions)
+    assert set(decisions) == set(SPACE.structures(head_dim, dtype)[""])
+
+
+def test_features_tell_the_shares() -> None:
+    few = {**SPACE.untuned(128, "bfloat16", H100), "least_chunks": 8}
+    assert all(math.isfinite(value) for value in SPACE.features(few, SHORT))
+    narrow = dataclasses.replace(SHORT, layout=BandLayout.sliding_window(16, 256))
+    assert SPACE.features(few, narrow) != SPACE.features({**few, "least_chunks": 1}, narrow)
+
+
+def test_shares_fill_the_multiprocessors() -> None:
+    """In the fewest and shortest rounds: no number of shares keeps them busier without shorter shares."""
+    assert [split_shares(tiles, 132) for tiles in (1, 8, 16, 32, 64, 66)] == [32, 16, 8, 4, 2, 2]
+    assert [split_shares(tiles, 132) for tiles in (130, 132, 1000)] == [1, 1, 1]
+    # Measured with 48 tiles of 4096 keys: 48.6 us, and 49.0 with 5.
+    assert split_shares(48, 132) == 2
+    for tiles in range(1, 200):
+        shares = split_shares(tiles, 132)
+        assert 1 <= shares <= MOST_SPLITS
+        # Rounds, in times of a tile.
+        assert -(-tiles * shares // 132) / shares <= -(-tiles // 132)
+
+
+def scratch(**changes: int) -> tuple[int, int]:
+    """Rows of the partial outputs and sums for each query row, 0 where there is one share, and for all."""
+    sizes = Sizes(1, 16, 4, 512, 32768, 128, 132)._replace(**changes)
+    abi = find_family("hopper_split").abis["forward"]
+    shapes = {item.name: item.shape(sizes) for item in abi.scratch}
+    rows = shapes["partial_o"][0]
+    assert shapes["partial_o"] == (rows, sizes.head_dim) and shapes["partial_sums"] == (rows, 4)
+    return rows // (sizes.batch * sizes.query_heads * sizes.queries), rows
+
+
+def test_scratch_is_the_shares_and_next_to_nothing_for_one() -> None:
+    assert scratch()[0] == split_shares(48, 132) == 2
+    assert scratch(head_dim=64)[0] == split_shares(64, 132) == 2
+    assert scratch(batch=2, queries=100)[0] == split_shares(32, 132) == 4
+    assert scratch(batch=9) == scratch(queries=100_000) == (0, 1)
+    assert scratch(queries=1, query_heads=1, kv_heads=1)[0] == MOST_SPLITS
+    assert scratch(workers=24, query_heads=2, kv_heads=2)[0] == split_shares(6, 24) == 4
+
+
+def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: Path) -> None:
+    def record(family: str, latency_us: float) -> None:
+        kernel = KernelSpec.untuned(family, SHORT, H100)
+        save_records([ScheduleRecord(SHORT, H100.folder, kernel, latency_us)], tmp_path)
+
+    record("hopper", 130.0)
+    choice = find_schedule(SHORT, H100, root=tmp_path)
+    assert choice.kernel == KernelSpec.untuned("hopper_split", SHORT, H100)
+    assert "hopper_split is preferred to hopper" in choice.reason
+    assert find_schedule(dataclasses.replace(SHORT, batch=9), H100, root=tmp_path).kernel.family == "hopper"
+    # Measured beside it, the faster one serves.
+    record("hopper_split", 150.0)
+    assert find_schedule(SHORT, H100, root=tmp_path).kernel.family == "hopper"
+
+
+@pytest.mark.timeout(120)
+def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
+    decisions = SPACE.untuned(64, "bfloat16", H100)
+    library, kernels = compiled("hopper_split", "forward", 64, decisions, H100)
+    # Such as that wgmma is serialized.
+    assert json.loads(library.with_suffix(".json").read_text())["resources"]["warnings"] == []
+    assert len(kernels) == 2
+    for resources in kernels.values():
+        assert resources["spill_store_bytes"] == resources["spill_load_bytes"] == 0
+
+
+def skip_unless_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of sm_90")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120 + PROBLEMS)
+@pytest.mark.parametrize(
+    "dtype,head_dim,relative",
+    [
+        (torch.bfloat16, 64, 1.2e-2),
+        (torch.bfloat16, 128, 1.2e-2),
+        (torch.float16, 128, 2e-3),
+        (torch.bfloat16, 192, 1.2e-2),
+    ],
+)
+def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> None:
+    skip_unless_hopper()
+    for seed in range(PROBLEMS):
+        problem = random_problem(seed, (head_dim,))
+        q, k, v, _, _ = problem.tensors(dtype, "cuda")
+        given = problem.arguments("cuda")
+        found = banded_attention(q, k, v, problem.layout, return_lse=True, impl="hopper_split", **given)
+        again = banded_attention(q, k, v, problem.layout, return_lse=True, impl="hopper_split", **given)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), problem
+        keyless, expected = ~problem.mask().any(-1), truth(problem, dtype=dtype)
+        o, lse = (result.double().cpu() for result in found)
+        assert torch.equal(lse == -torch.inf, keyless) and not o[keyless].any(), problem
+        for result, exact in ((o, expected["o"]), (lse, expected["lse"])):
+            error = (result - exact).masked_fill_(keyless[..., None] if result is o else keyless, 0.0).norm()
+            size = exact.masked_fill(exact.isinf(), 0.0).norm()
+            assert error <= relative * (size + 1), (float(error), float(size), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim,queries", [(128, 500), (64, 500), (64, 1000)])
+def test_short_calls_take_it_by_themselves_again_and_in_graphs(head_dim: int, queries: int) -> None:
+    """With two shares and more, and with one."""
+    skip_unless_hopper()
+    layout = BandLayout.spattention(16, 16384)
+    shapes = ((1, 16, queries, head_dim), (1, 4, 16384, head_dim), (1, 4, 16384, head_dim))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    assert find_kernel("forward", q, layout.spec, kv_heads=4, kv_length=16384).family == "hopper_split"
+    expected = banded_attention(q, k, v, layout, impl="hopper")
+    torch.cuda.synchronize()
+    found = [banded_attention(q, k, v, layout) for _ in range(5)]
+    torch.testing.assert_close(found[0], expected, rtol=2e-2, atol=2e-3)
+    assert all(torch.equal(found[0], other) for other in found)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        o = banded_attention(q, k, v, layout)
+    for _ in range(3):
+        o.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(o, found[0])
