@@ -14,7 +14,7 @@ from spattn_tvm.launch import launch_decode, like
 from spattn_tvm.reference import reference_decode
 
 from .band_tables import find_cache_domain
-from .operators import LIBRARY, check_finite, lse_dtype, schema_of, with_contiguous_rows
+from .operators import LIBRARY, check_finite, lse_dtype, new_outputs, schema_of, with_contiguous_rows
 
 
 class DecodeCall(NamedTuple):
@@ -63,7 +63,7 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Ten
     check_finite(call.scale)
     q = with_contiguous_rows(q)
     if q.shape[0] == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        return new_outputs(q)
     kernel = find_decode_kernel(q, k_cache, places, call.layout, call.impl)
     layout = BandLayout.from_spec(call.layout)
     if kernel.spec is None:
@@ -84,11 +84,6 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("banded_attention_decode", decode, _device)
 
 
-def _fake_decode(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    q = with_contiguous_rows(q)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
 def _refuse_gradient(ctx: Any, *gradients: Tensor | None) -> None:
     raise RuntimeError(NO_GRADIENT)
 
@@ -99,6 +94,6 @@ def _refuse_map(info: Any, in_dims: Any, *inputs: Any) -> None:
     )
 
 
-torch.library.register_fake("spattn_tvm::banded_attention_decode", _fake_decode, lib=LIBRARY)
+torch.library.register_fake("spattn_tvm::banded_attention_decode", new_outputs, lib=LIBRARY)
 torch.library.register_autograd("spattn_tvm::banded_attention_decode", _refuse_gradient, lib=LIBRARY)
 torch.library.register_vmap("spattn_tvm::banded_attention_decode", _refuse_map, lib=LIBRARY)

@@ -107,6 +107,12 @@ def with_contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def new_outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """o and lse of a call, not written: what compilers know of them."""
+    q = with_contiguous_rows(q)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
 def check_finite(scale: float) -> None:
     """Raise unless a factor of the scores is finite."""
     try:
@@ -136,7 +142,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     check_finite(call.scale)
     q = with_contiguous_rows(q)
     if q.shape[0] == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        return new_outputs(q)
     kernel, domain = _find("forward", q, k, call)
     if domain is None:
         layout = BandLayout.from_spec(call.layout)
@@ -177,11 +183,6 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("banded_attention_backward", _backward, _device)
 
 
-def _fake_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    q = with_contiguous_rows(q)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
 def _fake_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +190,7 @@ def _fake_backward(
     return dq, dk, dv
 
 
-torch.library.register_fake("spattn_tvm::banded_attention_forward", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("spattn_tvm::banded_attention_forward", new_outputs, lib=LIBRARY)
 torch.library.register_fake("spattn_tvm::banded_attention_backward", _fake_backward, lib=LIBRARY)
 
 
