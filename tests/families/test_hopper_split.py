@@ -43,6 +43,20 @@ def test_the_untuned_decisions_are_legal(head_dim: int, dtype: str) -> None:
     assert set(decisions) == set(SPACE.structures(head_dim, dtype)[""])
 
 
+def test_what_it_has_no_kernels_for_is_refused_with_a_reason() -> None:
+    decisions = SPACE.untuned(64, "bfloat16", H100)
+    assert "head dim 96 is not among" in str(SPACE.rejection(decisions, 96, "bfloat16", H100))
+    assert "dtype float32 is not among" in str(SPACE.rejection(decisions, 64, "float32", H100))
+    assert "sm_90a" in str(SPACE.rejection(decisions, 64, "bfloat16", parse_target("a100")))
+    # Tiles of other sizes than shares are counted for.
+    assert "consumer_warpgroups=3" in str(
+        SPACE.rejection({**decisions, "consumer_warpgroups": 3}, 64, "bfloat16", H100)
+    )
+    # Records may name anything.
+    other = KernelSpec("hopper_split", "forward", "bfloat16", 96, decisions)
+    assert other.space.without_idle(decisions, 96, "bfloat16") == decisions
+
+
 def test_features_tell_the_shares() -> None:
     few = {**SPACE.untuned(128, "bfloat16", H100), "least_chunks": 8}
     assert all(math.isfinite(value) for value in SPACE.features(few, SHORT))

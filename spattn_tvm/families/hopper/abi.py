@@ -34,17 +34,20 @@ FORWARD = Abi(
 
 # Shares of a tile's keys at most: one for each lane of the warp that puts them together.
 MOST_SPLITS = 32
-# Query rows of a tile where keys are split, for each head dim: of the tiles that were measured fastest.
-SPLIT_ROWS = {64: 128, 128: 192, 192: 128}
 # What a share costs beside its products, and what putting shares together costs, in times of a tile: those
 # with which `split_shares` finds what was fastest at 4096 keys and 16 to 128 tiles.
 SHARE_COST = 0.1
 MERGE_COST = 0.15
 
 
+def split_rows(head_dim: int) -> int:
+    """Query rows of a tile where keys are split: of the tiles that were measured fastest."""
+    return 192 if head_dim == 128 else 128
+
+
 def split_tiles(batch: int, heads: int, queries: int, head_dim: int) -> int:
     """Tiles of a call with split keys that is not packed."""
-    return batch * heads * -(-queries // SPLIT_ROWS[head_dim])
+    return batch * heads * -(-queries // split_rows(head_dim))
 
 
 @lru_cache(maxsize=1024)
@@ -63,7 +66,7 @@ def split_shares(tiles: int, workers: int) -> int:
     return 1 if tiles >= workers else min(range(1, MOST_SPLITS + 1), key=cost)
 
 
-def _split_rows(n: Sizes) -> int:
+def _share_rows(n: Sizes) -> int:
     """Rows of all shares, or one, which no share is kept in."""
     shares = split_shares(split_tiles(n.batch, n.query_heads, n.queries, n.head_dim), n.workers)
     return shares * n.batch * n.query_heads * n.queries if shares > 1 else 1
@@ -73,8 +76,8 @@ SPLIT_FORWARD = Abi(
     inputs=FORWARD.inputs,
     outputs=FORWARD.outputs,
     scratch=(
-        Scratch("partial_o", shape=lambda n: (_split_rows(n), n.head_dim), dtype="float32"),
-        Scratch("partial_sums", shape=lambda n: (_split_rows(n), 4), dtype="float32"),
+        Scratch("partial_o", shape=lambda n: (_share_rows(n), n.head_dim), dtype="float32"),
+        Scratch("partial_sums", shape=lambda n: (_share_rows(n), 4), dtype="float32"),
         NEXT_TILE,
     ),
     alignment=TMA_BYTES,

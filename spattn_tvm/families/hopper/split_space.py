@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.hopper.abi import SPLIT_ROWS, split_shares, split_tiles
+from spattn_tvm.families.hopper.abi import split_rows, split_shares, split_tiles
 from spattn_tvm.families.space import Decisions, Space, one_structure
 
 from .forward_sizes import WARPGROUP_ROWS
@@ -21,7 +21,7 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
     """The tiles are those that shares are counted for."""
     return {
         **WHOLE.structures(head_dim, dtype)[""],
-        "consumer_warpgroups": (SPLIT_ROWS[head_dim] // WARPGROUP_ROWS,),
+        "consumer_warpgroups": (split_rows(head_dim) // WARPGROUP_ROWS,),
         "least_chunks": (1, 2, 4, 8),
     }
 
@@ -29,7 +29,7 @@ def _choices(head_dim: int, dtype: str) -> dict[str, tuple[int, ...]]:
 def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     """The forward's; shares of a tile, and chunks of a share."""
     tiles = split_tiles(problem.batch, problem.query_heads, problem.length, problem.head_dim)
-    chunks = max(1.0, (problem.mean_keys + SPLIT_ROWS[problem.head_dim]) / decisions["key_rows"])
+    chunks = max(1.0, (problem.mean_keys + split_rows(problem.head_dim)) / decisions["key_rows"])
     shares = max(1.0, min(split_shares(tiles, MULTIPROCESSORS), chunks / decisions["least_chunks"]))
     return [*WHOLE.features(decisions, problem), math.log2(shares), math.log2(max(1.0, chunks / shares))]
 
