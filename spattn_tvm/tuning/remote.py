@@ -59,7 +59,7 @@ class RemoteDevice:
     ServerLostError
         When no server can be reached or becomes free.
     ValueError
-        When the server has no such device.
+        When the server has no such device, or can't use it.
     """
 
     def __init__(self, fleet: Fleet, kind: str) -> None:
@@ -76,6 +76,16 @@ class RemoteDevice:
         self.device = self._session.device(kind, 0)
         if not self.device.exist:
             raise ValueError(f"the server {self.server} has no {kind} device")
+        try:
+            self.device.sync()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            if "CUDA" not in text:
+                raise
+            raise ValueError(
+                f"the server {self.server} can't use its GPU ({text}). A server beside PyTorch is started "
+                "with --no-fork: CUDA does not outlive the fork of a session"
+            ) from error
         self._inputs: dict[str, Any] = {}
         self._uploads = 0
 
