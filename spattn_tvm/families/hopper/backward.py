@@ -39,7 +39,7 @@ Who takes the next chunk is therefore asked before, under the exponentials, and 
 their tile's operands in registers, and its shared memory takes the next tile under all of this one: 3% more
 at the first size and 4% at (16, 16, 1024, 64), nothing at longer ones.
 
-Nor did these, in ms on an H100 at (4, 16, 4096, 64) where one launch took 0.267 at first and takes 0.252:
+Nor did these, in ms on an H100 at (4, 16, 4096, 64) where one launch took 0.267 at first and takes 0.251:
 tiles of queries and of keys in turn from one counter, by packs of 1 to 8 heads, so that a head's tensors are
 still in the L2 cache, 0.272 to 0.277 (the DRAM was read for 294 instead of 308 MB: 264 tiles are in flight,
 about 8 heads; 0.404 instead of 0.410 at head dim 128); the next chunk's scores under this one's exponentials

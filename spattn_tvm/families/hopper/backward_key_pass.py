@@ -127,8 +127,9 @@ def produce_for_keys(plan, at, warp, lane, t, maps, block, workers, await_head):
     def draw():
         if warp == 1:
             draw_tiles(
-                plan, at, lane, t.next_tile[1], t, t.batches, t.kv_heads, t.group, await_head, load_tile
-            )
+                plan, at, lane, t.next_tile[1], t, t.batches, t.kv_heads, t.group,
+                lambda first, b, h: None, await_head, load_tile,
+            )  # fmt: skip
 
     @T.inline
     def walk():

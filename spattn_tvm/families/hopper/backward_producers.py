@@ -261,9 +261,10 @@ def show(barrier, lane):
 
 
 @T.inline
-def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, await_head, load_tile):
+def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee, await_head, load_tile):
     # The tile warp. A tile's head has `spread` heads of bands; what is streamed for it is there when
-    # `await_head(b, h)` returns; `load_tile(slab, barrier, first, b, h)` issues the copies.
+    # `await_head(b, h)` returns; `load_tile(slab, barrier, first, b, h)` issues the copies. About a tile
+    # before that, `foresee(first, b, h)` may bring something to the L2 cache.
     fetched = T.alloc_local((1,), "int32")
     lo = T.alloc_local((1,), "int32")
     hi = T.alloc_local((1,), "int32")
@@ -314,6 +315,7 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, await_h
             other_end = key_end
         document = table_row(document, tensors.documents, tensors.tables)
         if first < end:
+            foresee(first, b, h)
             await_head(b, h)
             offer_tile(at, offered, lane, first, begin, end, other_begin, other_end, shift, document, b, h)
             bands_at: T.uint64 = band_row(tensors.bands, tensors.query_heads, document, h * spread)

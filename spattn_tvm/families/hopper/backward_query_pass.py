@@ -45,6 +45,7 @@ from .parts import (
 )
 
 REPORTING_WARP = 2
+LINE_ROWS = 32  # of float32, in a line of the L2 cache
 
 
 def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleNamespace:
@@ -79,6 +80,19 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
             T.ptx[LOAD](at("do"), T.address_of(maps.do), 0, first, 0, h, b, barrier)
             T.ptx[LOAD](at("o"), T.address_of(maps.o), 0, first, 0, h, b, barrier)
 
+        # What consumers load themselves, long before they do: at head dim 64 1%, at 128 half a percent lost.
+        @T.inline
+        def foresee(first, b, h):
+            if D == 64:
+                prefetch_rows(first, b, h)
+
+        @T.inline
+        def prefetch_rows(first, b, h):
+            query: T.int32 = T.min(first + lane * LINE_ROWS, t.queries - 1)
+            if lane < ROWS // LINE_ROWS:
+                T.ptx["prefetch.global.L2"](T.address_of(t.lse[b, h, query]))
+                T.ptx["prefetch.global.L2"](T.address_of(t.dlse[b, h, query]))
+
         @T.inline
         def load_chunk(stage, barrier, row, b, kv_head):
             T.ptx[LOAD](
@@ -90,8 +104,9 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
 
         if warp == 1:
             draw_tiles(
-                PLAN, at, lane, t.next_tile[0], t, t.batches, t.query_heads, 1, lambda b, h: None, load_tile
-            )
+                PLAN, at, lane, t.next_tile[0], t, t.batches, t.query_heads, 1, foresee,
+                lambda b, h: None, load_tile,
+            )  # fmt: skip
         if warp == 0:
             walk_chunks(PLAN, at, lane, t, 1, lambda h: T.truncdiv(h, t.group), load_chunk)
         if warp == REPORTING_WARP:
