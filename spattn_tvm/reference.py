@@ -161,6 +161,8 @@ def _pack(layout: BandLayout, q: Tensor, k: Tensor, placement: Placement) -> _Pa
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dim() != 4:
@@ -178,6 +180,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BandLayout) -> None:
         raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of kv heads, got {q.shape[1]} and {k.shape[1]}")
+    if not isinstance(layout, BandLayout):
+        raise TypeError(f"layout must be a BandLayout, got {type(layout).__name__}")
     layout.check_heads(q.shape[1])
 
 

@@ -320,11 +320,14 @@ def test_bad_inputs_are_refused():
     with pytest.raises(TypeError, match="one dtype"):
         reference_attention(q, k.float(), v, layout)
     for wrong, message in [
+        (q.tolist(), r"q must be a torch\.Tensor, got list"),
         (q.to_sparse(), "q must be a dense tensor, got layout torch.sparse_coo"),
         (q.to(torch.float8_e4m3fn), "floating point, got torch.float8_e4m3fn"),
     ]:
         with pytest.raises(TypeError, match=message):
             reference_attention(wrong, wrong, wrong, layout)
+    with pytest.raises(TypeError, match="layout must be a BandLayout, got str"):
+        reference_attention(q, k, v, "spattention")
     with pytest.raises(ValueError, match="on one device, got meta, cpu, cpu"):
         reference_attention(q.to("meta"), k, v, layout)
     with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
