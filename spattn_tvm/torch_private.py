@@ -134,10 +134,13 @@ _FakeTensor: Any = _find_or("_subclasses.FakeTensor", ())
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Can the host read a tensor's values, here and now? Not while code is compiled or a CUDA graph captured,
-    and not of fake and meta tensors, nor of the elements of a map.
+    """Can the host read a tensor's values, here and now, and go by them? Not while code is compiled or traced
+    or a CUDA graph captured, which serves other values later, and not of fake and meta tensors, nor of the
+    elements of a map.
     """
-    if torch.compiler.is_compiling() or isinstance(tensor, _FakeTensor) or tensor.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if isinstance(tensor, _FakeTensor) or tensor.is_meta:
         return False
     if is_transformed() and not is_ordinary(tensor):
         return False

@@ -273,7 +273,9 @@ def banded_mask(
     length = q_offset + q_length
     _check_padding(attention_mask, batch_size, length)
     # Are the keys of the call all there are, as the host knows? Then there is nothing to say but how many.
-    is_all = isinstance(length, int) and length == kv_length
+    # While torch.jit traces, sizes are tensors; those of a cache that only the device knows always are.
+    is_known = isinstance(length, int) or (isinstance(q_offset, int) and torch.jit.is_tracing())
+    is_all = is_known and length == kv_length
     if attention_mask is not None:
         begin, is_whole = _first_tokens(attention_mask[:, :kv_length])
         # A step of decoding waits for nothing. Longer calls do, once for all layers, as transformers' own.

@@ -213,6 +213,25 @@ def test_what_compiled_code_cannot_do_is_refused() -> None:
             compiled(**batch, use_cache=False)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", ["padded left", "packed rows"])
+def test_a_trace_serves_other_values(form: str) -> None:
+    """What torch.jit traces with plain sequences of the same shapes."""
+    model, batch = _banded(num_hidden_layers=1, layout=[BANDED]).eval().requires_grad_(False), _batch(form)
+    name = "attention_mask" if form.startswith("padded") else "position_ids"
+
+    def logits(ids: Tensor, told: Tensor) -> Tensor:
+        return model(ids, **{name: told}, use_cache=False).logits  # type: ignore[no-any-return]
+
+    ids, told = batch["input_ids"], batch[name]
+    plain = torch.ones_like(told) if name == "attention_mask" else torch.arange(LENGTH).expand_as(told)
+    traced = torch.jit.trace(logits, (ids, plain.contiguous()), check_trace=False)
+    is_token = told.bool() if name == "attention_mask" else torch.ones_like(told, dtype=torch.bool)
+    for values in (plain, told):
+        expected = logits(ids, values)[is_token]
+        torch.testing.assert_close(traced(ids, values)[is_token], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_fake_tensors_go_through(form: str) -> None:
     """As with transformers' own implementations: to know memory and shapes without the values."""
