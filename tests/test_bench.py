@@ -443,11 +443,10 @@ def test_a_stand_in_for_triton_kernels_is_made_once(monkeypatch: pytest.MonkeyPa
     for name in ("triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"):
         monkeypatch.setitem(sys.modules, name, None)  # so that it is restored
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(peers, "require_package", lambda module, name: None)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    peers.require_flash_sparse()
+    peers._stand_in_for_triton_kernels()
     made = sys.modules["triton_kernels.matmul_ogs"]
-    peers.require_flash_sparse()
+    peers._stand_in_for_triton_kernels()
     assert sys.modules["triton_kernels.matmul_ogs"] is made and made.PrecisionConfig is object
 
 

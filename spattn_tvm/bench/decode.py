@@ -17,7 +17,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .clocks import _CpuClock, _CudaClock
-from .peers import require_flash_sparse, window_sizes
+from .peers import window_sizes
 from .report import report_head
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _flash_attn_4(inputs: _Inputs) -> Step:
 def _flash_sparse(inputs: _Inputs) -> Step:
     import torch
 
-    require_flash_sparse()
+    if importlib.util.find_spec("flash_sparse_attn") is None:
+        raise RuntimeError("the package flash-sparse-attn is not installed")
     if inputs.problem.length != 1:
         raise RuntimeError("it decodes one query at a time")
     from flash_sparse_attn import flash_dense_attn_with_kvcache_func

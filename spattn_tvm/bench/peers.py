@@ -135,16 +135,8 @@ def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def require_flash_sparse() -> None:
-    """Make flash-sparse-attn importable: it imports triton_kernels for a projection that attention does not
-    use, and gets a stand-in where that is missing.
-
-    Raises
-    ------
-    PeerUnavailable
-        If it is not installed.
-    """
-    require_package("flash_sparse_attn", "flash-sparse-attn")
+def _stand_in_for_triton_kernels() -> None:
+    """flash-sparse-attn imports triton_kernels for a projection that attention does not use."""
     if "triton_kernels" in sys.modules or importlib.util.find_spec("triton_kernels") is not None:
         return
     for name in ("triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"):
@@ -158,12 +150,13 @@ def _prepare_flash_sparse(backend: str) -> Callable[[Case, torch.device], Attent
     def prepare(case: Case, device: torch.device) -> Attention:
         import torch
 
-        require_flash_sparse()
+        require_package("flash_sparse_attn", "flash-sparse-attn")
         if case.boundaries:
             raise PeerUnavailable("it knows no packed documents here")
         if case.deterministic:
             raise PeerUnavailable("it has no deterministic mode")
         sizes = torch.tensor(window_sizes(case.problem), dtype=torch.int32, device=device)
+        _stand_in_for_triton_kernels()
         if backend == "cute":
             from flash_sparse_attn.ops.cute import flash_attn_func as function
         else:
