@@ -98,7 +98,7 @@ def _where(report: dict[str, Any], taken: dict[Path, list[str]], folder: Path) -
     compiler = f"TVM {versions['apache-tvm']}" if versions["apache-tvm"] else "kernels from a bundle"
     *earlier, last = (f"[{path.name}]({os.path.relpath(path, folder)})" for path in taken)
     before = "".join(
-        f"; {', '.join(problems)} before, with earlier kernels ({link})"
+        f"; {', '.join(problems)} before, with the kernels of then ({link})"
         for link, problems in zip(earlier, taken.values(), strict=False)
     )
     made = f"{report['date'][:10]}, PyTorch {versions['torch']}, {compiler} ({last})"
