@@ -137,7 +137,7 @@ def _find(direction: str, q: Tensor, k: Tensor, call: Call) -> tuple[Kernel, Dom
     return kernel, find_domain(layout, q, k, cu_seqlens, cu_seqlens_k, offset, kv_lengths, kv_starts)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     call = Call(*rest)
     check_finite(call.scale)
     q = with_contiguous_rows(q)
@@ -179,7 +179,7 @@ FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
 BACKWARD = torch.ops.spattn_tvm.banded_attention_backward.default
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("banded_attention_forward", _forward, _device)
+    LIBRARY.impl("banded_attention_forward", run_forward, _device)
     LIBRARY.impl("banded_attention_backward", _backward, _device)
 
 

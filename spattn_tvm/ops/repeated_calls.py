@@ -33,8 +33,8 @@ from .operators import (
     SAME_ROWS,
     Places,
     Settings,
-    _forward,
     find_gradients,
+    run_forward,
 )
 
 # Looked up once: attribute by attribute they would cost a call another 0.1 us.
@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
         launch: Forward | None,
     ) -> tuple[Tensor, Tensor]:
         if launch is None:
-            o, lse = _forward(q, k, v, *places, *settings)
+            o, lse = run_forward(q, k, v, *places, *settings)
         else:
             o, lse = launch(q, k, v, settings[2])
         ctx.settings = settings
@@ -239,4 +239,4 @@ def attend_eagerly(
     """
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _apply(q, k, v, places, settings, None)
-    return _forward(q, k, v, *places, *settings)
+    return run_forward(q, k, v, *places, *settings)
