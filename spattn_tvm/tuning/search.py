@@ -403,7 +403,7 @@ def run_search(
             return "interrupted"
         if recovered >= _RECOVERED_FOR and usual_us is not None:
             recovered = 0
-            if _is_retaken(first, usual_us, meter, session, code):
+            if _retake_default(first, usual_us, meter, session, code):
                 return RETAKEN
         if not session.out_of_time():
             proposed, early = (early, []) if early else (ask(), [])
@@ -448,7 +448,7 @@ def _default_first(
         waiting = []
 
 
-def _is_retaken(first: KernelSpec, usual_us: float, meter: Meter, session: _Session, code: str) -> bool:
+def _retake_default(first: KernelSpec, usual_us: float, meter: Meter, session: _Session, code: str) -> bool:
     """Time the default again; if it is faster by enough, state all latencies of the log anew."""
     for _, outcome in meter.measure([first], None):
         if outcome.latency_us is not None and outcome.latency_us < _WORTH_RETAKING * usual_us:
