@@ -680,10 +680,11 @@ def _bench_ranks(
     problems: list[AttentionProblem], ranks: int, log_root: Path | None, **settings: Any
 ) -> None:
     """`bench` of sequences that ranks share."""
+    from .bench.peers import OUR_STRATEGIES
     from .bench.ranks import benchmark_ranks, rank_tables
 
     report = benchmark_ranks(problems, ranks, **settings)
-    ours = ("one", "heads", "bands")
+    ours = ("one", *OUR_STRATEGIES)
     _finish_benchmark(
         report, rank_tables(report), "rank_benchmarks", log_root, lambda entry: entry["peer"] in ours
     )

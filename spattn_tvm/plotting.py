@@ -446,8 +446,7 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(0.01 * longest, position, row.get("status", "not available"), va="center",
                       fontsize=8.5, color=_MUTED, style="italic", in_layout=False)  # fmt: skip
             continue
-        ours = is_ours(row.get("peer", "")) or str(row.get("title", "")).startswith("ours, ")
-        axes.barh(position, median, height=0.7, color=_OURS if ours else _PEER)
+        axes.barh(position, median, height=0.7, color=_OURS if is_ours(row.get("peer", "")) else _PEER)
         end = median
         if row.get("p25_ms") is not None:
             end = max(median, row["p75_ms"])

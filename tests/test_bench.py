@@ -21,7 +21,7 @@ from spattn_tvm.reference import attention_mask, reference_attention
 
 @pytest.fixture(autouse=True)
 def small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clocks._CpuClock, "matmul_size", 128)
+    monkeypatch.setattr(clocks.CpuClock, "matmul_size", 128)
 
 
 def problem(
@@ -175,7 +175,7 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in "abc":
         add_peer(monkeypatch, name, named(name))
-    monkeypatch.setattr(clocks._CpuClock, "calls", lambda self, step: 1)
+    monkeypatch.setattr(clocks.CpuClock, "calls", lambda self, step: 1)
     quick([problem()], peers=tuple("abc"), steps=("forward",))
     assert calls[-9:] == list("abc" * 3)
 

@@ -198,6 +198,15 @@ def test_benchmark_bars_are_the_medians(figure_of, tmp_path, form):
     assert [bar.get_width() for bar in both.patches] == [30]
 
 
+def test_bars_of_ours_have_a_colour_of_their_own(figure_of):
+    """Those of a family and of our ways to share a sequence, too."""
+    peers = ("ours", "cpu", "heads", "bands", "sdpa", "all_gather", "ring")
+    rows = [{**entry(peer, "forward", 1.0), "peer": peer, "shape": "(1,4,64,32)"} for peer in peers]
+    (axes,) = figure_of(plot_benchmark, rows, ...).axes
+    colors = [bar.get_facecolor() for bar in axes.patches]
+    assert len(set(colors[:4])) == len(set(colors[4:])) == 1 and colors[0] != colors[-1]
+
+
 def test_rates_against_the_length(figure_of):
     def result(batch, length, head_dim, **rates):
         entries = [

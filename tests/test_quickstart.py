@@ -175,7 +175,7 @@ def test_readme_is_filled_from_reports(
     from spattn_tvm.bench.case import Case
     from spattn_tvm.problem import AttentionProblem
 
-    monkeypatch.setattr(clocks._CpuClock, "matmul_size", 64)
+    monkeypatch.setattr(clocks.CpuClock, "matmul_size", 64)
     update = load_script("update_readme")
     for name, path in (
         ("ROOT", "."),

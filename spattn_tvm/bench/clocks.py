@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Step = Callable[[], Any]
 
 
-class _CpuClock:
+class CpuClock:
     """Wall time of a step after an idle gap, with as many calls as make a sample last some milliseconds."""
 
     matmul_size = 2048
@@ -56,7 +56,7 @@ class _CpuClock:
         return _matmul_rate(size, dtype, device, lambda step: self.measure_ms(step, 1), rounds=5)
 
 
-class _CudaClock:
+class CudaClock:
     """Device time of one call with a cold L2, between two events."""
 
     # About 1 ms on a 2 GHz chip: longer than an autograd call spends on the host.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu, detect_cuda
 
-from .clocks import _CpuClock, _CudaClock
+from .clocks import CpuClock, CudaClock
 from .peers import window_sizes
 from .report import report_head
 
@@ -166,7 +166,7 @@ def _error(inputs: _Inputs, peer: StepPeer, o: torch.Tensor) -> float:
 _ALLOWED = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def _copy_rate(clock: _CpuClock | _CudaClock, device: torch.device) -> float:
+def _copy_rate(clock: CpuClock | CudaClock, device: torch.device) -> float:
     """Bytes read and written a second where memory is copied, the best of some rounds."""
     import torch
 
@@ -181,7 +181,7 @@ def _time_problem(
     problem: AttentionProblem,
     names: Sequence[str],
     place: torch.device,
-    clock: _CpuClock | _CudaClock,
+    clock: CpuClock | CudaClock,
     copied: float,
     rounds: int,
     seed: int,
@@ -240,7 +240,7 @@ def _measured(
     import torch
 
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index or 0)
-    clock: _CpuClock | _CudaClock = _CpuClock(idle_ms) if place.type == "cpu" else _CudaClock(place)
+    clock: CpuClock | CudaClock = CpuClock(idle_ms) if place.type == "cpu" else CudaClock(place)
     names = peers or [name for name, peer in STEP_PEERS.items() if place.type in peer.kinds]
     copied = _copy_rate(clock, place)
     with torch.no_grad():

@@ -65,11 +65,13 @@ class Peer:
 
 # The name of what `banded_attention` does of itself. A family that it does not prefer goes by its own name.
 OURS = "ours"
+# Of ranks that share a sequence, as `bench.ranks` names them: our ways to do it.
+OUR_STRATEGIES = ("heads", "bands")
 
 
 def is_ours(name: str) -> bool:
     """Whether a peer of this name is one of our own."""
-    return name == OURS or name in family_names()
+    return name == OURS or name in OUR_STRATEGIES or name in family_names()
 
 
 def implementation_of(name: str) -> str:

@@ -40,7 +40,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
 
 from .case import Case
-from .clocks import _CpuClock, _CudaClock
+from .clocks import CpuClock, CudaClock
 from .inputs import Inputs
 from .masked_peers import PeerUnavailable, first_line
 from .peers import (
@@ -119,7 +119,7 @@ class _Bench:
     steps: tuple[str, ...]
     device: torch.device
     target: MachineTarget
-    clock: _CpuClock | _CudaClock
+    clock: CpuClock | CudaClock
     rounds: int
     budget_s: float
     seed: int
@@ -362,7 +362,7 @@ def benchmark(
     place = find_device(device)
     target = detect_cpu() if place.type == "cpu" else detect_cuda(place.index)
     chosen = peers_for(target) if peers is None else {name: find_peer(name, target) for name in peers}
-    clock: _CpuClock | _CudaClock = _CpuClock(idle_ms) if place.type == "cpu" else _CudaClock(place)
+    clock: CpuClock | CudaClock = CpuClock(idle_ms) if place.type == "cpu" else CudaClock(place)
     seed = random.randrange(2**31) if seed is None else seed
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
