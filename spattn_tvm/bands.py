@@ -257,7 +257,16 @@ def _runs(indices: Sequence[int]) -> list[range]:
     return runs
 
 
-def _require_int(what: str, value: object, least: int, most: int = LIMIT) -> int:
+def require_int(what: str, value: object, least: int, most: int = LIMIT) -> int:
+    """The integer that an argument holds, NumPy's too.
+
+    Raises
+    ------
+    TypeError
+        Anything else, bool too.
+    ValueError
+        An integer out of bounds, which are inclusive.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
     if not least <= value <= most:
@@ -352,9 +361,9 @@ class BandLayout:
 
         if self.name not in _KINDS:
             raise ValueError(f"unknown layout {self.name!r}; known: {', '.join(LAYOUT_NAMES)}")
-        set_field("num_heads", _require_int("num_heads", self.num_heads, 1, MAX_HEADS))
+        set_field("num_heads", require_int("num_heads", self.num_heads, 1, MAX_HEADS))
         if self.context_length is not None:
-            set_field("context_length", _require_int("context_length", self.context_length, 1))
+            set_field("context_length", require_int("context_length", self.context_length, 1))
         elif self.allow_longer:
             raise ValueError("allow_longer=True needs a context_length; without one no length is too long")
         set_field("allow_longer", bool(self.allow_longer))
@@ -366,7 +375,7 @@ class BandLayout:
                     f"BandLayout.{self.name}({self.num_heads}, window=256), "
                     f"or as text '{self.name}:window=256'"
                 )
-            set_field("window", _require_int("window", self.window, 1))
+            set_field("window", require_int("window", self.window, 1))
         elif self.window is not None:
             raise ValueError(f"layout {self.name!r} takes no window, got {self.window}")
         if "intervals" in parameters:
@@ -396,7 +405,7 @@ class BandLayout:
                 f"a part of a {self.name!r} layout is a {self.name!r} layout of its own, without of_heads "
                 "and head_indices; BandLayout.heads makes it"
             )
-        set_field("of_heads", _require_int("of_heads", self.of_heads, 1, MAX_HEADS))
+        set_field("of_heads", require_int("of_heads", self.of_heads, 1, MAX_HEADS))
         indices = _check_indices(self.head_indices, self.of_heads)
         if len(indices) != self.num_heads:
             raise ValueError(f"head_indices are {len(indices)} heads, num_heads is {self.num_heads}")
@@ -662,7 +671,7 @@ class BandLayout:
         return np.stack([self.table(length) for length in lengths])
 
     def _context(self, length: int) -> int:
-        length = _require_int("length", length, 0)
+        length = require_int("length", length, 0)
         return length if self.depends_on_length else self.context_length or 0
 
     # --- work ---------------------------------------------------------------------------------------------
@@ -723,9 +732,9 @@ class BandLayout:
         visited key costs `query_rows` pairs, also in a tile that the sequence's end cuts off. Keys that a
         tile visits for both bands count twice.
         """
-        query_rows = _require_int("query_rows", query_rows, 1)
-        key_rows = _require_int("key_rows", key_rows, 1)
-        first_query = np.arange(0, _require_int("length", length, 0), query_rows, dtype=np.int64)
+        query_rows = require_int("query_rows", query_rows, 1)
+        key_rows = require_int("key_rows", key_rows, 1)
+        first_query = np.arange(0, require_int("length", length, 0), query_rows, dtype=np.int64)
         last_query = np.minimum(first_query + query_rows, length) - 1
         keys = 0
         for head in self.bands(length):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bands import LIMIT, BandLayout
+from .bands import LIMIT, BandLayout, require_int
 from .cache_forms import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from .ops.attention import DTYPES, banded_attention
 from .ops.decode import banded_attention_decode
@@ -56,13 +56,6 @@ def _outlasting_inference() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-def _check_size(name: str, size: Any, least: int, most: int = LIMIT) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
-    if not least <= size <= most:
-        raise ValueError(f"{name} must be between {least} and {most}, got {size}")
-
-
 class KeyValueCache(ABC):
     """What `BandedCache` and `PagedCache` have in common: lengths, and attention over what was stored.
 
@@ -98,12 +91,12 @@ class KeyValueCache(ABC):
         if not isinstance(layout, BandLayout):
             raise TypeError(f"layout must be a BandLayout, got {type(layout).__name__}")
         layout.require_autoregressive("a cache")
-        sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            _check_size(name, size, 1)
-        _check_size("slack", slack, 0)
+        batch_size = require_int("batch_size", batch_size, 1)
+        num_kv_heads = require_int("num_kv_heads", num_kv_heads, 1)
+        head_dim = require_int("head_dim", head_dim, 1)
+        slack = require_int("slack", slack, 0)
         if max_length is not None:
-            _check_size("max_length", max_length, 1)
+            max_length = require_int("max_length", max_length, 1)
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if layout.num_heads % num_kv_heads:
@@ -388,7 +381,7 @@ class KeyValueCache(ABC):
         ValueError
             More than a row has, or together with earlier ones more than the cache's slack.
         """
-        _check_size("the number of tokens to forget", tokens, 0)
+        tokens = require_int("the number of tokens to forget", tokens, 0)
         if not tokens:
             return
         highest = self._highest_yet()
@@ -453,7 +446,7 @@ class KeyValueCache(ABC):
 
     def repeat(self, repeats: int) -> None:
         """Make `repeats` rows of each, side by side."""
-        _check_size("repeats", repeats, 1)
+        repeats = require_int("repeats", repeats, 1)
         rows = torch.arange(self.batch_size, device=self.lengths.device)
         self._take_rows(rows.repeat_interleave(repeats), in_place=False)
 
@@ -676,7 +669,7 @@ class PagedCache(KeyValueCache):
             count_on_host=count_on_host,
             keeps_all=True,
         )
-        _check_size("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE)
+        page_size = require_int("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE)
         self.page_size = page_size
         self.keys = torch.empty((0, num_kv_heads, page_size, head_dim), dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)

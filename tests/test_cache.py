@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -301,6 +302,8 @@ def test_what_cannot_be_right_raises() -> None:
     ):
         with pytest.raises(error, match=message):
             BandedCache(layout, **{**sizes, **sizes_of_others})
+    numpy_sizes = {name: np.int64(size) if isinstance(size, int) else size for name, size in sizes.items()}
+    assert BandedCache(layout, slack=np.int64(2), **numpy_sizes).keys.shape[0] == 1
     ended = BandedCache(BandLayout.causal(4), max_length=16, **sizes)
     ended.append(k[:, :, :16], k[:, :, :16])
     with pytest.raises(ValueError, match="17 is longer than the cache's max_length 16"):
