@@ -274,7 +274,9 @@ def banded_mask(
     _check_padding(attention_mask, batch_size, length)
     # Are the keys of the call all there are, as the host knows? Then there is nothing to say but how many.
     # While torch.jit traces, sizes are tensors; those of a cache that only the device knows always are.
-    is_known = isinstance(length, int) or (isinstance(q_offset, int) and torch.jit.is_tracing())
+    is_known = isinstance(length, (int, torch.SymInt)) or (
+        isinstance(q_offset, int) and torch.jit.is_tracing()
+    )
     is_all = is_known and length == kv_length
     if attention_mask is not None:
         begin, is_whole = _first_tokens(attention_mask[:, :kv_length])
@@ -287,7 +289,10 @@ def banded_mask(
             attention_mask = None
     if attention_mask is None and is_all:
         return torch.full((batch_size, 1, 1, 1), length, dtype=torch.int32, device=device)
-    last = torch.as_tensor(length, device=device).expand(batch_size)
+    if isinstance(length, Tensor):
+        last = length.to(device).expand(batch_size)
+    else:
+        last = torch.full((batch_size,), length, device=device)
     if attention_mask is None:
         begin = torch.zeros_like(last)
     return torch.stack((begin, last), 1).int()[:, None, :, None]
@@ -312,7 +317,8 @@ def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
         # As many boundaries as there could be, for a static shape: what is too many are empty documents.
         place = torch.arange(tokens, device=starts.device)
         ends = torch.where(starts, place, tokens).sort().values
-        return torch.nn.functional.pad(ends, (0, 1), value=tokens).int(), flattens
+        # A value to pad with would be taken for a constant.
+        return torch.cat((ends, ends.new_full((1,), tokens))).int(), flattens
     first = starts.nonzero().flatten()
     if first.shape[0] == position_ids.shape[0]:
         return None, False
@@ -571,7 +577,7 @@ def banded_attention_forward(
     wants_gradient = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     )
-    if queries <= MAX_DECODE_QUERIES and not is_first and not wants_gradient:
+    if not is_first and queries <= MAX_DECODE_QUERIES and not wants_gradient:
         o = banded_attention_decode(
             query,
             key,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from banded_models import BY_DEFINITION, HEADS, LAYERS, VOCABULARY, make_model, register_the_definition
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -179,6 +180,45 @@ def test_compiled_without_a_break(form: str) -> None:
     expected = _expected(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     _compare(_gradients(model, batch, compiled, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("form", ["plain", "padded left", "packed rows"])
+def test_compiled_once_for_all_lengths(form: str) -> None:
+    model, whole = _banded(layout=[BANDED], num_hidden_layers=1), _batch(form)
+    del whole["labels"]
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
+    for length in (37, 19, 33, 27):
+        batch = {name: value[:, -length:].contiguous() for name, value in whole.items()}
+        logits, expected = (each(**batch, use_cache=False).logits for each in (compiled, model))
+        is_token = batch.get("attention_mask", torch.ones(logits.shape[:2])).bool()
+        torch.testing.assert_close(logits[is_token], expected[is_token], atol=1e-5, rtol=1e-5)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("form", ["padded left", "packed rows"])
+def test_an_exported_model_serves_all_lengths(form: str) -> None:
+    model, whole = _banded(layout=[BANDED], num_hidden_layers=1).eval(), _batch(form)
+    name = "attention_mask" if form.startswith("padded") else "position_ids"
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor, told: Tensor) -> Tensor:
+            return self.model(ids, **{name: told}, use_cache=False).logits  # type: ignore[no-any-return]
+
+    length = {1: torch.export.Dim("length", min=4, max=LENGTH)}
+    ids, told = (whole[key] for key in ("input_ids", name))
+    program = torch.export.export(Logits(), (ids, told), dynamic_shapes=(length, length))
+    for tokens in (LENGTH, 19, 7):
+        part = ids[:, -tokens:].contiguous(), told[:, -tokens:].contiguous()
+        is_token = part[1].bool() if name == "attention_mask" else torch.ones_like(part[1], dtype=torch.bool)
+        with torch.no_grad():
+            logits, expected = program.module()(*part), Logits()(*part)
+        torch.testing.assert_close(logits[is_token], expected[is_token], atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_without_packing() -> None:
