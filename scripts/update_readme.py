@@ -6,6 +6,7 @@ A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is re
 - ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
   from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
 - ``generation cpu``, ``generation cuda``: the newest of ``spattn bench --steps generate``
+- ``ranks cuda``: the newest of ``spattn bench --ranks``
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 - ``training quality``, ``training throughput``: ``scripts/pretrain/tables.py`` of all logs in
@@ -74,7 +75,7 @@ def newest_results(
     comparable = ("device", "versions", "threads")
     results = {}
     for path, report in reports:
-        if all(report[key] == newest[key] for key in comparable):
+        if all(report.get(key) == newest.get(key) for key in comparable):
             results |= {
                 result.get("shape") or json.dumps(result["problem"]): (path, result)
                 for result in report["results"]
@@ -306,6 +307,47 @@ def generation_block(kind: str) -> str | None:
     return "\n".join(generation_tables(kind, ROOT)) or None
 
 
+def ranks_block(kind: str) -> str | None:
+    """Sequences that ranks share, beside one rank and the peers."""
+    newest = newest_results(kind, "rank_benchmarks")
+    if newest is None:
+        return None
+    report, taken = newest
+    picture = DOCS / f"ranks-{kind}.png"
+    drawn = [
+        {**each, "shape": each["shape"].replace(f" {each['problem']['dtype']}", "")}
+        for each in report["results"]
+    ]
+    plot_benchmark({**report, "results": drawn}, picture)
+    titles = ["(B,H,N,D), layout, ranks, shards", "step", "attention", "ms", "one rank's time / its"]
+    titles += ["received, MiB", "by closed form", "balance", "parts"]
+    rows = [
+        [result["shape"], entry["direction"].replace("_", " + "), entry["title"], *_rank_cells(entry)]
+        for result in report["results"]
+        for entry in sorted(result["entries"], key=lambda entry: entry["direction"])
+    ]
+    link = f"![Attention of sequences that ranks share]({picture.relative_to(ROOT)})"
+    return "\n".join([*_table(titles, rows), "", _where(report, taken, ROOT), "", link])
+
+
+def _rank_cells(entry: dict[str, Any]) -> list[str]:
+    """Bytes are those of the rank that receives most."""
+    if entry["median_ms"] is None:
+        return [f"{entry['status']}: {entry['reason']}", "", "", "", "", ""]
+    received, planned = (
+        f"{max(entry[name]) / 2**20:,.0f}" if any(entry.get(name, ())) else ""
+        for name in ("received_bytes", "planned_bytes")
+    )
+    return [
+        f"{entry['median_ms']:.4g}",
+        f"{entry['speed_up']:.2f}",
+        received,
+        planned,
+        f"{entry['balance']:.2f}" if "balance" in entry else "",
+        str(entry.get("parts", "")),
+    ]
+
+
 def best_but_untuned_us(log: Path, family: str) -> float:
     """The least latency that a search logged for other decisions than the untuned default."""
     run = read_run(log)
@@ -448,6 +490,7 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "benchmark cuda": lambda: benchmark_block("cuda"),
     "generation cpu": lambda: generation_block("cpu"),
     "generation cuda": lambda: generation_block("cuda"),
+    "ranks cuda": lambda: ranks_block("cuda"),
     "search": search_block,
     "language model": language_model_block,
     "training quality": training_quality_block,

@@ -186,7 +186,7 @@ def test_readme_is_filled_from_reports(
         monkeypatch.setattr(update, name, tmp_path / path)
     monkeypatch.setattr(sys, "argv", ["update_readme.py"])
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/index.md", "docs/generation.md"):
+    for name in ("README.md", "docs/index.md", "docs/generation.md", "docs/distributed.md"):
         emptied = update.BLOCK.sub(r"\1\3", (ROOT / name).read_text())
         (tmp_path / name).write_text(emptied)
     problem = AttentionProblem("forward", "float32", 1, 2, 2, 60, 32, BandLayout.spattention(2))
@@ -210,6 +210,13 @@ def test_readme_is_filled_from_reports(
         entries += [{"title": "absent", "status": "not available", "reason": "none"}]
         result = [{**measurement, "entries": entries}]
         reports.write_report({**report, "copy_gb_s": 9.0, "results": result}, tmp_path / "logs", kind)
+    shared = {"peer": "heads", "title": "ours, heads", "direction": "forward", "status": "ok", "reason": ""}
+    shared |= {"median_ms": 4.5678, "speed_up": 3.456, "balance": 0.987, "parts": 3}
+    shared |= {"received_bytes": [2**20, 2**21], "planned_bytes": [2**20, 2**21]}
+    absent = {"title": "no peer", "direction": "forward", "status": "not available", "reason": "none"}
+    result = [{**measured, "entries": [shared, {**absent, "median_ms": None}]}]
+    on_cuda = {**report, "target": "cuda-sm_90a-nvidia-h100", "results": result}
+    reports.write_report(on_cuda, tmp_path / "logs", "rank_benchmarks")
     sizes = training.Sizes(context=64, batch=1, layers=1, heads=2, head_dim=32)
     runs = training.train(sizes, 1e-3, 0, steps=10)
     summary = training.summarize(runs, sizes, 0)
@@ -236,6 +243,10 @@ def test_readme_is_filled_from_reports(
     generated = "| **bands** | 23.46 | 4.00 | 1 | 1 | 0.531 |"
     assert generated in page and generated in (tmp_path / "docs/generation.md").read_text()
     assert page.count("| absent | not available |") == 2
+    ranks = (tmp_path / "docs/distributed.md").read_text()
+    assert "| forward | ours, heads | 4.568 | 3.46 | 2 | 2 | 0.99 | 3 |" in ranks
+    assert "| forward | no peer | not available: none |" in ranks
+    assert (tmp_path / "docs/ranks-cuda.png").read_bytes()[:4] == b"\x89PNG" and "(ranks-cuda.png)" in ranks
     for model in summary["models"].values():
         assert f"{model['tokens_per_second']:,.0f} | " in first
     assert "(byte_lm.png)" in first
