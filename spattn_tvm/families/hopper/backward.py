@@ -29,23 +29,26 @@ band's edge (queries at an even one), and only the first and last ones of a band
 Measured on an H200 (bfloat16, spattention, medians, L2 cleared; ms): (4, 16, 4096, 128) 0.40, (1, 16, 16384,
 128) 1.07, (4, 32, 4096, 128) 0.57, (4, 16, 4096, 64) 0.26. Tensor cores are active for 57% (dQ) and 61%
 (dK/dV) of the cycles at the first size (ncu); the loops alone reach about 80% by warp samples, the rest goes
-to the starts and ends of tiles. Handing K and V back before a tile's last dS, not after it, took off 1 to 2%.
-Running a tile's last dQ product under the next tile's first scores did not pay: 0.41 and 0.59 instead of 0.40
-and 0.57 at the first and third size, 1% less at the second.
+to the starts and ends of tiles. That was before what follows, and K and V stood in shared memory at head dim
+64, too; handing them back before a tile's last dS, not after it, took off 1 to 2%, as it still is at 128.
 
 **Between chunks.** A consumer has no product of its own running from a chunk's dS to the next one's scores.
 Who takes the next chunk is therefore asked before, under the exponentials, and without waiting: 2% at (4, 16,
 4096, 64), 4% at (1, 16, 16384, 64), 1% at (4, 16, 4096, 128), on an H100. At head dim 64 both passes hold
 their tile's operands in registers, and its shared memory takes the next tile under all of this one: 3% more
-at the first size and 4% at (16, 16, 1024, 64), nothing at longer ones.
+at the first size and 4% at (16, 16, 1024, 64), nothing at longer ones. These, the launch under the clearing
+of counters and lse and dlse brought to the L2 early, before and after in one run: 0.266 and 0.251 at (4, 16,
+4096, 64), 0.695 and 0.665 at (1, 16, 16384, 64), 0.409 and 0.404 at (4, 16, 4096, 128).
 
-Nor did these, in ms on an H100 at (4, 16, 4096, 64) where one launch took 0.267 at first and takes 0.251:
-tiles of queries and of keys in turn from one counter, by packs of 1 to 8 heads, so that a head's tensors are
-still in the L2 cache, 0.272 to 0.277 (the DRAM was read for 294 instead of 308 MB: 264 tiles are in flight,
-about 8 heads; 0.404 instead of 0.410 at head dim 128); the next chunk's scores under this one's exponentials
-0.276 in the dQ pass, 0.296 to 0.299 in both; three warpgroups of 160 registers with chunks of 48, 0.272 to
-0.279 beside 0.260; dV stored under a tile's last dK, 0.5% more, 2% at head dim 128, where it spills; there
-also lse and dlse loaded before a tile's scores, 1% more.
+**What did not pay.** On the H200, a tile's last dQ product under the next tile's first scores: 0.41 and 0.59
+instead of 0.40 and 0.57 at the first and third size, 1% less at the second. In ms on an H100 at (4, 16, 4096,
+64), where one launch took 0.267 before the looks ahead and takes 0.251: tiles of queries and of keys in turn
+from one counter, by packs of 1 to 8 heads, so that a head's tensors are still in the L2 cache, 0.272 to 0.277
+(the DRAM was read for 294 instead of 308 MB: 264 tiles are in flight, about 8 heads; 0.404 instead of 0.410
+at head dim 128); the next chunk's scores under this one's exponentials 0.276 in the dQ pass, 0.296 to 0.299
+in both; three warpgroups of 160 registers with chunks of 48, 0.272 to 0.279 beside 0.260; dV stored under a
+tile's last dK, 0.5% more, 2% at head dim 128, where it spills; there also lse and dlse loaded before a tile's
+scores, 1% more.
 
 By clocks read in the kernels at that size, a tile of 7 chunks a warpgroup took 13,800 in the dQ pass and
 16,300 in the dK/dV pass, before the looks ahead: 62 and 71% in chunks but the first, 16 and 9% in the first,
