@@ -121,8 +121,10 @@ FAMILY = Family(
 
 
 # For which calls keys are split, for each head dim: with at most so many tiles, and so many keys and more
-# for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which pays where they fill the
-# chip in one round, with one share each.) Measured on an H100, bfloat16, L2 cleared, us:
+# for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which pays where they fill
+# the chip in one round, with one share each. A target doesn't say how many multiprocessors it has: with
+# fewer than 132, the last tiles of that many take a second round, which nobody has measured.) Measured on
+# an H100, bfloat16, L2 cleared, us:
 #
 # =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
 # head dim 128                             head dim 64

@@ -72,7 +72,9 @@ SPLIT_BLOCKS = 4  # of a multiprocessor, at most
 SPLIT_ROWS = 128  # query rows of a tile, by which calls are judged
 # With at most so many tiles, half as many as a large chip has multiprocessors, each is shared by two blocks
 # at least. Sharing costs the way of float32 sums to memory and back, and a second kernel, which the keys of
-# the longest tile must be worth. Measured on an H100, bfloat16, us:
+# the longest tile must be worth. Where the Hopper family has a forward but none with split keys that was
+# measured, they must be worth more; how much follows from the head dims below, not from its own. Measured on
+# an H100, bfloat16, us:
 #
 # =====  ====  =================================  ================================
 # tiles  keys  head dim 128: split, mma, hopper   head dim 64: split, mma, hopper
