@@ -15,7 +15,7 @@ MULTIPROCESSORS = 132  # of a full chip; only the scale of a feature hangs on it
 def unsupported(head_dims: Collection[int], head_dim: int, dtype: str, target: MachineTarget) -> str | None:
     """Why a pass with kernels for `head_dims` can't serve a head dim, dtype or target, or None."""
     if target.kind != "cuda" or target.arch != "sm_90a":
-        return f"the hopper family needs sm_90a, not {target.folder}"
+        return f"Hopper's instructions (TMA, wgmma) need sm_90a, not {target.folder}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not among {', '.join(DTYPES)}"
     if head_dim not in head_dims:
