@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_mma import compiled
+from compiled_kernels import compiled
 from length_problems import random_problem, truth
 
 from spattn_tvm import BandLayout, banded_attention
@@ -20,7 +20,7 @@ from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.hopper.abi import MOST_SPLITS, split_shares
+from spattn_tvm.families.hopper.abi import MOST_SPLITS, MOST_TILES, split_shares
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.store import ScheduleRecord, save_records
@@ -112,10 +112,13 @@ def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: 
 
 
 @pytest.mark.timeout(120)
-def test_the_machine_code_spills_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", MOST_TILES)
+def test_the_machine_code_spills_nothing(
+    head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path))
-    decisions = SPACE.untuned(64, "bfloat16", H100)
-    library, kernels = compiled("hopper_split", "forward", 64, decisions, H100)
+    decisions = SPACE.untuned(head_dim, "bfloat16", H100)
+    library, kernels = compiled("hopper_split", "forward", head_dim, decisions, H100)
     # Such as that wgmma is serialized.
     assert json.loads(library.with_suffix(".json").read_text())["resources"]["warnings"] == []
     assert len(kernels) == 2

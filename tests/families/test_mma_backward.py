@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_mma import compiled, machine_code
+from compiled_kernels import compiled, machine_code
 from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_decisions, draw_legal
 from sweep import DTYPES, check_problem
 from test_mma_forward import OTHER_KEYS, complete_problem

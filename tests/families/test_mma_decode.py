@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_mma import compiled, machine_code
+from compiled_kernels import compiled, machine_code
 from decode_problems import FORMS, DecodeProblem, random_decode
 from drawn_decisions import ARCHS, HEAD_DIMS, KIBIBYTES, check_features, check_fit, draw_legal
 from sweep import DTYPES

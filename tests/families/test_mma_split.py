@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_mma import compiled, require_nvcc
+from compiled_kernels import compiled, require_nvcc
 from length_problems import random_problem, truth
 
 from spattn_tvm import BandLayout, banded_attention

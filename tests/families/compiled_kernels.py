@@ -1,4 +1,4 @@
-"""Kernels of tensor-core families, compiled for chips that needn't be here, and their machine code."""
+"""GPU kernels, compiled for chips that needn't be here, and their machine code."""
 
 from __future__ import annotations
 
