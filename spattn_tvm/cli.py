@@ -98,11 +98,19 @@ class Strategy(str, enum.Enum):
 
 
 Shape = Annotated[
-    str, typer.Option(help="B,H,N,D: batch, heads (16/4: 16 query, 4 key/value heads), length, head dim.")
+    str,
+    typer.Option(
+        help="B,H,N,D: batch, heads (16/4: 16 query, 4 key/value heads), length (512/4096: 512 queries, the "
+        "last of 4096 keys), head dim."
+    ),
 ]
 Shapes = Annotated[
     list[str],
-    typer.Option("--shape", help="B,H,N,D (heads 16/4: 16 query, 4 key/value heads); may be repeated."),
+    typer.Option(
+        "--shape",
+        help="B,H,N,D (heads 16/4: 16 query, 4 key/value heads; N 512/4096: 512 queries, the last of 4096 "
+        "keys); may be repeated.",
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of q, k and v.")]
 LayoutOption = Annotated[

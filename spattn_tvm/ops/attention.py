@@ -252,11 +252,11 @@ def banded_attention(
         Ask for gradients that are bitwise equal from run to run; ``torch.use_deterministic_algorithms``
         asks as well. CPU kernels always are.
     impl : str
-        ``"auto"`` takes the device's preferred kernel family, the eager reference for float64, and the
-        reference with a warning where no kernel can serve. ``"reference"`` is that one; any other is the name
-        of a kernel family (``"cpu"``, ``"hopper"``, ``"mma"``, ``"hopper_split"``, ``"mma_split"`` or a
-        registered one), which is used or the call fails; the split ones, for few queries and many keys, have
-        no backward.
+        ``"auto"`` takes the device's preferred kernel family, or one that is made for such problems, the
+        eager reference for float64, and the reference with a warning where no kernel can serve.
+        ``"reference"`` is that one; any other is the name of a kernel family (``"cpu"``, ``"hopper"``,
+        ``"mma"``, ``"hopper_split"``, ``"mma_split"`` or a registered one), which is used or the call fails;
+        the split ones, for few queries and many keys, have no backward.
 
     Returns
     -------
