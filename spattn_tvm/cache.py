@@ -158,9 +158,11 @@ class KeyValueCache(ABC):
         """
         check_row_values("begin", begin, self.batch_size, self.lengths.device)
         if begin.device.type == "cpu" and has_values(begin):
-            if bool(((self.lengths > 0) & (begin > 0)).any()):
+            late = ((self.lengths > 0) & (begin > 0)).nonzero().flatten()
+            if len(late):
                 raise ValueError(
-                    "padding on the left belongs to a row's first tokens, and it has some already"
+                    f"padding on the left belongs to a row's first tokens, and row {int(late[0])} has some "
+                    f"already, {int(self.lengths[late[0]])}: begin at 0, or reset the cache"
                 )
             if self.starts is None and not bool(begin.any()):
                 return

@@ -401,14 +401,19 @@ class BandedAttention(nn.Module):
     def _attend_with_cache(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, key_padding_mask: Tensor | None
     ) -> Tensor:
-        counts = None
+        counts, starts = None, cache.starts
         if key_padding_mask is not None:
             begin, counts = token_range(key_padding_mask, torch.Size((k.shape[0], k.shape[2])))
             cache.begin_rows(begin)
             is_read = counts.device.type == "cpu" and has_values(counts)
             if is_read and bool((counts == k.shape[2]).all()):
                 counts = None
-        return cache.attend(q, k, v, counts=counts, impl=self.impl)
+        try:
+            return cache.attend(q, k, v, counts=counts, impl=self.impl)
+        except BaseException:
+            # The padding of a call that stored nothing must not be that of the next one.
+            cache.starts = starts
+            raise
 
 
 def _resolve(layout: BandLayout | str, num_heads: int, context_length: int | None) -> BandLayout:

@@ -291,7 +291,7 @@ def test_what_cannot_be_right_raises() -> None:
             call(q[:, :, :5], k[:, :, :5], k[:, :, :5])
     assert cache.known_length == 60
     assert cache.lengths.tolist() == [60], "a refused call stores nothing"
-    with pytest.raises(ValueError, match="has some already"):
+    with pytest.raises(ValueError, match="row 0 has some already, 60: begin at 0"):
         cache.begin_rows(torch.tensor([2]))
     for sizes_of_others, error, message in (
         ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),

@@ -444,6 +444,22 @@ def test_padding_changes_nothing(side: str) -> None:
         torch.testing.assert_close(leaf.grad[row, place], alone.grad[0], atol=1e-5, rtol=1e-4)
 
 
+def test_padding_of_a_refused_call_is_forgotten() -> None:
+    module, x, mask = _module(), torch.randn(2, 20, 128), torch.zeros(2, 20, dtype=torch.bool)
+    mask[0, :7] = True
+    cache = module.make_cache(2)
+    with torch.no_grad():
+        expected, impl = module(x), module.impl
+        module.impl = "foo"
+        for tokens in (8, 20):
+            with pytest.raises(ValueError, match="impl must be one of"):
+                module(x[:, :tokens], cache=cache, key_padding_mask=mask[:, :tokens])
+        module.impl = impl
+        torch.testing.assert_close(module(x, cache=cache), expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="row 0 has some already, 20"):
+            module(x[:, :2], cache=cache, key_padding_mask=mask[:, 6:8])
+
+
 def test_padding_whose_values_cannot_be_read() -> None:
     """In compiled code, in a map and of fake tensors; with a cache and without."""
     module, x, mask = _module(), torch.randn(2, 20, 128), torch.zeros(2, 20, dtype=torch.bool)
