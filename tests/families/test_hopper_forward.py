@@ -1,10 +1,11 @@
-"""What the Hopper forward can be built with, which the builder tells before it imports TVM; on a GPU, what it
-gives, with keys split over blocks too (the rest of which is in test_hopper_split.py)."""
+"""What the Hopper forward can be built with; on a GPU, what it gives, with keys split over blocks
+too (the rest of which is in test_hopper_split.py)."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from spattn_tvm.families.hopper.forward_sizes import (
     producer_registers,
     shared_bytes,
 )
+from spattn_tvm.families.hopper.split import build_hopper_split
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_forward
 from spattn_tvm.ops.band_tables import find_domain
@@ -34,6 +36,7 @@ from spattn_tvm.runtime import load_library
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("hopper", "forward")
+SPLIT = {"least_chunks": 1}  # the decision that keys are split over blocks by
 
 
 @pytest.fixture
@@ -86,6 +89,19 @@ def test_what_would_hang_spill_or_compute_wrongly_is_refused(
     assert message in str(SPACE.rejection(decisions, 128, "bfloat16", h200))
     with pytest.raises(ValueError, match=message):
         build_hopper_forward(decisions, 128, "bfloat16")
+    with pytest.raises(ValueError, match=message):
+        build_hopper_split({**decisions, **SPLIT}, 128, "bfloat16")
+
+
+@pytest.mark.parametrize("build", [build_hopper_forward, build_hopper_split])
+def test_builders_refuse_head_dims_and_dtypes_without_kernels(
+    build: Callable[..., object], h200: MachineTarget
+) -> None:
+    decisions = {**SPACE.untuned(128, "bfloat16", h200), **SPLIT}
+    with pytest.raises(ValueError, match="dtype must be 'bfloat16' or 'float16', got 'float32'"):
+        build(decisions, 128, "float32")
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 64, got 96"):
+        build(decisions, 96, "bfloat16")
 
 
 def test_unsupported_problems_are_refused_with_a_reason(h200: MachineTarget) -> None:
@@ -126,7 +142,6 @@ LARGE_CHUNKS = {
     "consumer_warpgroups": 2, "consumer_registers": 240, "key_rows": 128, "stages": 2, "overlap": 0,
     "queries_in_registers": 0,
 }  # fmt: skip
-SPLIT = {"least_chunks": 1}
 variants = pytest.mark.parametrize(
     "changes,dtype,head_dim",
     [
