@@ -16,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -468,6 +469,11 @@ def _serve(rank: int, tasks: Sequence[_Task], folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # All is written. The ring's collectives keep threads of gloo's past the group, and one that lets go of a
+    # tensor while Python ends aborts the process, and with it the benchmark (pytorch/pytorch#190489).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------
