@@ -4,26 +4,26 @@ results is tested beside the forward's, in test_hopper_forward.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from compiled_kernels import compiled
-from length_problems import random_problem, truth
+from split_calls import (
+    check_choice_beside_a_record,
+    check_features,
+    check_random_problems,
+    check_short_calls,
+)
 
-from spattn_tvm import BandLayout, banded_attention
-from spattn_tvm.choice import find_schedule
-from spattn_tvm.dispatch import find_kernel
+from spattn_tvm import BandLayout
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
 from spattn_tvm.families.hopper.abi import MOST_SPLITS, MOST_TILES, split_shares
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import parse_target
 
 PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "100"))
@@ -58,10 +58,7 @@ def test_what_it_has_no_kernels_for_is_refused_with_a_reason() -> None:
 
 
 def test_features_tell_the_shares() -> None:
-    few = {**SPACE.untuned(128, "bfloat16", H100), "least_chunks": 8}
-    assert all(math.isfinite(value) for value in SPACE.features(few, SHORT))
-    narrow = dataclasses.replace(SHORT, layout=BandLayout.sliding_window(16, 256))
-    assert SPACE.features(few, narrow) != SPACE.features({**few, "least_chunks": 1}, narrow)
+    check_features("hopper_split", SHORT, H100)
 
 
 def test_shares_fill_the_multiprocessors() -> None:
@@ -97,18 +94,7 @@ def test_scratch_is_the_shares_and_next_to_nothing_for_one() -> None:
 
 
 def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: Path) -> None:
-    def record(family: str, latency_us: float) -> None:
-        kernel = KernelSpec.untuned(family, SHORT, H100)
-        save_records([ScheduleRecord(SHORT, H100.folder, kernel, latency_us)], tmp_path)
-
-    record("hopper", 130.0)
-    choice = find_schedule(SHORT, H100, root=tmp_path)
-    assert choice.kernel == KernelSpec.untuned("hopper_split", SHORT, H100)
-    assert "hopper_split is preferred to hopper" in choice.reason
-    assert find_schedule(dataclasses.replace(SHORT, batch=9), H100, root=tmp_path).kernel.family == "hopper"
-    # Measured beside it, the faster one serves.
-    record("hopper_split", 150.0)
-    assert find_schedule(SHORT, H100, root=tmp_path).kernel.family == "hopper"
+    check_choice_beside_a_record("hopper_split", "hopper", SHORT, H100, tmp_path)
 
 
 @pytest.mark.timeout(120)
@@ -144,20 +130,7 @@ def skip_unless_hopper() -> None:
 )
 def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> None:
     skip_unless_hopper()
-    for seed in range(PROBLEMS):
-        problem = random_problem(seed, (head_dim,))
-        q, k, v, _, _ = problem.tensors(dtype, "cuda")
-        given = problem.arguments("cuda")
-        found = banded_attention(q, k, v, problem.layout, return_lse=True, impl="hopper_split", **given)
-        again = banded_attention(q, k, v, problem.layout, return_lse=True, impl="hopper_split", **given)
-        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), problem
-        keyless, expected = ~problem.mask().any(-1), truth(problem, dtype=dtype)
-        o, lse = (result.double().cpu() for result in found)
-        assert torch.equal(lse == -torch.inf, keyless) and not o[keyless].any(), problem
-        for result, exact in ((o, expected["o"]), (lse, expected["lse"])):
-            error = (result - exact).masked_fill_(keyless[..., None] if result is o else keyless, 0.0).norm()
-            size = exact.masked_fill(exact.isinf(), 0.0).norm()
-            assert error <= relative * (size + 1), (float(error), float(size), problem)
+    check_random_problems("hopper_split", dtype, head_dim, relative, PROBLEMS)
 
 
 @pytest.mark.gpu
@@ -168,17 +141,4 @@ def test_short_calls_take_it_by_themselves_again_and_in_graphs(head_dim: int, qu
     layout = BandLayout.spattention(16, 16384)
     shapes = ((1, 16, queries, head_dim), (1, 4, 16384, head_dim), (1, 4, 16384, head_dim))
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    assert find_kernel("forward", q, layout.spec, kv_heads=4, kv_length=16384).family == "hopper_split"
-    expected = banded_attention(q, k, v, layout, impl="hopper")
-    torch.cuda.synchronize()
-    found = [banded_attention(q, k, v, layout) for _ in range(5)]
-    torch.testing.assert_close(found[0], expected, rtol=2e-2, atol=2e-3)
-    assert all(torch.equal(found[0], other) for other in found)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        o = banded_attention(q, k, v, layout)
-    for _ in range(3):
-        o.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(o, found[0])
+    check_short_calls("hopper_split", "hopper", q, k, v, layout)

@@ -5,26 +5,27 @@ beside the forward's, in test_mma_forward.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from compiled_kernels import compiled, require_nvcc
-from length_problems import random_problem, truth
+from split_calls import (
+    check_choice_beside_a_record,
+    check_features,
+    check_random_problems,
+    check_short_calls,
+)
 
-from spattn_tvm import BandLayout, banded_attention
+from spattn_tvm import BandLayout
 from spattn_tvm.bundle import read_manifest
 from spattn_tvm.choice import find_schedule
-from spattn_tvm.dispatch import find_kernel
 from spattn_tvm.export import export_bundle
 from spattn_tvm.families import find_family, find_space, is_made_for
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.mma.abi import HOPPER_HEAD_DIMS, SPLIT_BY_HOPPER
 from spattn_tvm.problem import AttentionProblem
-from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
 PROBLEMS = int(os.environ.get("SPATTN_SWEEP", "100"))
@@ -59,10 +60,7 @@ def test_it_knows_what_the_hopper_forward_has_kernels_for() -> None:
 
 
 def test_features_tell_the_shares() -> None:
-    few = {**SPACE.untuned(128, "bfloat16", H100), "least_chunks": 8}
-    assert all(math.isfinite(value) for value in SPACE.features(few, SHORT))
-    narrow = dataclasses.replace(SHORT, layout=BandLayout.sliding_window(16, 256))
-    assert SPACE.features(few, narrow) != SPACE.features({**few, "least_chunks": 1}, narrow)
+    check_features("mma_split", SHORT, H100)
 
 
 def rows(batch: int = 1, queries: int = 128, workers: int = 132) -> int:
@@ -85,20 +83,8 @@ def test_scratch_grows_with_the_multiprocessors_not_with_the_call() -> None:
 
 def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: Path) -> None:
     short = dataclasses.replace(SHORT, head_dim=192)
-
-    def record(family: str, latency_us: float) -> None:
-        kernel = KernelSpec.untuned(family, short, H100)
-        save_records([ScheduleRecord(short, H100.folder, kernel, latency_us)], tmp_path)
-
-    record("hopper", 130.0)
-    choice = find_schedule(short, H100, root=tmp_path)
-    assert choice.kernel == KernelSpec.untuned("mma_split", short, H100)
-    assert "mma_split is preferred to hopper" in choice.reason
-    assert find_schedule(dataclasses.replace(short, batch=9), H100, root=tmp_path).kernel.family == "hopper"
+    check_choice_beside_a_record("mma_split", "hopper", short, H100, tmp_path)
     assert find_schedule(short, H100, families=["mma"], root=tmp_path).kernel.family == "mma"
-    # Measured beside it, the faster one serves.
-    record("mma_split", 150.0)
-    assert find_schedule(short, H100, root=tmp_path).kernel.family == "hopper"
 
 
 @pytest.mark.timeout(120)
@@ -133,20 +119,7 @@ def test_a_bundle_for_short_calls_serves_others_too(tmp_path: Path, monkeypatch:
     ],
 )
 def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> None:
-    for seed in range(PROBLEMS):
-        problem = random_problem(seed, (head_dim,))
-        q, k, v, _, _ = problem.tensors(dtype, "cuda")
-        given = problem.arguments("cuda")
-        found = banded_attention(q, k, v, problem.layout, return_lse=True, impl="mma_split", **given)
-        again = banded_attention(q, k, v, problem.layout, return_lse=True, impl="mma_split", **given)
-        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), problem
-        keyless, expected = ~problem.mask().any(-1), truth(problem, dtype=dtype)
-        o, lse = (result.double().cpu() for result in found)
-        assert torch.equal(lse == -torch.inf, keyless) and not o[keyless].any(), problem
-        for result, exact in ((o, expected["o"]), (lse, expected["lse"])):
-            error = (result - exact).masked_fill_(keyless[..., None] if result is o else keyless, 0.0).norm()
-            size = exact.masked_fill(exact.isinf(), 0.0).norm()
-            assert error <= relative * (size + 1), (float(error), float(size), problem)
+    check_random_problems("mma_split", dtype, head_dim, relative, PROBLEMS)
 
 
 @pytest.mark.gpu
@@ -154,17 +127,4 @@ def test_short_calls_take_it_by_themselves_again_and_in_graphs() -> None:
     layout = BandLayout.spattention(16, 8192)
     shapes = ((1, 16, 100, 96), (1, 4, 8192, 96), (1, 4, 8192, 96))
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    assert find_kernel("forward", q, layout.spec, kv_heads=4, kv_length=8192).family == "mma_split"
-    expected = banded_attention(q, k, v, layout, impl="mma")
-    torch.cuda.synchronize()
-    found = [banded_attention(q, k, v, layout) for _ in range(5)]
-    torch.testing.assert_close(found[0], expected, rtol=2e-2, atol=2e-3)
-    assert all(torch.equal(found[0], other) for other in found)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        o = banded_attention(q, k, v, layout)
-    for _ in range(3):
-        o.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(o, found[0])
+    check_short_calls("mma_split", "mma", q, k, v, layout)
