@@ -70,8 +70,8 @@ class ShareMerge:
     def prepare(self) -> None:
         """What the family needs of the call in every row."""
 
-    def address(self, batch: Any, head: Any, query: Any, column: Any) -> Any:
-        """A pointer to, or the global address of, a column of a row of o."""
+    def address(self, column: Any) -> Any:
+        """A pointer to, or the global address of, a column of the row of o."""
         raise NotImplementedError
 
     def weigh(self) -> None:
@@ -116,11 +116,9 @@ class ShareMerge:
             )
 
     @T.inline
-    def weigh_by_references(self, has_keys):
+    def weigh_by_references(self):
         self.find_top(self.sums[0])
         self.weight[0] = T.exp2(self.sums[0] - self.top[0])
-        self.add_sums(has_keys)
-        self.lse[0] = (self.top[0] + T.log2(self.total[0])) * T.float32(LN2)
 
     @T.inline
     def add_sums(self, has_keys):
@@ -159,22 +157,27 @@ class ShareMerge:
                     self.values[i] = self.values[i] + parts[p * QUAD * self.units + i] * weight
             share = share + FAN
 
+    def locate(self) -> None:
+        """The row's batch row, head and query."""
+        pair = scalar("int32", T.truncdiv(self.row, self.call.length))
+        self.query = scalar("int32", self.row - pair * self.call.length)
+        self.batch = scalar("int32", T.truncdiv(pair, self.call.query_heads))
+        self.head = scalar("int32", pair - self.batch * self.call.query_heads)
+
     @T.inline
     def store(self):
-        call = T.meta_var(self.call)
-        head: T.int32 = T.truncdiv(self.row, call.length)
-        query: T.int32 = self.row - head * call.length
-        batch: T.int32 = T.truncdiv(head, call.query_heads)
-        head = head - batch * call.query_heads
+        self.locate()
         # A query without keys; one that is NaN, or sees NaN, has a sum of NaN.
         is_keyless: T.bool = self.total[0] == T.float32(0)
         factor: T.float32 = T.Select(is_keyless, T.float32(0), T.float32(1) / self.total[0])
         if self.lane == 0:
-            call.lse[batch, head, query] = T.Select(is_keyless, T.float32(-INF), self.lse[0])
+            self.call.lse[self.batch, self.head, self.query] = T.Select(
+                is_keyless, T.float32(-INF), self.lse[0]
+            )
         for u in T.unroll(self.units):
             column: T.int32 = (self.lane + 32 * u) * QUAD
             if column < self.head_dim:
-                to = T.meta_var(self.address(batch, head, query, column))
+                to = T.meta_var(self.address(column))
                 self.store_quad(to, u * QUAD, factor)
 
     @T.inline

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.share_merge import ShareMerge
+from spattn_tvm.domains.share_merge import LN2, ShareMerge
 from spattn_tvm.domains.variables import scalar
 
 from .attend_row import attend_row
@@ -37,13 +37,15 @@ class Merge(ShareMerge):
     def prepare(self) -> None:
         self.again = scalar("int32", T.int32(0))
 
-    def address(self, batch: Any, head: Any, query: Any, column: Any) -> Any:
-        return scalar("uint64", element(self.call.o, batch, head, query, column))
+    def address(self, column: Any) -> Any:
+        return scalar("uint64", element(self.call.o, self.batch, self.head, self.query, column))
 
     @T.inline
     def weigh(self):
         has_keys: T.bool = self.sums[1] != T.float32(0)
-        self.weigh_by_references(has_keys)
+        self.weigh_by_references()
+        self.add_sums(has_keys)
+        self.lse[0] = (self.top[0] + T.log2(self.total[0])) * T.float32(LN2)
         has_risen: T.bool = T.And(has_keys, self.sums[2] == T.float32(0))
         # Relative to a huge reference, which is rounded, even the greatest score may weigh 0.
         is_huge: T.bool = self.sums[3] != T.float32(0)
@@ -61,8 +63,6 @@ class Merge(ShareMerge):
         if self.again != 0:
             T.cuda.warp_sync()
             call = T.meta_var(self.call)
-            head: T.int32 = T.truncdiv(self.row, call.length)
-            query: T.int32 = self.row - head * call.length
-            batch: T.int32 = T.truncdiv(head, call.query_heads)
-            head = head - batch * call.query_heads
-            attend_row(call, self.dtype, self.head_dim, call.scale, self.lane, batch, head, query)
+            attend_row(
+                call, self.dtype, self.head_dim, call.scale, self.lane, self.batch, self.head, self.query
+            )  # fmt: skip

@@ -154,9 +154,9 @@ class Merge(ShareMerge):
         factor = T.abs(self.call.scale) * T.float32(LOG2E)
         self.scale2 = scalar("float32", T.max(factor, T.float32(LEAST_SCALE)))
 
-    def address(self, batch: Any, head: Any, query: Any, column: Any) -> Any:
+    def address(self, column: Any) -> Any:
         o = self.call.o
-        to = scalar("int64", o.row(batch, head, query) + T.cast(column, "int64"))
+        to = scalar("int64", o.row(self.batch, self.head, self.query) + T.cast(column, "int64"))
         return o.flat.ptr_to([to])
 
     @T.inline
@@ -176,8 +176,7 @@ class Merge(ShareMerge):
             )
             self.weight[0] = T.exp2(T.min(self.weight[0], T.float32(0)))
         else:
-            self.find_top(self.sums[0])
-            self.weight[0] = T.exp2(self.sums[0] - self.top[0])
+            self.weigh_by_references()
         self.add_sums(has_keys)
         top: T.float32 = T.if_then_else(
             any_huge, self.top[0] * (self.scale2 * T.float32(LN2)), self.top[0] * T.float32(LN2)
