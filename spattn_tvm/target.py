@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 GENERIC_MODEL = "generic"
 
@@ -24,18 +24,32 @@ _X86_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 _CPU_ARCHS = ("x86-64", *(level for level, _ in _X86_LEVELS), "aarch64")
 
-_CHIPS: dict[str, str] = {
-    "a100": "sm_80",
-    "a10": "sm_86",
-    "a40": "sm_86",
-    "rtx3090": "sm_86",
-    "l40s": "sm_89",
-    "rtx4090": "sm_89",
-    "h100": "sm_90a",
-    "h200": "sm_90a",
-    "gh200": "sm_90a",
-    "b200": "sm_100a",
-    "rtx5090": "sm_120a",
+
+class _Chip(NamedTuple):
+    arch: str
+    multiprocessors: int
+
+
+# By the words of its name that make it another chip. Multiprocessors from NVIDIA's architecture whitepapers
+# (A100, GA102, Ada, H100, RTX Blackwell) and, of cards that none names, from the CUDA cores of their data
+# sheets: 64 a multiprocessor on sm_80, else 128. H20 and B200, for which neither says it: as CUDA reports it.
+_CHIPS: dict[str, _Chip] = {
+    "a100": _Chip("sm_80", 108),
+    "a10": _Chip("sm_86", 72),
+    "a40": _Chip("sm_86", 84),
+    "rtx3090": _Chip("sm_86", 82),
+    "l40s": _Chip("sm_89", 142),
+    "rtx4090": _Chip("sm_89", 128),
+    "rtx4090-d": _Chip("sm_89", 114),
+    "h100": _Chip("sm_90a", 132),
+    "h100-pcie": _Chip("sm_90a", 114),
+    "h200": _Chip("sm_90a", 132),
+    "h800": _Chip("sm_90a", 132),
+    "h800-pcie": _Chip("sm_90a", 114),
+    "h20": _Chip("sm_90a", 78),
+    "gh200": _Chip("sm_90a", 132),
+    "b200": _Chip("sm_100a", 148),
+    "rtx5090": _Chip("sm_120a", 170),
 }
 # From sm_90 on, code for the "a" variant may use the chip's own instructions (wgmma, TMA) and every chip of
 # that compute capability runs it.
@@ -116,6 +130,19 @@ class MachineTarget:
     def folder(self) -> str:
         """Folder name under ``schedules/`` and ``autotune_logs/``; :func:`parse_target` reads it back."""
         return f"{self.kind}-{self.arch}-{self.model}"
+
+    @property
+    def multiprocessors(self) -> int:
+        """Multiprocessors of the chip model, by which a call is judged to fill it or not; 0 of a CPU.
+
+        Of a model that isn't known, such as a slice of a chip (MIG), those of the largest known chip with its
+        instruction set. They are not read from the device: a search, an export from another machine and the
+        call must judge alike. What a kernel is launched with is read from it.
+        """
+        known = _CHIPS.get(self.model.removeprefix("nvidia-"))
+        if known is not None and known.arch == self.arch:
+            return known.multiprocessors
+        return max((chip.multiprocessors for chip in _CHIPS.values() if chip.arch == self.arch), default=0)
 
     def tvm_target(self) -> Any:
         """The ``tvm.target.Target`` to compile with. Imports TVM."""
@@ -237,11 +264,11 @@ def detect_cpu() -> MachineTarget:
 def _cuda_model(name: str) -> str:
     """``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100"``; unknown chips, MIG and laptop parts stay whole."""
     slug = _slug(name)
-    if not {"mig", "laptop"} & set(slug.split("-")):
-        joined = re.sub(r"\brtx-(\d)", r"rtx\1", slug)
-        for word in joined.split("-"):
-            if word in _CHIPS:
-                return f"nvidia-{word}"
+    words = set(re.sub(r"\brtx-(\d)", r"rtx\1", slug).split("-"))
+    if not {"mig", "laptop"} & words:
+        named = [chip for chip in _CHIPS if words.issuperset(chip.split("-"))]
+        if named:
+            return f"nvidia-{max(named, key=len)}"
     return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
 
 
@@ -317,9 +344,10 @@ def parse_target(text: str) -> MachineTarget:
         return detect_cpu()
     if name == "cuda":
         return detect_cuda(0)
-    chip = re.sub(r"^nvidia[/-]", "", name).replace("-", "")
-    if chip in _CHIPS:
-        return MachineTarget("cuda", _CHIPS[chip], f"nvidia-{chip}")
+    letters = re.sub(r"^nvidia[/-]", "", name).replace("-", "")
+    for chip, facts in _CHIPS.items():
+        if letters == chip.replace("-", ""):
+            return MachineTarget("cuda", facts.arch, f"nvidia-{chip}")
     for kind, archs in (("cpu", _CPU_ARCHS), ("cuda", _CUDA_ARCHS)):
         rest = name.removeprefix(f"{kind}-")
         for arch in sorted(archs, key=len, reverse=True):

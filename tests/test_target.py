@@ -82,6 +82,8 @@ def test_this_cpu_is_detected_and_its_code_runs_here() -> None:
         ("H100", MachineTarget("cuda", "sm_90a", "nvidia-h100")),
         ("nvidia-a100", MachineTarget("cuda", "sm_80", "nvidia-a100")),
         ("rtx-4090", MachineTarget("cuda", "sm_89", "nvidia-rtx4090")),
+        ("nvidia/h100-pcie", MachineTarget("cuda", "sm_90a", "nvidia-h100-pcie")),
+        ("RTX4090-D", MachineTarget("cuda", "sm_89", "nvidia-rtx4090-d")),
         ("cpu-x86-64-v4-amd-25-17", MachineTarget("cpu", "x86-64-v4", "amd-25-17")),
         ("cpu-x86-64-amd-15-1", MachineTarget("cpu", "x86-64", "amd-15-1")),
         ("cuda-sm_90a-nvidia-h200", MachineTarget("cuda", "sm_90a", "nvidia-h200")),
@@ -127,10 +129,42 @@ def test_a_target_of_unknown_parts_is_refused(kind: str, arch: str, model: str) 
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "nvidia-geforce-rtx-4090-laptop-gpu"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "nvidia-h100-80gb-hbm3-mig-1g-10gb"),
         ("NVIDIA GH200 480GB", "nvidia-gh200"),
+        ("NVIDIA A100-PCIE-40GB", "nvidia-a100"),
+        ("NVIDIA H100 NVL", "nvidia-h100"),
+        ("NVIDIA H100 PCIe", "nvidia-h100-pcie"),
+        ("NVIDIA H800 PCIe", "nvidia-h800-pcie"),
+        ("NVIDIA GeForce RTX 4090 D", "nvidia-rtx4090-d"),
     ],
 )
-def test_cuda_models_drop_memory_sizes_and_form_factors(name: str, model: str) -> None:
+def test_cuda_models_drop_memory_sizes_and_what_makes_no_other_chip(name: str, model: str) -> None:
     assert targets._cuda_model(name) == model
+
+
+@pytest.mark.parametrize(
+    ("text", "multiprocessors"),
+    [
+        ("nvidia/h100", 132),
+        ("cuda-sm_90a-nvidia-h100-pcie", 114),
+        ("h20", 78),
+        ("a100", 108),
+        # Of the largest chip with the instruction set.
+        ("cuda-sm_90a-nvidia-h100-80gb-hbm3-mig-1g-10gb", 132),
+        ("sm_86", 84),
+        # Of no such chip.
+        ("cuda-sm_80-nvidia-h20", 108),
+        ("cpu-x86-64-v3", 0),
+    ],
+)
+def test_multiprocessors_are_the_models(text: str, multiprocessors: int) -> None:
+    assert parse_target(text).multiprocessors == multiprocessors
+
+
+@pytest.mark.gpu
+def test_the_table_has_the_multiprocessors_of_this_gpu() -> None:
+    found = detect_cuda(0)
+    if found.folder != parse_target(found.model).folder:
+        pytest.skip(f"{found.model} is not in the table")
+    assert found.multiprocessors == torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def test_code_runs_on_its_own_level_and_above(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from split_calls import (
 )
 
 from spattn_tvm import BandLayout
-from spattn_tvm.families import find_family, find_space
+from spattn_tvm.families import find_family, find_space, is_made_for
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.hopper.abi import MOST_SPLITS, MOST_TILES, split_shares
+from spattn_tvm.families.hopper.abi import LEAST_MULTIPROCESSORS, MOST_SPLITS, split_shares
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import parse_target
@@ -74,6 +74,22 @@ def test_shares_fill_the_multiprocessors() -> None:
         assert -(-tiles * shares // 132) / shares <= -(-tiles // 132)
 
 
+@pytest.mark.parametrize(
+    "chip,multiprocessors", [("h100", 132), ("h100-pcie", 114), ("h20", 78), ("sm_90a", 132)]
+)
+@pytest.mark.parametrize("family,head_dim", [("hopper_split", 64), ("hopper_split", 128), ("mma_split", 192)])
+def test_calls_with_more_tiles_than_fill_the_chip_are_not_for_it(
+    family: str, head_dim: int, chip: str, multiprocessors: int
+) -> None:
+    most = multiprocessors if head_dim == 64 else multiprocessors // 2
+    for tiles in (most, most + 1):
+        layout = BandLayout.causal(tiles, 32768)
+        short = AttentionProblem(
+            "forward", "bfloat16", 1, tiles, tiles, 100, head_dim, layout, kv_length=32768
+        )
+        assert is_made_for(family, short, parse_target(chip)) == (tiles == most)
+
+
 def scratch(**changes: int) -> tuple[int, int]:
     """Rows of the partial outputs and sums for each query row, 0 where there is one share, and for all."""
     sizes = Sizes(1, 16, 4, 512, 32768, 128, 132)._replace(**changes)
@@ -98,7 +114,7 @@ def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", MOST_TILES)
+@pytest.mark.parametrize("head_dim", LEAST_MULTIPROCESSORS)
 def test_the_machine_code_spills_nothing(
     head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,11 +120,10 @@ FAMILY = Family(
 )
 
 
-# For which calls keys are split, for each head dim: with at most so many tiles, and so many keys and more
-# for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which pays where they fill
-# the chip in one round, with one share each. A target doesn't say how many multiprocessors it has: with
-# fewer than 132, the last tiles of that many take a second round, which nobody has measured.) Measured on
-# an H100, bfloat16, L2 cleared, us:
+# For which calls keys are split, for each head dim: with so many multiprocessors for each tile at least, and
+# so many keys and more for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which
+# pays where they fill the chip in one round, with one share each.) Measured on an H100 of 132
+# multiprocessors, bfloat16, L2 cleared, us:
 #
 # =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
 # head dim 128                             head dim 64
@@ -144,17 +143,18 @@ FAMILY = Family(
 #
 # (In brackets with 4 shares where one is as fast as the whole forward.) 64 tiles of 4 sequences with 128
 # queries and 2048 keys each, which are bound by memory, took 49.8 and 44.3 in the whole forward.
-MOST_TILES = {64: 132, 128: 66}
+LEAST_MULTIPROCESSORS = {64: 1, 128: 2}
 LEAST_KEYS = 360
 MORE_KEYS = {64: 10, 128: 20}
 
 
 def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool:
-    if problem.head_dim not in MOST_TILES or problem.dtype == "float32":
+    if problem.head_dim not in LEAST_MULTIPROCESSORS or problem.dtype == "float32":
         return False
     tiles = split_tiles(problem.batch, problem.query_heads, problem.length, problem.head_dim)
     least = LEAST_KEYS + MORE_KEYS[problem.head_dim] * tiles
-    return tiles <= MOST_TILES[problem.head_dim] and problem.most_keys >= least
+    taken = tiles * LEAST_MULTIPROCESSORS[problem.head_dim]
+    return taken <= target.multiprocessors and problem.most_keys >= least
 
 
 SPLIT = Family(

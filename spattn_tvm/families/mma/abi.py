@@ -70,11 +70,11 @@ DECODE = Abi(
 MOST_SPLITS = 32
 SPLIT_BLOCKS = 4  # of a multiprocessor, at most
 SPLIT_ROWS = 128  # query rows of a tile, by which calls are judged
-# With at most so many tiles, half as many as a large chip has multiprocessors, each is shared by two blocks
-# at least. Sharing costs the way of float32 sums to memory and back, and a second kernel, which the keys of
-# the longest tile must be worth. Where the Hopper family has a forward but none with split keys that was
-# measured, they must be worth more; how much follows from the head dims below, not from its own. Measured on
-# an H100, bfloat16, us:
+# With so many multiprocessors for each tile at least, each is shared by two blocks at least. Sharing costs
+# the way of float32 sums to memory and back, and a second kernel, which the keys of the longest tile must be
+# worth. Where the Hopper family has a forward but none with split keys that was measured, they must be worth
+# more; how much follows from the head dims below, not from its own. Measured on an H100 of 132
+# multiprocessors, bfloat16, us:
 #
 # =====  ====  =================================  ================================
 # tiles  keys  head dim 128: split, mma, hopper   head dim 64: split, mma, hopper
@@ -89,7 +89,7 @@ SPLIT_ROWS = 128  # query rows of a tile, by which calls are judged
 #    64  4096  68.3, 131, 74.4                    46.9, 91.8, 71.4
 #    96  4096  111, 133, 75.7
 # =====  ====  =================================  ================================
-MOST_TILES = 66
+LEAST_MULTIPROCESSORS = 2
 LEAST_KEYS = 256
 LEAST_KEYS_BESIDE_HOPPER = 600  # and a quarter of the head dim more for each tile
 HOPPER_HEAD_DIMS = (64, 128, 192)  # which it has in two-byte types
@@ -125,7 +125,7 @@ def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool
         if problem.head_dim in SPLIT_BY_HOPPER:
             return False
         least = LEAST_KEYS_BESIDE_HOPPER + tiles * problem.head_dim // 4
-    return tiles <= MOST_TILES and problem.most_keys >= least
+    return tiles * LEAST_MULTIPROCESSORS <= target.multiprocessors and problem.most_keys >= least
 
 
 def _runs_on(target: MachineTarget) -> bool:
