@@ -97,13 +97,16 @@ def _recomputed(model: Any, layout: Any, ids: Tensor, mask: Tensor, steps: int) 
     return logits[:, -steps - 1 : -1]
 
 
-def _check_case(seed: int, model: Any, device: str = "cpu") -> None:
+def _check_case(
+    seed: int, model: Any, device: str = "cpu", kind: str | None = None, is_compiled: bool = False
+) -> None:
+    """A random case, on a cache of some kind; of a GPU's static caches transformers compiles the steps."""
     chance = random.Random(seed)
     layout = chance.choice(list(LAYOUTS.values()))
     batch, steps = chance.randint(1, 3), chance.choice((3, 10, 30))
     ids, mask = (t.to(device) for t in _prompts(chance, batch, chance.random() < 0.6))
-    kind = chance.choice(KINDS)
-    settings: dict[str, Any] = {}
+    kind = kind or chance.choice(KINDS)
+    settings: dict[str, Any] = {"disable_compile": not is_compiled}
     if chance.random() < 0.5:
         settings["prefill_chunk_size"] = chance.choice((1, 3, 16, 20))
     _with(model, layout)
@@ -379,9 +382,20 @@ def test_memory_is_what_the_bands_need(models: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error::spattn_tvm.FallbackWarning")
 @pytest.mark.parametrize("kind", ["llama", "olmoe"])
 @pytest.mark.parametrize("seed", range(CASES))
 def test_logits_and_tokens_are_those_of_the_whole_sequence_on_the_gpu(seed: int, kind: str) -> None:
     register_the_definition()
     assert not torch.backends.cuda.matmul.allow_tf32
     _check_case(seed, make_model(kind).eval().cuda(), "cuda")
+
+
+# Each is compiled by itself, which takes ten times as long as the case.
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error::spattn_tvm.FallbackWarning")
+@pytest.mark.parametrize("cache", ["banded static", "static"])
+@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+def test_compiled_steps_are_those_of_the_whole_sequence_on_the_gpu(kind: str, cache: str) -> None:
+    register_the_definition()
+    _check_case(3, make_model(kind).eval().cuda(), "cuda", cache, is_compiled=True)
