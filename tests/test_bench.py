@@ -444,9 +444,9 @@ def test_a_stand_in_for_triton_kernels_is_made_once(monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, name, None)  # so that it is restored
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    peers._stand_in_for_triton_kernels()
+    peers.stand_in_for_triton_kernels()
     made = sys.modules["triton_kernels.matmul_ogs"]
-    peers._stand_in_for_triton_kernels()
+    peers.stand_in_for_triton_kernels()
     assert sys.modules["triton_kernels.matmul_ogs"] is made and made.PrecisionConfig is object
 
 

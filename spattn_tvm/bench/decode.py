@@ -8,6 +8,7 @@ copies memory. The cache is contiguous and full.
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu, detect_cuda
 
 from .clocks import CpuClock, CudaClock
-from .peers import window_sizes
+from .peers import stand_in_for_triton_kernels, window_sizes
 from .report import report_head
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class StepPeer:
-    """One implementation of a step: for which devices, whether it sees the layout's keys alone, and how it is
-    prepared; ``prepare`` raises where it can't run.
+    """One implementation of a step: for which devices, whether it sees the layout's keys alone, how it is
+    prepared (``prepare`` raises where it can't run), and in how many calls of its function.
     """
 
     title: str
     kinds: tuple[str, ...]
     same_mask: bool
     prepare: Callable[[_Inputs], Step]
+    calls: Callable[[_Inputs], int] = lambda inputs: 1
 
 
 def _ours(inputs: _Inputs) -> Step:
@@ -115,6 +117,16 @@ def _flash_attn_4(inputs: _Inputs) -> Step:
     return step
 
 
+# flash-sparse-attn's kernels multiply the index of a row of the batch, or of a head, by a stride in 32 bits.
+_REACH = 2**31 - 1
+
+
+def _flash_sparse_calls(inputs: _Inputs) -> int:
+    """As many as it takes for each to reach its part of the batch."""
+    rows = 1 + _REACH // inputs.k.stride(0)
+    return math.ceil(inputs.problem.batch / rows)
+
+
 def _flash_sparse(inputs: _Inputs) -> Step:
     import torch
 
@@ -122,14 +134,21 @@ def _flash_sparse(inputs: _Inputs) -> Step:
         raise RuntimeError("the package flash-sparse-attn is not installed")
     if inputs.problem.length != 1:
         raise RuntimeError("it decodes one query at a time")
+    if (inputs.problem.kv_heads - 1) * inputs.k.stride(1) > _REACH:
+        raise RuntimeError(f"offsets of 32 bits do not reach the last of {inputs.problem.kv_heads} heads")
+    sizes = torch.tensor(window_sizes(inputs.problem), dtype=torch.int32, device=inputs.q.device)
+    stand_in_for_triton_kernels()
     from flash_sparse_attn import flash_dense_attn_with_kvcache_func
 
-    sizes = torch.tensor(window_sizes(inputs.problem), dtype=torch.int32, device=inputs.q.device)
     q, k, v = inputs.q[:, :, 0], inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
+    calls = _flash_sparse_calls(inputs)
+    parts = list(zip(*(tensor.chunk(calls) for tensor in (q, k, v)), strict=True))
 
     def step() -> torch.Tensor:
-        o = flash_dense_attn_with_kvcache_func(q, k, v, window_sizes=sizes, is_local=True)
-        return (o[0] if isinstance(o, tuple) else o)[:, :, None]
+        found = [
+            flash_dense_attn_with_kvcache_func(*part, window_sizes=sizes, is_local=True) for part in parts
+        ]
+        return (found[0] if calls == 1 else torch.cat(found))[:, :, None]
 
     return step
 
@@ -140,26 +159,33 @@ STEP_PEERS: Mapping[str, StepPeer] = {
     "cudnn": StepPeer("cuDNN SDPA, dense", ("cuda",), False, _sdpa("CUDNN_ATTENTION")),
     "flash": StepPeer("Flash SDPA, dense", ("cuda",), False, _sdpa("FLASH_ATTENTION")),
     "fa4": StepPeer("flash-attn-4, dense", ("cuda",), False, _flash_attn_4),
-    "fsa": StepPeer("flash-sparse-attn, same mask", ("cuda",), True, _flash_sparse),
+    "fsa": StepPeer("flash-sparse-attn, same mask", ("cuda",), True, _flash_sparse, _flash_sparse_calls),
 }
 
 
 def _error(inputs: _Inputs, peer: StepPeer, o: torch.Tensor) -> float:
-    """The largest difference from float64 over the largest value, of one batch row's first key/value head."""
+    """The largest difference from float64 over the largest value, of the first key/value head of the batch's
+    first row and of the last head of its last row, which lies farthest in memory.
+    """
     from spattn_tvm.bands import BandLayout
     from spattn_tvm.reference import reference_decode
 
     problem = inputs.problem
     group = problem.query_heads // problem.kv_heads
-    layout = problem.layout.heads(0, group) if peer.same_mask else BandLayout.causal(group)
-    exact, _ = reference_decode(
-        inputs.q[:1, :group].double(),
-        inputs.k[:1, :1].double(),
-        inputs.v[:1, :1].double(),
-        layout,
-        cache_lengths=inputs.lengths[:1],
-    )
-    return float((o[:1, :group].double() - exact).abs().max() / exact.abs().max())
+    errors = []
+    for row, head in {(0, 0), (problem.batch - 1, problem.kv_heads - 1)}:
+        rows, heads = slice(row, row + 1), slice(head * group, (head + 1) * group)
+        layout = problem.layout.heads(heads.start, heads.stop) if peer.same_mask else BandLayout.causal(group)
+        exact, _ = reference_decode(
+            inputs.q[rows, heads].double(),
+            inputs.k[rows, head : head + 1].double(),
+            inputs.v[rows, head : head + 1].double(),
+            layout,
+            cache_lengths=inputs.lengths[rows],
+        )
+        errors.append(float((o[rows, heads].double() - exact).abs().max() / exact.abs().max()))
+    # A NaN is the largest of all, which `max` does not know.
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 # Of the largest value of o: half a unit of it, and what the probabilities are rounded to before.
@@ -177,6 +203,22 @@ def _copy_rate(clock: CpuClock | CudaClock, device: torch.device) -> float:
     return 2 * source.nbytes / best_ms * 1e3
 
 
+_LOST = "a peer's kernel has made the device useless for this process: leave that peer out"
+
+
+def _is_lost(place: torch.device) -> bool:
+    """Whether a kernel read or wrote where it may not, after which a process can't use the device."""
+    import torch
+
+    if place.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(place)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _time_problem(
     problem: AttentionProblem,
     names: Sequence[str],
@@ -188,16 +230,19 @@ def _time_problem(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     report(f"{problem.key}: preparing")
-    inputs = _Inputs.random(problem, place, seed)
     entries: dict[str, dict[str, Any]] = {}
     steps: dict[str, tuple[Step, int]] = {}
+    inputs = None if _is_lost(place) else _Inputs.random(problem, place, seed)
     for name in names:
         peer = STEP_PEERS[name]
         entry = entries[name] = {"peer": name, "title": peer.title, "same_mask": peer.same_mask}
         try:
             if place.type not in peer.kinds:
                 raise RuntimeError(f"not made for {place.type}")
+            if inputs is None:
+                raise RuntimeError(_LOST)
             step = peer.prepare(inputs)
+            entry["calls"] = peer.calls(inputs)
             entry["error"] = _error(inputs, peer, step())
             is_right = entry["error"] <= _ALLOWED[problem.dtype]
             entry["status"] = "ok" if is_right else "wrong"
@@ -205,6 +250,10 @@ def _time_problem(
                 steps[name] = step, clock.calls(step)
         except Exception as error:  # the other peers go on
             entry |= {"status": "not available", "reason": f"{type(error).__name__}: {error}"}
+    if _is_lost(place):
+        for name in steps:
+            entries[name] |= {"status": "not available", "reason": _LOST}
+        steps.clear()
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for round_index in range(rounds):
         report(f"{problem.key}: round {round_index + 1} of {rounds}")
@@ -243,12 +292,13 @@ def _measured(
     clock: CpuClock | CudaClock = CpuClock(idle_ms) if place.type == "cpu" else CudaClock(place)
     names = peers or [name for name, peer in STEP_PEERS.items() if place.type in peer.kinds]
     copied = _copy_rate(clock, place)
+    head = report_head(1, target, place, _VERSIONED_PACKAGES)
     with torch.no_grad():
         results = [
             _time_problem(problem, names, place, clock, copied, rounds, seed, report) for problem in problems
         ]
     return {
-        **report_head(1, target, place, _VERSIONED_PACKAGES),
+        **head,
         "threads": torch.get_num_threads(),
         "copy_gb_s": copied * 1e-9,
         "method": {"rounds": rounds, "seed": seed, "statistic": "median"},
@@ -326,13 +376,15 @@ def decode_table(report: Mapping[str, Any]) -> Table:
     for result in report["results"]:
         shown = AttentionProblem.from_json(result["problem"]).key
         for entry in result["entries"]:
+            calls = entry.get("calls", 1)
+            title = entry["title"] if calls == 1 else f"{entry['title']}, in {calls} calls"
             if entry["status"] != "ok":
-                table.add_row(shown, entry["title"], entry["status"], entry.get("reason", ""))
+                table.add_row(shown, title, entry["status"], entry.get("reason", ""))
             else:
                 ratio = "" if entry["of_dense"] is None else f"{entry['of_dense']:.3f}"
                 table.add_row(
                     shown,
-                    entry["title"],
+                    title,
                     f"{entry['median_ms']:.4g}",
                     f"{entry['needed_gb_s']:.4g}",
                     f"{entry['of_copy']:.0%}",

@@ -123,7 +123,7 @@ def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
         For bands that do not start at distance 0, or differ between query heads of one key/value head.
     """
     group = problem.query_heads // problem.kv_heads
-    bands = problem.layout.bands(problem.length)
+    bands = problem.layout.bands(problem.keys)
     rows = []
     for first in range(0, problem.query_heads, group):
         head = bands[first]
@@ -137,7 +137,7 @@ def window_sizes(problem: AttentionProblem) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def _stand_in_for_triton_kernels() -> None:
+def stand_in_for_triton_kernels() -> None:
     """flash-sparse-attn imports triton_kernels for a projection that attention does not use."""
     if "triton_kernels" in sys.modules or importlib.util.find_spec("triton_kernels") is not None:
         return
@@ -158,7 +158,7 @@ def _prepare_flash_sparse(backend: str) -> Callable[[Case, torch.device], Attent
         if case.deterministic:
             raise PeerUnavailable("it has no deterministic mode")
         sizes = torch.tensor(window_sizes(case.problem), dtype=torch.int32, device=device)
-        _stand_in_for_triton_kernels()
+        stand_in_for_triton_kernels()
         if backend == "cute":
             from flash_sparse_attn.ops.cute import flash_attn_func as function
         else:
