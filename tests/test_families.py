@@ -31,6 +31,7 @@ from spattn_tvm.families import (
     family_names,
     find_family,
     find_space,
+    is_made_for,
     register_family,
     resolve_family,
     unregister_family,
@@ -182,12 +183,32 @@ def test_a_family_made_for_some_problems_comes_first_for_them_alone() -> None:
         for changes in ({"batch": batches - 1}, {"kv_length": keys + 20}):
             assert families_for(h200, dataclasses.replace(short, **changes))[0] == family
     # Where no faster kernels are, fewer keys are worth it.
-    for target, changes in (("sm_80", {}), ("h200", {"dtype": "float32"}), ("h200", {"head_dim": 96})):
-        some = dataclasses.replace(few, batch=16, kv_length=300, **changes)
+    for target, batches, changes in (
+        ("sm_80", 14, {}),
+        ("h200", 17, {"dtype": "float32"}),
+        ("h200", 17, {"head_dim": 96}),
+    ):
+        some = dataclasses.replace(few, batch=batches - 1, kv_length=300, **changes)
         assert families_for(parse_target(target), some)[0] == "mma_split"
-        for other in (dataclasses.replace(some, kv_length=200), dataclasses.replace(some, batch=17)):
+        for other in (dataclasses.replace(some, kv_length=200), dataclasses.replace(some, batch=batches)):
             assert "mma_split" not in families_for(parse_target(target), other)
     assert families_on(h200) == ("hopper", "hopper_split", "mma", "mma_split")
+
+
+@pytest.mark.parametrize(
+    "chip,multiprocessors", [("h100", 132), ("h100-pcie", 114), ("h20", 78), ("sm_90a", 132)]
+)
+@pytest.mark.parametrize("family,head_dim", [("hopper_split", 64), ("hopper_split", 128), ("mma_split", 192)])
+def test_calls_with_more_tiles_than_fill_the_chip_are_not_for_it(
+    family: str, head_dim: int, chip: str, multiprocessors: int
+) -> None:
+    most = multiprocessors if head_dim == 64 else multiprocessors // 2
+    for tiles in (most, most + 1):
+        layout = BandLayout.causal(tiles, 32768)
+        short = AttentionProblem(
+            "forward", "bfloat16", 1, tiles, tiles, 100, head_dim, layout, kv_length=32768
+        )
+        assert is_made_for(family, short, parse_target(chip)) == (tiles == most)
 
 
 KERNELS = [

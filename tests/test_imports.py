@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cache_forms",),
     ("reference",),
     ("accuracy", "domains", "families.family", "families.space"),
+    ("families.shares",),
     ("families.cpu", "families.mma", "families.hopper"),
     ("families",),
     ("families.kernel",),

@@ -20,6 +20,9 @@ Decisions = Mapping[str, int]
 Choices = Mapping[str, tuple[int, ...]]
 Structures = Mapping[str, Choices]
 
+# By which features count rounds of a GPU, whatever the chip: only their scale hangs on it.
+MULTIPROCESSORS = 132
+
 
 def one_structure(choices: Callable[[int, str], Choices]) -> Callable[[int, str], Structures]:
     """For :attr:`Space.structures`: all kernels make the same decisions."""

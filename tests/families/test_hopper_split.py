@@ -19,10 +19,11 @@ from split_calls import (
 )
 
 from spattn_tvm import BandLayout
-from spattn_tvm.families import find_family, find_space, is_made_for
+from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.hopper.abi import LEAST_MULTIPROCESSORS, MOST_SPLITS, split_shares
+from spattn_tvm.families.hopper.abi import LEAST_MULTIPROCESSORS, split_shares
 from spattn_tvm.families.kernel import KernelSpec
+from spattn_tvm.families.shares import MOST_SHARES
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import parse_target
 
@@ -69,25 +70,9 @@ def test_shares_fill_the_multiprocessors() -> None:
     assert split_shares(48, 132) == 2
     for tiles in range(1, 200):
         shares = split_shares(tiles, 132)
-        assert 1 <= shares <= MOST_SPLITS
+        assert 1 <= shares <= MOST_SHARES
         # Rounds, in times of a tile.
         assert -(-tiles * shares // 132) / shares <= -(-tiles // 132)
-
-
-@pytest.mark.parametrize(
-    "chip,multiprocessors", [("h100", 132), ("h100-pcie", 114), ("h20", 78), ("sm_90a", 132)]
-)
-@pytest.mark.parametrize("family,head_dim", [("hopper_split", 64), ("hopper_split", 128), ("mma_split", 192)])
-def test_calls_with_more_tiles_than_fill_the_chip_are_not_for_it(
-    family: str, head_dim: int, chip: str, multiprocessors: int
-) -> None:
-    most = multiprocessors if head_dim == 64 else multiprocessors // 2
-    for tiles in (most, most + 1):
-        layout = BandLayout.causal(tiles, 32768)
-        short = AttentionProblem(
-            "forward", "bfloat16", 1, tiles, tiles, 100, head_dim, layout, kv_length=32768
-        )
-        assert is_made_for(family, short, parse_target(chip)) == (tiles == most)
 
 
 def scratch(**changes: int) -> tuple[int, int]:
@@ -105,7 +90,7 @@ def test_scratch_is_the_shares_and_next_to_nothing_for_one() -> None:
     assert scratch(head_dim=64)[0] == split_shares(64, 132) == 2
     assert scratch(batch=2, queries=100)[0] == split_shares(32, 132) == 4
     assert scratch(batch=9) == scratch(queries=100_000) == (0, 1)
-    assert scratch(queries=1, query_heads=1, kv_heads=1)[0] == MOST_SPLITS
+    assert scratch(queries=1, query_heads=1, kv_heads=1)[0] == MOST_SHARES
     assert scratch(workers=24, query_heads=2, kv_heads=2)[0] == split_shares(6, 24) == 4
 
 

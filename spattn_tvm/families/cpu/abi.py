@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
+from spattn_tvm.families.shares import scratch_of_shares
 
 if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
@@ -54,10 +55,7 @@ def _partial_rows(n: Sizes) -> tuple[int, int]:
 DECODE = Abi(
     inputs=("q", "k", "v", "bands", "cache_lengths", "cache_starts", "block_table", "ring"),
     outputs=FORWARD.outputs,
-    scratch=(
-        Scratch("partial_o", shape=lambda n: (*_partial_rows(n), n.head_dim), dtype="float32"),
-        Scratch("partial_sums", shape=lambda n: (*_partial_rows(n), 2), dtype="float32"),
-    ),
+    scratch=scratch_of_shares(_partial_rows, 2),
 )
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
+from spattn_tvm.families.shares import MOST_SHARES, scratch_of_shares
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -32,8 +33,6 @@ FORWARD = Abi(
     positive_scale=True,
 )
 
-# Shares of a tile's keys at most: one for each lane of the warp that puts them together.
-MOST_SPLITS = 32
 # What a share costs beside its products, and what putting shares together costs, in times of a tile: those
 # with which `split_shares` finds what was fastest at 4096 keys and 16 to 128 tiles.
 SHARE_COST = 0.1
@@ -63,21 +62,20 @@ def split_shares(tiles: int, workers: int) -> int:
             return 1.0
         return -(-tiles * shares // workers) * (1 / shares + SHARE_COST) + MERGE_COST
 
-    return 1 if tiles >= workers else min(range(1, MOST_SPLITS + 1), key=cost)
+    return 1 if tiles >= workers else min(range(1, MOST_SHARES + 1), key=cost)
 
 
-def _share_rows(n: Sizes) -> int:
+def _share_rows(n: Sizes) -> tuple[int]:
     """Rows of all shares, or one, which no share is kept in."""
     shares = split_shares(split_tiles(n.batch, n.query_heads, n.queries, n.head_dim), n.workers)
-    return shares * n.batch * n.query_heads * n.queries if shares > 1 else 1
+    return (shares * n.batch * n.query_heads * n.queries if shares > 1 else 1,)
 
 
 SPLIT_FORWARD = Abi(
     inputs=FORWARD.inputs,
     outputs=FORWARD.outputs,
     scratch=(
-        Scratch("partial_o", shape=lambda n: (_share_rows(n), n.head_dim), dtype="float32"),
-        Scratch("partial_sums", shape=lambda n: (_share_rows(n), 4), dtype="float32"),
+        *scratch_of_shares(_share_rows, 4),
         NEXT_TILE,
     ),
     alignment=TMA_BYTES,
@@ -116,7 +114,7 @@ FAMILY = Family(
         "backward": "spattn_tvm.families.hopper.backward_space:BACKWARD",
     },
     abis={"forward": FORWARD, "backward": BACKWARD},
-    sources=("spattn_tvm.families.hopper", "spattn_tvm.domains"),
+    sources=("spattn_tvm.families.hopper", "spattn_tvm.families.shares", "spattn_tvm.domains"),
 )
 
 

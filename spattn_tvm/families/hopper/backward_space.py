@@ -11,7 +11,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space
 from spattn_tvm.target import registers_at_launch
 
 from .backward_sizes import (
@@ -23,7 +23,7 @@ from .backward_sizes import (
     holds_keys,
     one_pass_arena,
 )
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

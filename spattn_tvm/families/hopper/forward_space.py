@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.hopper import forward_sizes as sizes
-from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

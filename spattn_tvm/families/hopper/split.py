@@ -75,7 +75,8 @@ def build_hopper_split(decisions: Mapping[str, int], head_dim: int, dtype: str) 
     from tvm import IRModule
     from tvm.script import tirx as T
 
-    from .abi import MOST_SPLITS
+    from spattn_tvm.families.shares import MOST_SHARES
+
     from .forward_blocks import ForwardBlocks
     from .parts import match_tensors
     from .split_merge import Merge
@@ -109,7 +110,7 @@ def build_hopper_split(decisions: Mapping[str, int], head_dim: int, dtype: str) 
         )  # fmt: skip
         rows: T.let[T.int64] = T.cast(t.batches * t.query_heads, "int64") * T.cast(t.queries, "int64")
         shares: T.let[T.int64] = T.truncdiv(T.cast(t.partial_sums.shape[0], "int64"), rows)
-        splits: T.let[T.int32] = T.cast(T.max(T.min(shares, T.int64(MOST_SPLITS)), T.int64(1)), "int32")
+        splits: T.let[T.int32] = T.cast(T.max(T.min(shares, T.int64(MOST_SHARES)), T.int64(1)), "int32")
         call = T.meta_var(SimpleNamespace(**vars(t), splits=splits, length=t.queries, scale=scale))
         maps = T.meta_var(blocks.maps(call))
         with T.attr({"tirx.device_entry": True, "tirx.launch_bounds_min_blocks_per_sm": 1}):

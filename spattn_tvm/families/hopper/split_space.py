@@ -6,11 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.hopper.abi import split_rows, split_shares, split_tiles
-from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 
 from .forward_sizes import WARPGROUP_ROWS
 from .forward_space import FORWARD as WHOLE
-from .support import MULTIPROCESSORS
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

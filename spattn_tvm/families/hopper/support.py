@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 DTYPES = ("float16", "bfloat16")
-MULTIPROCESSORS = 132  # of a full chip; only the scale of a feature hangs on it
 
 
 def unsupported(head_dims: Collection[int], head_dim: int, dtype: str, target: MachineTarget) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spattn_tvm.families.family import Abi, Family, Output, Scratch, Sizes
+from spattn_tvm.families.shares import MOST_SHARES, scratch_of_shares
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -58,16 +59,13 @@ DECODE = Abi(
     inputs=("q", "k", "v", "bands", "cache_lengths", "cache_starts", "block_table", "ring"),
     outputs=FORWARD.outputs,
     scratch=(
-        Scratch("partial_o", shape=lambda n: (*_part_rows(n), n.head_dim), dtype="float32"),
-        Scratch("partial_sums", shape=lambda n: (*_part_rows(n), 4), dtype="float32"),
+        *scratch_of_shares(_part_rows, 4),
         Scratch("arrived", shape=lambda n: (_parts(n),), dtype="int32", kept=True),
     ),
     alignment=COPY_BYTES,
 )
 
 
-# Blocks that the keys of a tile are split over at most: one for each lane that puts them together.
-MOST_SPLITS = 32
 SPLIT_BLOCKS = 4  # of a multiprocessor, at most
 SPLIT_ROWS = 128  # query rows of a tile, by which calls are judged
 # With so many multiprocessors for each tile at least, each is shared by two blocks at least. Sharing costs
@@ -101,19 +99,16 @@ def query_tiles(batch: int, heads: int, queries: int) -> int:
     return batch * heads * -(-queries // SPLIT_ROWS)
 
 
-def _split_rows(n: Sizes) -> int:
+def _split_rows(n: Sizes) -> tuple[int]:
     """Rows of all shares."""
     splits = SPLIT_BLOCKS * n.workers // query_tiles(n.batch, n.query_heads, n.queries)
-    return max(1, min(MOST_SPLITS, splits)) * n.batch * n.query_heads * n.queries
+    return (max(1, min(MOST_SHARES, splits)) * n.batch * n.query_heads * n.queries,)
 
 
 SPLIT_FORWARD = Abi(
     inputs=FORWARD.inputs,
     outputs=FORWARD.outputs,
-    scratch=(
-        Scratch("partial_o", shape=lambda n: (_split_rows(n), n.head_dim), dtype="float32"),
-        Scratch("partial_sums", shape=lambda n: (_split_rows(n), 4), dtype="float32"),
-    ),
+    scratch=scratch_of_shares(_split_rows, 4),
     alignment=COPY_BYTES,
 )
 
@@ -143,7 +138,7 @@ FAMILY = Family(
         "decode": "spattn_tvm.families.mma.decode_space:DECODE",
     },
     abis={"forward": FORWARD, "backward": BACKWARD, "decode": DECODE},
-    sources=("spattn_tvm.families.mma", "spattn_tvm.domains"),
+    sources=("spattn_tvm.families.mma", "spattn_tvm.families.shares", "spattn_tvm.domains"),
 )
 
 SPLIT = Family(

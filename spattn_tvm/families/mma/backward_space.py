@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.mma import backward_sizes as sizes
 from spattn_tvm.families.mma.backward import build_mma_backward
-from spattn_tvm.families.space import Decisions, Space
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space
 from spattn_tvm.target import is_before_hopper
 
 from .blocks import element_bytes
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.mma import decode_sizes as sizes
 from spattn_tvm.families.mma.abi import DECODE_ROWS
-from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 from spattn_tvm.problem import keys_read
 
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spattn_tvm.families.mma import forward as kernel
-from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 from spattn_tvm.target import registers_most
 
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

@@ -35,7 +35,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .abi import MOST_SPLITS
+from spattn_tvm.families.shares import MOST_SHARES
+
 from .blocks import check_buildable, match_call
 from .forward import conflict
 
@@ -116,7 +117,7 @@ def build_mma_split(decisions: Mapping[str, int], head_dim: int, dtype: str, arc
         tiles: T.let[T.int32] = (
             tile_slots(call.length, call.documents, rows_of_tile) * call.batches * call.query_heads
         )
-        room: T.let[T.int32] = T.cast(T.min(T.truncdiv(PARTS, B * HQ * N), T.int64(MOST_SPLITS)), "int32")
+        room: T.let[T.int32] = T.cast(T.min(T.truncdiv(PARTS, B * HQ * N), T.int64(MOST_SHARES)), "int32")
         splits: T.let[T.int32] = T.max(T.min(T.truncdiv(blocks * workers, tiles), room), 1)
         shares = T.meta_var(
             SimpleNamespace(**vars(call), partial_o=partial_o, partial_sums=partial_sums, splits=splits)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.space import Decisions, Space, one_structure
+from spattn_tvm.families.shares import MOST_SHARES
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 
-from .abi import MOST_SPLITS, query_tiles
+from .abi import query_tiles
 from .forward_space import FORWARD as WHOLE
-from .support import MULTIPROCESSORS, unsupported
+from .support import unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -25,7 +26,7 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     tiles = query_tiles(problem.batch, problem.query_heads, problem.length)
     places = MULTIPROCESSORS * decisions["blocks_per_multiprocessor"]
     chunks = max(1.0, (problem.mean_keys + problem.length) / decisions["key_rows"])
-    splits = max(1.0, min(places // tiles, MOST_SPLITS, chunks / decisions["least_chunks"]))
+    splits = max(1.0, min(places // tiles, MOST_SHARES, chunks / decisions["least_chunks"]))
     return [*WHOLE.features(decisions, problem), math.log2(splits), math.log2(max(1.0, chunks / splits))]
 
 

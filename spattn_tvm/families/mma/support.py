@@ -9,7 +9,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = range(32, 257, 16)
-MULTIPROCESSORS = 132  # only the scale of a feature hangs on it
 
 
 def unsupported(head_dim: int, dtype: str, target: MachineTarget) -> str | None:
