@@ -6,8 +6,10 @@ its bands; they are stored in its configuration and come back with ``from_pretra
 
 What a model asks for that bands can't do is refused, never ignored. A mask function sees what the attention
 function can't (padding, packing, how far a cache has come) and hands it on once for all layers, as an int32
-tensor ``(B, 1, K, 1)`` in place of a mask: the number of keys of each row (``K = 1``), or the first of them
-and that number (``K = 2``). Padding on the right is behind all queries whose results mean something.
+tensor ``(B, 1, K, 1)`` in place of a mask: the number of keys of each row (``K = 1``), the first of them
+and that number (``K = 2``), or behind three entries positions that start again with each packed sequence, for
+models that don't hand position_ids on. Padding on the right is behind all queries whose results mean
+something.
 """
 
 from __future__ import annotations
@@ -135,15 +137,17 @@ def set_layout(
     Raises
     ------
     ValueError
-        A layout for another number of heads, as many layouts as there are not layers, a model that does not
-        take attention functions.
+        A layout for another number of heads, as many layouts as there are not layers, a model without
+        attention, or one that does not take attention functions.
     TypeError
         Something that is no layout, or no model of transformers.
     """
     if not isinstance(getattr(model, "config", None), PreTrainedConfig):  # a wrapper hands on its model's
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
+    if not heads or not layers:
+        raise ValueError(f"{type(model).__name__} has no attention heads that its configuration tells of")
     given = [layout] * layers if layout is None or isinstance(layout, (BandLayout, str)) else list(layout)
     if len(given) != layers:
         raise ValueError(f"the model has {layers} layers, got {len(given)} layouts")
@@ -219,7 +223,7 @@ def _check_padding(mask: Tensor | None, batch: int, length: int | Tensor) -> Non
         )
 
 
-# K of the mask of a layer that has a window or chunks of its own.
+# K of the mask of a layer that has a window or chunks of its own; what is behind it are positions.
 _OWN_WINDOW = 3
 
 _HOLES = (
@@ -253,8 +257,8 @@ def banded_mask(
     -------
     Tensor
         int32 ``(B, 1, K, 1)``, see the module's description; with ``K = 3`` for a window or chunks of the
-        model's own, which no layer may take. Of four dimensions, so that transformers takes it for a mask
-        that was made by the user, and hands it on as it is.
+        model's own, which no layer may take, and ``K = 3 + N`` for packed sequences. Of four dimensions, so
+        that transformers takes it for a mask that was made by the user, and hands it on as it is.
 
     Raises
     ------
@@ -288,7 +292,11 @@ def banded_mask(
         elif q_length > 1 and is_all and bool(attention_mask.all()):
             attention_mask = None
     if attention_mask is None and is_all:
-        return torch.full((batch_size, 1, 1, 1), length, dtype=torch.int32, device=device)
+        if mask_function is causal_mask_function:
+            return torch.full((batch_size, 1, 1, 1), length, dtype=torch.int32, device=device)
+        positions = _packed_positions(mask_function, batch_size, q_length, device)
+        unused = positions.new_zeros(batch_size, _OWN_WINDOW)
+        return torch.cat((unused, positions), 1).int()[:, None, :, None]
     if isinstance(length, Tensor):
         last = length.to(device).expand(batch_size)
     else:
@@ -296,6 +304,16 @@ def banded_mask(
     if attention_mask is None:
         begin = torch.zeros_like(last)
     return torch.stack((begin, last), 1).int()[:, None, :, None]
+
+
+def _packed_positions(
+    mask_function: Any, batch: int, length: int | Tensor, device: torch.device | str
+) -> Tensor:
+    """Positions ``(B, N)`` that go on where a token sees the one before it."""
+    row = torch.arange(batch, device=device)[:, None]
+    place = torch.arange(length, device=device)[None]
+    sees = mask_function(row, torch.zeros_like(row), place, (place - 1).clamp(min=0))
+    return place + (~sees).cumsum(1)
 
 
 def _documents(position_ids: Tensor, batch: int) -> tuple[Tensor | None, bool]:
@@ -557,6 +575,8 @@ def banded_attention_forward(
 
     documents, flattens = None, False
     positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
+    if positions is None and attention_mask.shape[2] > _OWN_WINDOW:
+        positions = attention_mask[:, 0, _OWN_WINDOW:, 0]
     if queries > 1 and (positions is not None or seq_idx is not None):
         is_cached = band_cache is not None or not is_first
         may_pack = getattr(module.config, PACKING_KEY, True)

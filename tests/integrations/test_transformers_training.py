@@ -109,6 +109,18 @@ def test_loss_and_gradients(form: str, kind: str, layout: Any) -> None:
         _compare(_gradients(model, batch), expected)
 
 
+@pytest.mark.parametrize("form", ["packed", "packed rows"])
+def test_packing_where_attention_is_not_told_positions(form: str) -> None:
+    """By a model that hands position_ids to the mask function and not to the attention function."""
+    model, batch = _banded("Persimmon", [BANDED], num_hidden_layers=1), _batch(form)
+    expected = _expected(model, batch)
+    _compare(_gradients(model, batch, use_cache=False), expected)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    _compare(_gradients(model, batch, compiled, use_cache=False), expected)
+    _compare(_gradients(model, _batch("plain"), use_cache=False), _expected(model, _batch("plain")))
+
+
 @pytest.mark.parametrize(("kind", "layout"), [("llama", BANDED), ("olmoe", HYBRID)])
 def test_each_step_of_a_run(kind: str, layout: Any, seed: int) -> None:
     """Thirty steps by the definition, of batches of every form, each repeated with bands from its weights."""
@@ -413,6 +425,9 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         set_layout(model, "longformer:heads=4")
     with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, got Linear"):
         set_layout(torch.nn.Linear(2, 2), BANDED)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="MambaForCausalLM has no attention heads"):
+        config = transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+        set_layout(transformers.MambaForCausalLM(config), BANDED)
     assert model.config._attn_implementation != "spattn"
     assert not hasattr(model.config, "spattn_layouts")
     set_layout(model, "spattention:heads=4,context=40")
