@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bands import BandLayout
+from .bands import MAX_HEADS, BandLayout, require_int
 from .cache import BandedCache, KeyValueCache
 from .ops.attention import banded_attention
 from .ops.padding import token_range
@@ -157,16 +157,11 @@ class BandedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
-        if embed_dim < 1 or num_heads < 1 or num_kv_heads < 1:
-            raise ValueError(
-                "embed_dim, num_heads and num_kv_heads must be at least 1, "
-                f"got {embed_dim}, {num_heads} and {num_kv_heads}"
-            )
+        embed_dim = require_int("embed_dim", embed_dim, 1)
+        num_heads = require_int("num_heads", num_heads, 1, MAX_HEADS)
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        num_kv_heads = require_int("num_kv_heads", num_kv_heads, 1, MAX_HEADS)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if num_heads % num_kv_heads:
@@ -180,7 +175,8 @@ class BandedAttention(nn.Module):
         self.layout = self._whole_layout = _resolve(layout, num_heads, context_length)
         self._attend: Callable[..., Tensor] = banded_attention
         self._positions: Callable[[int, torch.device], Tensor] | None = None
-        if rope_theta is not None and not isinstance(rope_theta, (int, float)):
+        is_number = isinstance(rope_theta, (int, float)) and not isinstance(rope_theta, bool)
+        if rope_theta is not None and not is_number:
             raise TypeError(
                 f"rope_theta must be a number or None, got {rope_theta!r} of type {type(rope_theta).__name__}"
             )

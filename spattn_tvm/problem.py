@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .bands import FLOPS_PER_PAIR, LIMIT, BandLayout
+from .bands import FLOPS_PER_PAIR, BandLayout, require_int
 
 DIRECTIONS = tuple(FLOPS_PER_PAIR)
 # What a step of training takes.
@@ -111,14 +111,8 @@ class AttentionProblem:
             object.__setattr__(self, "kv_length", None)
         for name in ("batch", "query_heads", "kv_heads", "length", "head_dim", "kv_length"):
             value = getattr(self, name)
-            if name == "kv_length" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if value > LIMIT:
-                raise ValueError(f"{name} must be at most {LIMIT}, got {value}")
+            if name != "kv_length" or value is not None:
+                object.__setattr__(self, name, require_int(name, value, 1))
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}"

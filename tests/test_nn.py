@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
@@ -333,7 +334,8 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
     [
         ({"embed_dim": 100, "num_heads": 3}, ValueError, "embed_dim must be a multiple .* 100 and 3"),
         ({"num_kv_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
-        ({"num_kv_heads": 0}, ValueError, "must be at least 1, got 128, 4 and 0"),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be between 1 and .*, got 0"),
+        ({"embed_dim": -8}, ValueError, "embed_dim must be between 1 and .*, got -8"),
         ({"layout": BandLayout.causal(8)}, ValueError, "made for 8 query heads and q has 4: .*layout.heads"),
         (
             {"layout": BandLayout.causal(4, 10), "context_length": 12},
@@ -345,6 +347,7 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
         ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive"),
         ({"rope_theta": math.nan}, ValueError, "rope_theta must be positive and finite"),
         ({"rope_theta": "10000"}, TypeError, "rope_theta must be a number or None, got '10000' of type str"),
+        ({"rope_theta": True}, TypeError, "rope_theta must be a number or None, got True of type bool"),
         ({"embed_dim": 128.0}, TypeError, "embed_dim must be an integer, got 128.0 of type float"),
         ({"num_heads": True}, TypeError, "num_heads must be an integer, got True of type bool"),
         ({"num_kv_heads": "2"}, TypeError, "num_kv_heads must be an integer, got '2' of type str"),
@@ -354,6 +357,12 @@ def test_rotation_keeps_scores_a_function_of_the_distance() -> None:
 def test_message(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         BandedAttention(**{"embed_dim": 128, "num_heads": 4, **arguments})
+
+
+def test_sizes_may_be_of_numpy() -> None:
+    module = BandedAttention(np.int64(128), num_heads=np.int32(4), num_kv_heads=np.int64(2))  # type: ignore[arg-type]
+    sizes = (module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim)
+    assert sizes == (128, 4, 2, 32) and all(type(size) is int for size in sizes)
 
 
 def _module(**settings: Any) -> BandedAttention:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spattn_tvm.bands import BandLayout
+from spattn_tvm.bands import BandLayout, require_int
 from spattn_tvm.ops.attention import (
     check_dense,
     check_head_dim,
@@ -54,8 +54,8 @@ def _check(q: Any, k: Any, v: Any, layout: Any, scale: Any, impl: str, parts: An
     check_head_dim(q.shape[3], q.dtype, impl)
     if scale is not None:
         check_scale(scale)
-    if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
-        raise ValueError(f"parts must be an int of at least 1, got {parts!r}")
+    if parts is not None:
+        require_int("parts", parts, 1)
 
 
 def equal_shards(rows: int, ranks: int) -> Shards:

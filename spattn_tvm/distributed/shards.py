@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from spattn_tvm.bands import require_int
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,14 +26,6 @@ def _join(chunks: Iterable[Rows]) -> tuple[Rows, ...]:
         else:
             joined.append((begin, end))
     return tuple(joined)
-
-
-def _require_count(what: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")
-    return value
 
 
 def boundaries_of(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
@@ -94,7 +88,7 @@ class Shards:
     chunks: tuple[tuple[Rows, ...], ...]
 
     def __post_init__(self) -> None:
-        _require_count("length", self.length, 1)
+        object.__setattr__(self, "length", require_int("length", self.length, 1))
         chunks = tuple(_join((int(begin), int(end)) for begin, end in rank) for rank in self.chunks)
         object.__setattr__(self, "chunks", chunks)
         reached = 0
@@ -111,8 +105,8 @@ class Shards:
         """One piece a rank, of ``ceil(length / ranks)`` rows as ``torch.chunk`` cuts them: the last are
         shorter, or empty.
         """
-        length = _require_count("length", length, 1)
-        size = -(-length // _require_count("ranks", ranks, 1))
+        length = require_int("length", length, 1)
+        size = -(-length // require_int("ranks", ranks, 1))
         edges = [min(rank * size, length) for rank in range(ranks + 1)]
         return cls(length, tuple((chunk,) for chunk in pairwise(edges)))
 
@@ -121,7 +115,7 @@ class Shards:
         """Of ``2 * ranks`` pieces, rank r holds number r from the front and number r from the back: then the
         ranks' causal work is equal.
         """
-        length, ranks = _require_count("length", length, 1), _require_count("ranks", ranks, 1)
+        length, ranks = require_int("length", length, 1), require_int("ranks", ranks, 1)
         return cls(length, tuple(_head_tail(0, length, ranks)))
 
     @classmethod
@@ -140,8 +134,8 @@ class Shards:
             Rows of the sequence, the last boundary by default; what lies behind it is cut as a document.
         """
         boundaries = boundaries_of(cu_seqlens)
-        length = _require_count("length", boundaries[-1] if length is None else length, 1)
-        ranks = _require_count("ranks", ranks, 1)
+        length = require_int("length", boundaries[-1] if length is None else length, 1)
+        ranks = require_int("ranks", ranks, 1)
         if boundaries[-1] > length:
             raise ValueError(f"cu_seqlens ends at {boundaries[-1]}, beyond the sequence's {length} rows")
         held: list[list[Rows]] = [[] for _ in range(ranks)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from spattn_tvm.bands import require_int
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.problem import DTYPE_BYTES
 
@@ -97,10 +98,7 @@ class KernelSpec:
             raise ValueError(f"the {self.family} family has no {self.direction!r}, only {', '.join(abis)}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
-        if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int):
-            raise TypeError(f"head_dim must be an int, got {self.head_dim!r}")
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        object.__setattr__(self, "head_dim", require_int("head_dim", self.head_dim, 1))
         if not isinstance(self.decisions, FrozenDecisions):
             object.__setattr__(self, "decisions", FrozenDecisions(self.decisions))
 

@@ -338,7 +338,7 @@ def _refuse_alike() -> None:
         ([tensor.to_sparse() for tensor in tensors], {}, TypeError, "q must be a dense tensor"),
         (wide, {}, ValueError, "head_dim must be a multiple of 8"),
         (tensors, {"scale": float("inf")}, ValueError, "scale must be finite"),
-        (tensors, {"parts": 0}, ValueError, "parts must be an int of at least 1, got 0"),
+        (tensors, {"parts": 0}, ValueError, "parts must be between 1 and .*, got 0"),
         (tensors, {"impl": "fast"}, ValueError, "impl must be one of"),
         (tensors, {"shards": 2}, TypeError, "shards must be Shards, got int"),
         (tensors, {"shards": Shards.contiguous(16, 3)}, ValueError, "for 3 ranks, the group has 2"),
