@@ -262,6 +262,22 @@ def _target_and_fleet(text: str, rpc: str | None, key: str | None) -> tuple[Mach
     return parse_target(text), fleet
 
 
+def _shapes_to_tune(
+    shapes: list[str] | None, shapes_file: Path | None, layout: str, kind: str
+) -> dict[str, list[str]]:
+    """The shapes of each layout: those given, a file's, or a machine's default ones."""
+    if shapes_file is None:
+        return {layout: shapes or _DEFAULT_SHAPES[kind]}
+    if shapes is not None:
+        raise ValueError(
+            f"give either --shape or --shapes-file, not both: {', '.join(shapes)}, {shapes_file}"
+        )
+    try:
+        return parse_shapes(shapes_file.read_text(encoding="utf-8"), layout)
+    except ValueError as error:
+        raise ValueError(f"{shapes_file}: {error}") from error
+
+
 @app.command(
     epilog="Example: spattn tune --target cuda --head-dims 64,128 --budget 8m   "
     "(stop with Ctrl-C, the same command goes on; on a fleet: --rpc 10.0.0.5:9190 --key h200)"
@@ -345,18 +361,9 @@ def tune(
 
     machine, fleet = _target_and_fleet(target, rpc, key)
     name = (dtype or _DEFAULT_DTYPE[machine.kind]).value
-    if shapes_file is None:
-        of_layouts = {layout: shape or _DEFAULT_SHAPES[machine.kind]}
-    elif shape is None:
-        try:
-            of_layouts = parse_shapes(shapes_file.read_text(encoding="utf-8"), layout)
-        except ValueError as error:
-            raise ValueError(f"{shapes_file}: {error}") from error
-    else:
-        raise ValueError(f"give either --shape or --shapes-file, not both: {', '.join(shape)}, {shapes_file}")
     problems = [
         problem
-        for named, shapes in of_layouts.items()
+        for named, shapes in _shapes_to_tune(shape, shapes_file, layout, machine.kind).items()
         for problem in parse_problems(
             _replace_head_dims(shapes, head_dims), name, named, context, direction.value
         )
