@@ -499,6 +499,75 @@ def _check_places(module: nn.Module, places: Tensor | None) -> None:
         )
 
 
+def _bands_of(module: nn.Module, heads: int, band_cache: KeyValueCache | None) -> BandLayout:
+    """The layer's bands, of those heads alone that the call has."""
+    layout = _layout_of(module)
+    if band_cache is not None and not band_cache.serves(layout):
+        raise ValueError(
+            f"the cache of layer {module.layer_idx} is made for {band_cache.layout.spec}, and the layer has "
+            f"{layout.spec}: make it with make_cache(model)"
+        )
+    if heads == layout.num_heads:
+        return layout
+    if band_cache is not None:
+        _refuse("banded cache of a part of the heads: generate with a cache of transformers' own")
+    return _heads_of_rank(module, heads, layout)
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BandLayout,
+    scaling: float | None,
+    boundaries: Tensor,
+    flattens: bool,
+) -> Tensor:
+    """Packed sequences, ``(B, N, Hq, D)``; `flattens` and `boundaries` are those of `_documents`."""
+    if not flattens:
+        o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=boundaries)
+        return o.transpose(1, 2)
+    rows = query.shape[0], query.shape[2]
+    query, key, value = (t.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for t in (query, key, value))
+    o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=boundaries)
+    return o.transpose(1, 2).unflatten(1, rows)[0]
+
+
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, layout: BandLayout, scaling: float | None, places: Tensor
+) -> Tensor:
+    """One sequence a row, ``(B, Nq, Hq, D)``: whole, or a step or chunk at its end; padded or not."""
+    queries, is_padded = query.shape[2], places.shape[2] == 2
+    wants_gradient = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    if queries != key.shape[2] and queries <= MAX_DECODE_QUERIES and not wants_gradient:
+        o = banded_attention_decode(
+            query,
+            key,
+            value,
+            layout,
+            cache_lengths=places[:, 0, -1, 0],
+            cache_starts=places[:, 0, 0, 0] if is_padded else None,
+            scale=scaling,
+        )
+    elif is_padded:
+        begin, length = places[:, 0, :, 0].unbind(1)
+        o = banded_attention(
+            query,
+            key,
+            value,
+            layout,
+            scale=scaling,
+            query_offset=length - queries,
+            kv_starts=begin,
+            kv_lengths=length,
+        )
+    else:
+        o = banded_attention(query, key, value, layout, scale=scaling)
+    return o.transpose(1, 2)
+
+
 def banded_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -544,17 +613,8 @@ def banded_attention_forward(
         What bands can't do, by its name.
     """
     _check_arguments(module, dropout, is_causal, others)
-    layout = _layout_of(module)
     batch, heads, queries, _ = query.shape
-    if band_cache is not None and not band_cache.serves(layout):
-        raise ValueError(
-            f"the cache of layer {module.layer_idx} is made for {band_cache.layout.spec}, and the layer has "
-            f"{layout.spec}: make it with make_cache(model)"
-        )
-    if heads != layout.num_heads:
-        if band_cache is not None:
-            _refuse("banded cache of a part of the heads: generate with a cache of transformers' own")
-        layout = _heads_of_rank(module, heads, layout)
+    layout = _bands_of(module, heads, band_cache)
     _check_places(module, attention_mask)
     if value.shape[3] != query.shape[3]:
         _refuse(f"values of another head dim than the keys' ({value.shape[3]} and {query.shape[3]})")
@@ -568,8 +628,7 @@ def banded_attention_forward(
                 "packed sequences (cu_seq_lens_q) beside padding, a cache or several rows: one row holds all"
             )
         _check_boundaries(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
-        o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=cu_seq_lens_q)
-        return o.transpose(1, 2), None
+        return _attend_packed(query, key, value, layout, scaling, cu_seq_lens_q, flattens=False), None
     if cu_seq_lens_k is not None:
         _refuse("packed keys (cu_seq_lens_k) without packed queries: give cu_seq_lens_q too")
 
@@ -585,43 +644,9 @@ def banded_attention_forward(
     if band_cache is not None:
         starts = attention_mask[:, 0, 0, 0] if is_padded else None
         return band_cache.attend(query, key, value, scale=scaling, starts=starts).transpose(1, 2), None
-
     if documents is not None:
-        if flattens:
-            query, key, value = (
-                t.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for t in (query, key, value)
-            )
-        o = banded_attention(query, key, value, layout, scale=scaling, cu_seqlens=documents).transpose(1, 2)
-        return (o.unflatten(1, (batch, queries))[0] if flattens else o), None
-
-    wants_gradient = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    )
-    if not is_first and queries <= MAX_DECODE_QUERIES and not wants_gradient:
-        o = banded_attention_decode(
-            query,
-            key,
-            value,
-            layout,
-            cache_lengths=attention_mask[:, 0, -1, 0],
-            cache_starts=attention_mask[:, 0, 0, 0] if is_padded else None,
-            scale=scaling,
-        )
-    elif is_padded:
-        begin, length = attention_mask[:, 0, :, 0].unbind(1)
-        o = banded_attention(
-            query,
-            key,
-            value,
-            layout,
-            scale=scaling,
-            query_offset=length - queries,
-            kv_starts=begin,
-            kv_lengths=length,
-        )
-    else:
-        o = banded_attention(query, key, value, layout, scale=scaling)
-    return o.transpose(1, 2), None
+        return _attend_packed(query, key, value, layout, scaling, documents, flattens), None
+    return _attend_rows(query, key, value, layout, scaling, attention_mask), None
 
 
 # --- caches -------------------------------------------------------------------------------------------------
