@@ -159,16 +159,25 @@ def test_books_are_several_documents(recipe: SimpleNamespace, tmp_path: Path) ->
 
 def test_files_of_each_kind(recipe: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "b.jsonl").write_text('{"body": "second"}\n\n{"body": "third"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "second"}\n\n{"body": null}\n{"body": "third"}')
+    (tmp_path / "C.TXT").write_text("with a mark", encoding="utf-8-sig")
+    (tmp_path / "d.txt").mkdir()
+    (tmp_path / "d.txt" / "e.md.gz").write_bytes(gzip.compress(b"packed"))
+    lines = '{"body": "more"}\r\n{"body": "and more"}\r\n'.encode("utf-8-sig")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "g.jsonl").write_bytes(b"")
     read = recipe.data.read
-    assert [d.text for d in read([tmp_path], "body") if d.text] == ["first", "second", "third"]
-    with pytest.raises(recipe.data.DataError, match=r"b.jsonl, line 1: .* field 'text'"):
-        list(read([tmp_path / "b.jsonl"], "text"))
+    texts = ["with a mark", "first", "second", "third", "packed", "more", "and more"]
+    assert [d.text for d in read([tmp_path], "body")] == texts
+    for name in ("b.jsonl", "f.jsonl.gz"):
+        with pytest.raises(recipe.data.DataError, match=rf"{name}, line 1: .* field 'text'"):
+            list(read([tmp_path / name], "text"))
     with pytest.raises(recipe.data.DataError, match="there is no"):
         list(read([tmp_path / "c.txt"], "text"))
-    (tmp_path / "d.doc").write_text("x")
-    with pytest.raises(recipe.data.DataError, match=r"\.txt, \.md, \.jsonl or \.parquet"):
-        list(read([tmp_path / "d.doc"], "text"))
+    for name in ("d.doc", "rows.parquet.gz", "gz"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(recipe.data.DataError, match=rf"{name}: a document is \.txt, \.md, \.jsonl .* or"):
+            list(read([tmp_path / name], "text"))
     with pytest.raises(recipe.data.DataError, match="too few"):
         recipe.data.prepare([recipe.data.Document(_words(99, 0), "one")], tmp_path / "o", tokenizer="bytes")
     rows = tmp_path / "e.parquet"
@@ -191,6 +200,14 @@ def test_damaged_texts_say_what_is_wrong(recipe: SimpleNamespace, tmp_path: Path
     for path, byte in ((latin, "0xe9"), (lines, "0xff")):
         with pytest.raises(recipe.data.DataError, match=rf"{path.name} is no UTF-8 \(byte {byte}\)"):
             list(recipe.data.read([path], "text"))
+    lines.write_text("[" * 100_000)
+    with pytest.raises(recipe.data.DataError, match="line 1: no JSON object with a field 'text'"):
+        list(recipe.data.read([lines], "text"))
+    packed, whole = tmp_path / "packed.txt.gz", gzip.compress(_words(999, 0).encode())
+    for damaged in (b"plain", whole[:99], whole[:40] + b"\xff" * 9 + whole[49:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(recipe.data.DataError, match=r"packed.txt.gz can't be read"):
+            list(recipe.data.read([packed], "text"))
     lines.write_text('{"text": "a"}\n{"text": 5}\n')
     with pytest.raises(recipe.data.DataError, match="line 2: field 'text' is no text, but 5"):
         list(recipe.data.read([lines], "text"))
@@ -201,6 +218,19 @@ def test_damaged_texts_say_what_is_wrong(recipe: SimpleNamespace, tmp_path: Path
     rows.write_bytes(b"PAR1 and nothing more")
     with pytest.raises(recipe.data.DataError, match=r"rows.parquet is damaged, or no Parquet"):
         list(recipe.data.read([rows], "text"))
+
+
+def test_a_separator_in_a_text_begins_no_document(recipe: SimpleNamespace, tmp_path: Path) -> None:
+    Document, separator = recipe.data.Document, recipe.data.SEPARATOR
+    documents = [
+        Document(f"{_words(60, seed)} {separator} {_words(60, 99 + seed)}", "a") for seed in range(9)
+    ]
+    with pytest.raises(recipe.data.DataError, match="all bytes and a separator, 257, got 256"):
+        recipe.data.prepare(documents, tmp_path, vocabulary=256)
+    meta = recipe.data.prepare(documents, tmp_path, vocabulary=300, held_out=0.3)
+    for part in ("train", "held_out"):
+        tokens = recipe.data.Tokens(tmp_path, part, 16).tokens
+        assert (tokens == meta["separator"]).sum() == meta[part]["documents"]
 
 
 def test_tokens_are_whole_or_not_there(

@@ -3,10 +3,10 @@
     python scripts/pretrain/data.py --out results/pretrain/text     # what this machine carries
     python scripts/pretrain/data.py --out results/pretrain/mine --data mine.jsonl
 
-``--data`` takes text, JSONL and Parquet. Without it the script reads the English documentation of installed
-packages: /usr/share/doc, man and info pages, dictionaries and books of a Linux distribution, Python's
-documentation topics and docstrings. ``sources.json`` lists each package with its licence. All text is held in
-memory at once.
+``--data`` takes text and JSONL, compressed by gzip or not, and Parquet. Without it the script reads the
+English documentation of installed packages: /usr/share/doc, man and info pages, dictionaries and books of a
+Linux distribution, Python's documentation topics and docstrings. ``sources.json`` lists each package with its
+licence. All text is held in memory at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -270,16 +270,23 @@ def _text_of(value: Any, place: str) -> str:
     return value.encode(errors="replace").decode()
 
 
+def _open_text(path: Path) -> IO[str]:
+    """Text in UTF-8, with a byte order mark or without, compressed or not."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    return opened(path, "rt", encoding="utf-8-sig")
+
+
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
-            yield _text_of(value, f"{path}, line {number}: field {field!r}")
+            if value is not None:
+                yield _text_of(value, f"{path}, line {number}: field {field!r}")
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
@@ -301,14 +308,26 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_whole(path: Path, field: str) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+    with _open_text(path) as file:
+        yield file.read()
 
 
 _READERS = {".txt": _read_whole, ".md": _read_whole, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_KINDS = ".txt, .md, .jsonl (each also as .gz) or .parquet"
+
+
+def _reader_of(path: Path) -> Callable[[Path, str], Iterator[str]] | None:
+    """By a file's name."""
+    name = path.name.lower()
+    inner = name.removesuffix(".gz")
+    reader = _READERS.get(Path(inner).suffix)
+    return None if reader is _read_parquet and inner != name else reader
 
 
 def read(paths: Iterable[Path], field: str) -> Iterator[Document]:
     """Documents of ``.txt``/``.md`` (a file each), ``.jsonl`` and ``.parquet`` files, or of folders of these.
+
+    Text and JSONL may be compressed by gzip. A row without a text (null) is no document.
 
     Raises
     ------
@@ -318,25 +337,26 @@ def read(paths: Iterable[Path], field: str) -> Iterator[Document]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in _READERS)
+            inside = sorted(p for p in path.rglob("*") if _reader_of(p) and not p.is_dir())
             if not inside:
-                raise DataError(f"{path} has no .txt, .md, .jsonl or .parquet files")
+                raise DataError(f"{path} has no {_KINDS} files")
             yield from read(inside, field)
-        elif not path.exists():
+            continue
+        if not path.exists():
             raise DataError(f"there is no {path}")
-        elif path.suffix in _READERS:
-            try:
-                for text in _READERS[path.suffix](path, field):
-                    yield Document(text, path.name)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} is no UTF-8 (byte {error.object[error.start]:#04x}): convert it, by iconv -f "
-                    "LATIN1 -t UTF-8, say"
-                ) from error
-            except OSError as error:
-                raise DataError(f"{path} can't be read: {error}") from error
-        else:
-            raise DataError(f"{path}: a document is .txt, .md, .jsonl or .parquet")
+        reader = _reader_of(path)
+        if reader is None:
+            raise DataError(f"{path}: a document is {_KINDS}")
+        try:
+            for text in reader(path, field):
+                yield Document(text, path.name)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is no UTF-8 (byte {error.object[error.start]:#04x}): convert it, by iconv -f LATIN1 "
+                "-t UTF-8, say"
+            ) from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} can't be read: {error}") from error
 
 
 # --- deduplication and split ------------------------------------------------------------------------------
@@ -420,6 +440,8 @@ def _train_bpe(documents: list[Document], vocabulary: int, out: Path) -> Any:
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     tokenizer.save(str(out / "tokenizer.json"))
+    # A separator in a text is text: it would begin another document.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -452,6 +474,10 @@ def prepare(
     """
     if not 0 < held_out < 1:
         raise DataError(f"the held-out share is between 0 and 1, got {held_out}")
+    if tokenizer == "bpe" and vocabulary <= BYTES_SEPARATOR:
+        raise DataError(
+            f"a vocabulary has all bytes and a separator, {BYTES_SEPARATOR + 1}, got {vocabulary}"
+        )
     parts = dict(zip(("train", "held_out"), split(deduplicate(documents), held_out), strict=True))
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)
