@@ -198,13 +198,14 @@ class _Lookup:
             beside = [r for r in near if (r.problem, r.target) == (record.problem, record.target)]
             return Choice(self._kernel_of(record), "nearest", reason, record), beside
         kernel = KernelSpec.untuned(names[0], problem, target, self._deterministic)
-        return Choice(kernel, "untuned", self._why_untuned(known)), []
+        return Choice(kernel, "untuned", self._why_untuned(known, names)), []
 
-    def _why_untuned(self, known: Sequence[ScheduleRecord]) -> str:
+    def _why_untuned(self, known: Sequence[ScheduleRecord], names: Sequence[str]) -> str:
         problem, target = self._problem, self._target
         if not known:
             wanted = f"{problem.direction} d{problem.head_dim}"
-            return f"no record for {wanted} on {target.folder} or its instruction set"
+            of = "" if len(names) == len(self._able) else f" of {', '.join(names)}"
+            return f"no record{of} for {wanted} on {target.folder} or its instruction set"
         beyond = min(known, key=self._nearness)
         return (
             f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
@@ -277,11 +278,13 @@ def find_schedule(
         preferred = able[: able.index(choice.kernel.family)]
         unmeasured = [family for family in preferred if family not in measured]
         if unmeasured:
+            # A time of another problem, or of another chip, is no measure of this one.
+            difference = _difference(problem, record, target)
+            known = f"nearest record, {difference}, was" if difference else f"{record.latency_us:.1f} us were"
             choice, _ = lookup.choose(unmeasured[:1])
             reason = (
-                f"{choice.kernel.family} is preferred to {record.kernel.family}, whose "
-                f"{record.latency_us:.1f} us ({record.problem.key} on {record.target}) were measured without "
-                f"it; {choice.reason}"
+                f"{choice.kernel.family} is preferred to {record.kernel.family}, whose {known} measured "
+                f"without it; {choice.reason}"
             )
         else:
             reason += _other_families(record, beside, able)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -778,10 +779,17 @@ def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measur
         return find_schedule(wanted, target, root=root, families=families)
 
     alone = gpu_record("mma", 209.0)
-    for target in (h200, h100):
-        choice = chosen(alone, target=target)
+    # A time is told where it is of this problem on this chip.
+    for target, record, whose in (
+        (h200, alone, "209.0 us were"),
+        (h100, alone, f"nearest record, on {h200.folder}, another chip with sm_90a, was"),
+        (h200, gpu_record("mma", 209.0, length=2048), "nearest record, at batch 1, .* length 2048, was"),
+    ):
+        choice = chosen(record, target=target)
         assert (choice.status, choice.kernel) == ("untuned", default)
-        assert "hopper is preferred to mma, whose 209.0 us" in choice.reason
+        assert re.search(f"^hopper is preferred to mma, whose {whose} measured without it; ", choice.reason)
+        assert f"no record of hopper for forward d128 on {target.folder}" in choice.reason
+        assert ("209" in choice.reason) == (whose == "209.0 us were")
     assert chosen(alone, families=["mma"]).status == "tuned"
 
     elsewhere = gpu_record("hopper", 70.0, length=2048)
