@@ -128,7 +128,6 @@ def _check_case(
     is_clear = best[..., 0] - best[..., 1] > 1e-4
     tokens = result.sequences[:, -steps:]
     assert torch.equal(tokens[is_clear], expected.argmax(-1)[is_clear])
-    assert tokens.unique().numel() > 1 or steps < 10, "a model that says one thing shows nothing"
 
 
 @pytest.mark.parametrize("kind", ["llama", "olmoe"])
@@ -158,6 +157,8 @@ def test_every_cache_comes_to_the_same(models: dict[str, Any]) -> None:
             )
             expected = _recomputed(model, layout, result.sequences, mask, 8)
             torch.testing.assert_close(torch.stack(result.logits, 1), expected, atol=1e-5, rtol=1e-5)
+            # A model that says one thing would show nothing.
+            assert expected.argmax(-1).unique().numel() > 8
 
 
 @pytest.mark.parametrize(
