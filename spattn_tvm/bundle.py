@@ -108,8 +108,8 @@ class Bundle:
     ) -> BundledKernel | None:
         """The kernel exported for the problem nearest to this one, among those for the target nearest to
         this device: its very model, its instruction set, or one that it runs as well. A family made for such
-        problems comes before others. A kernel for bands of another width serves only where there is no better
-        (:func:`~spattn_tvm.families.kernel.is_far`).
+        problems comes before others. A kernel for bands of another width, or another number of tiles, whose
+        default is another serves only where there is no better (:func:`~spattn_tvm.families.kernel.is_far`).
 
         None if there is none for its direction, dtype and head dim, none whose results are bitwise
         reproducible where that is asked for, or the bundle is for other devices.

@@ -171,13 +171,8 @@ class _Lookup:
         beside which it was measured.
         """
 
-        def is_beyond(record: ScheduleRecord) -> bool:
-            return any(
-                is_far(name, self._problem, record.problem, self._target, self._deterministic)
-                for name in names
-            )
-
-        return sorted((record for record in known if not is_beyond(record)), key=self._nearness)
+        near = (record for record in known if not any(self._is_beyond(name, record) for name in names))
+        return sorted(near, key=self._nearness)
 
     def choose(self, names: Sequence[str]) -> tuple[Choice, list[ScheduleRecord]]:
         """The choice among some families, and the records measured beside its own."""
@@ -200,6 +195,9 @@ class _Lookup:
         kernel = KernelSpec.untuned(names[0], problem, target, self._deterministic)
         return Choice(kernel, "untuned", self._why_untuned(known, names)), []
 
+    def _is_beyond(self, name: str, record: ScheduleRecord) -> bool:
+        return is_far(name, self._problem, record.problem, self._target, self._deterministic)
+
     def _why_untuned(self, known: Sequence[ScheduleRecord], names: Sequence[str]) -> str:
         problem, target = self._problem, self._target
         if not known:
@@ -207,9 +205,12 @@ class _Lookup:
             of = "" if len(names) == len(self._able) else f" of {', '.join(names)}"
             return f"no record{of} for {wanted} on {target.folder} or its instruction set"
         beyond = min(known, key=self._nearness)
+        family = next(name for name in names if self._is_beyond(name, beyond))
+        cases = find_space(family, problem.direction).cases
+        assert cases is not None, "what has no cases is not beyond"
         return (
-            f"the default for {problem.mean_keys:.0f} keys a query; the nearest record, measured "
-            f"{_difference(problem, beyond, target)}, has {beyond.problem.mean_keys:.0f}, for which the "
+            f"the default for {cases.shown(problem)}; the nearest record, measured "
+            f"{_difference(problem, beyond, target)}, has {cases.shown(beyond.problem)}, for which the "
             "default is another"
         )
 
@@ -229,8 +230,8 @@ def find_schedule(
     another with the same instruction set, that is nearest by :func:`problem_distance`, where the other chip
     counts as much as bands four times as wide (``nearest``); the space's default (``untuned``). Only records
     of the same direction and head dim count, and of equally near ones the faster. One for bands so much wider
-    or narrower that the default is another kernel there (:func:`~spattn_tvm.families.kernel.is_far`) does not
-    count.
+    or narrower, or for so many more or fewer tiles, that the default is another kernel there
+    (:func:`~spattn_tvm.families.kernel.is_far`) does not count.
 
     A record decides between families only if those that are preferred to its own were measured beside it, for
     the same problem on the same chip: else the most preferred of them serves, with what is known of it alone.

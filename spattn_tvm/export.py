@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .bands import BandLayout
 from .bundle import FORMAT, MANIFEST, VERSIONED_PACKAGES, file_sha256, read_manifest
 from .choice import find_schedule
 from .families import families_for, find_space, has_space
@@ -47,8 +44,8 @@ def export_bundle(
     problems : AttentionProblem or iterable of them
         Each gets the kernel that dispatch would choose on each target, and, where that one's gradients are
         not bitwise reproducible, the one for ``deterministic=True``. A kernel serves every shape and layout
-        of its direction, dtype and head dim; where another is chosen for much wider or narrower bands, that
-        one is exported too. A training run needs both directions.
+        of its direction, dtype and head dim; where another is chosen for much wider or narrower bands, or for
+        many more or fewer tiles, that one is exported too. A training run needs both directions.
     targets : MachineTarget, str or iterable of MachineTarget
         This machine's or any others that this machine can compile for; a text names them as the command line
         does, such as ``"sm_80,sm_90a"``. Where the bundle runs, a call takes
@@ -123,21 +120,13 @@ def export_bundle(
     return folder
 
 
-def _of_other_widths(problem: AttentionProblem, target: MachineTarget) -> Iterator[AttentionProblem]:
-    """Problems like one, with bands of the other widths between which the families' defaults differ."""
-    steps = {
-        step
-        for family in families_for(target)
-        if has_space(family, problem.direction)
-        for step in find_space(family, problem.direction).width_steps
-    }
-    edges = [0, *sorted(steps), math.inf]
-    for begin, end in itertools.pairwise(edges):
-        if steps and not begin <= problem.mean_keys < end:
-            # Causal bands have half their length of keys a query.
-            length = 2 * begin if begin else int(end)
-            layout = BandLayout.causal(problem.query_heads)
-            yield replace(problem, layout=layout, length=int(length), kv_length=None)
+def _of_other_cases(problem: AttentionProblem, target: MachineTarget) -> Iterator[AttentionProblem]:
+    """Problems like one, for which the families' defaults are others."""
+    for family in families_for(target):
+        if has_space(family, problem.direction):
+            cases = find_space(family, problem.direction).cases
+            if cases is not None:
+                yield from cases.others(problem, target)
 
 
 def _export(
@@ -157,7 +146,7 @@ def _export(
     # A family made for such problems alone serves no other call: one that takes any comes along.
     general = families_for(target)
     also = [problem] if general and fastest.kernel.family not in general else []
-    for other in (*also, *_of_other_widths(problem, target)):
+    for other in (*also, *_of_other_cases(problem, target)):
         choice = find_schedule(other, target, families=general)
         if choice.kernel not in known:
             known.add(choice.kernel)

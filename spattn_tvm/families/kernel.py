@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -122,8 +121,7 @@ class KernelSpec:
     ) -> KernelSpec:
         """The kernel that a family's space names for a problem without a search."""
         space = find_space(family, problem.direction)
-        key = (problem.mean_keys, problem.head_dim, problem.dtype, target, deterministic)
-        return cls.of(family, problem, space.untuned_at(*key))
+        return cls.of(family, problem, space.untuned_for(problem, target, deterministic))
 
     def __str__(self) -> str:
         return f"{self.family} {self.direction} {self.dtype} head dim {self.head_dim}"
@@ -195,11 +193,6 @@ class KernelSpec:
         return cls(**data)
 
 
-# In |log2| of mean keys a query. Records are made at lengths four times apart: what lies between two of them
-# is within a factor of two of one.
-_FAR = 1.25
-
-
 def is_far(
     family: str,
     wanted: AttentionProblem,
@@ -209,16 +202,24 @@ def is_far(
     *,
     measured: bool = True,
 ) -> bool:
-    """Whether a kernel for a problem is none for another, because its bands are so much wider or narrower
-    that the family's own default is another kernel.
+    """Whether a kernel for a problem is none for another, because the family's own default is another
+    kernel there: the bands are so much wider or narrower, or the tiles so many or few.
 
     Where the default is the same for both, a kernel that was `measured` is better evidence than it, and so it
-    is near the width at which defaults change.
+    is where the space says that the problems are alike.
     """
     space = find_space(family, wanted.direction)
-    if not space.width_steps:
+    if space.cases is None or (measured and space.cases.is_alike(wanted, known)):
         return False
-    if measured and abs(math.log2(wanted.mean_keys / known.mean_keys)) <= _FAR:
-        return False
-    key = (wanted.head_dim, wanted.dtype, target, deterministic)
-    return space.untuned_at(wanted.mean_keys, *key) != space.untuned_at(known.mean_keys, *key)
+    # In the wanted dtype, since a record of another one may serve.
+    wanted_default, known_default = (
+        space.untuned(
+            wanted.head_dim,
+            wanted.dtype,
+            target,
+            deterministic=deterministic,
+            case=space.cases.of(problem, target),
+        )
+        for problem in (wanted, known)
+    )
+    return wanted_default != known_default

@@ -7,10 +7,13 @@ dispatch can read choices and defaults without the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from spattn_tvm.bands import BandLayout
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -46,6 +49,60 @@ def _told_apart(
 
 
 @dataclass(frozen=True)
+class Cases:
+    """Problems that have defaults of their own.
+
+    Parameters
+    ----------
+    values : tuple of int
+        All there are; 0, which `Space.untuned` takes for granted, among them.
+    of : (problem, target) -> int
+        The case of a problem on a target.
+    shown : (problem) -> str
+        What of a problem decides, for people: ``"361 keys a query"``.
+    others : (problem, target) -> iterable of AttentionProblem
+        Problems like one, of the other cases.
+    is_alike : (problem, problem) -> bool
+        Whether what was measured for one problem is better evidence for another than a default, though they
+        are different cases.
+    """
+
+    values: tuple[int, ...]
+    of: Callable[[AttentionProblem, MachineTarget], int]
+    shown: Callable[[AttentionProblem], str]
+    others: Callable[[AttentionProblem, MachineTarget], Iterable[AttentionProblem]]
+    is_alike: Callable[[AttentionProblem, AttentionProblem], bool] = lambda wanted, known: False
+
+
+# In |log2| of mean keys a query. Records are made at lengths four times apart: what lies between two of them
+# is within a factor of two of one.
+_FAR = 1.25
+
+
+def cases_by_width(*steps: int) -> Cases:
+    """Cases by the mean number of keys a query: the greatest step that a problem reaches, or 0."""
+
+    def of(problem: AttentionProblem, target: MachineTarget) -> int:
+        return max((step for step in steps if step <= problem.mean_keys), default=0)
+
+    def others(problem: AttentionProblem, target: MachineTarget) -> Iterator[AttentionProblem]:
+        edges = (0, *sorted(steps))
+        for begin in edges:
+            if begin != of(problem, target):
+                # Causal bands have half their length of keys a query.
+                layout, length = BandLayout.causal(problem.query_heads), 2 * begin or edges[1]
+                yield replace(problem, layout=layout, length=length, kv_length=None)
+
+    return Cases(
+        values=(0, *steps),
+        of=of,
+        shown=lambda problem: f"{problem.mean_keys:.0f} keys a query",
+        others=others,
+        is_alike=lambda wanted, known: abs(math.log2(wanted.mean_keys / known.mean_keys)) <= _FAR,
+    )
+
+
+@dataclass(frozen=True)
 class Space:
     """The decisions of one kernel family and direction. Most fields are functions.
 
@@ -67,16 +124,15 @@ class Space:
         What the cost model learns from besides the decisions; the same length for every structure.
     untuned : (head_dim, dtype, target, deterministic=False) -> dict[str, int]
         Legal decisions for any problem, chosen without a search; with ``deterministic`` such that
-        ``is_deterministic`` holds. A space with `width_steps` takes ``width=0`` as well.
+        ``is_deterministic`` holds. A space with `cases` takes ``case=0`` as well.
     build : (decisions, head_dim, dtype, target) -> tvm.IRModule
         The kernel, exporting one function named after the direction. Imports TVM.
     unsupported : (head_dim, dtype, target) -> str or None
         Why no decision of the space can serve a head dim, dtype or target, or None. Asked before the others.
     is_deterministic : (decisions) -> bool
         Whether results are bitwise equal from run to run. By default they are.
-    width_steps : tuple of int
-        Mean numbers of keys a query from which `untuned` has other decisions. It is given the greatest that
-        a problem reaches, or 0, as ``width``.
+    cases : Cases, optional
+        Between which problems `untuned` makes a difference.
     """
 
     family: str
@@ -88,7 +144,7 @@ class Space:
     build: Callable[[Decisions, int, str, MachineTarget], Any]
     unsupported: Callable[[int, str, MachineTarget], str | None]
     is_deterministic: Callable[[Decisions], bool] = lambda decisions: True
-    width_steps: tuple[int, ...] = ()
+    cases: Cases | None = None
 
     def structure(self, decisions: Decisions, head_dim: int, dtype: str) -> str | None:
         """The structure of a kernel, by the decisions that tell structures apart; None if it is of none."""
@@ -112,27 +168,22 @@ class Space:
         idle = set(self.names(head_dim, dtype)) - set(self.structures(head_dim, dtype)[structure])
         return {name: value for name, value in decisions.items() if name not in idle}
 
-    def untuned_at(
-        self,
-        mean_keys: float,
-        head_dim: int,
-        dtype: str,
-        target: MachineTarget,
-        deterministic: bool = False,
+    def untuned_for(
+        self, problem: AttentionProblem, target: MachineTarget, deterministic: bool = False
     ) -> dict[str, int]:
-        """Decisions without a search for problems whose queries attend to so many keys on average."""
-        if not self.width_steps:
-            return self.untuned(head_dim, dtype, target, deterministic=deterministic)
-        width = max((step for step in self.width_steps if step <= mean_keys), default=0)
-        return self.untuned(head_dim, dtype, target, deterministic=deterministic, width=width)
+        """Decisions without a search for a problem."""
+        case = {} if self.cases is None else {"case": self.cases.of(problem, target)}
+        return self.untuned(problem.head_dim, problem.dtype, target, deterministic=deterministic, **case)
 
     def all_untuned(
         self, head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False
     ) -> list[dict[str, int]]:
-        """What `untuned_at` says for any problem, each once."""
+        """What `untuned_for` says of any problem, each once."""
+        if self.cases is None:
+            return [self.untuned(head_dim, dtype, target, deterministic=deterministic)]
         found: list[dict[str, int]] = []
-        for width in (0, *self.width_steps):
-            decisions = self.untuned_at(width, head_dim, dtype, target, deterministic)
+        for case in self.cases.values:
+            decisions = self.untuned(head_dim, dtype, target, deterministic=deterministic, case=case)
             if decisions not in found:
                 found.append(decisions)
         return found

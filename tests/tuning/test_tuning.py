@@ -34,7 +34,7 @@ from spattn_tvm.choice import find_schedule
 from spattn_tvm.families import find_space, resolve_family
 from spattn_tvm.families import kernel as kernel_module
 from spattn_tvm.families.kernel import KernelSpec
-from spattn_tvm.families.space import Space, one_structure
+from spattn_tvm.families.space import Space, cases_by_width, one_structure
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.store import ScheduleRecord, load_records, save_records
@@ -649,17 +649,17 @@ def test_kernel_hash_follows_the_kernel_and_not_its_spelling() -> None:
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2, 3])
-def test_kernel_hash_has_the_defaults_of_every_width_and_the_deterministic_one(changed: int) -> None:
+def test_kernel_hash_has_the_defaults_of_every_case_and_the_deterministic_one(changed: int) -> None:
     """Of four kernels the last is no default."""
 
-    def untuned(*_: Any, deterministic: bool = False, width: int = 0) -> dict[str, int]:
-        return {"rows": 2 if deterministic else width // 100}
+    def untuned(*_: Any, deterministic: bool = False, case: int = 0) -> dict[str, int]:
+        return {"rows": 2 if deterministic else case // 100}
 
     def build(edited: int) -> Callable[..., Any]:
         lengths = {rows: 64 + rows + 10 * (rows == edited) for rows in range(4)}
         return lambda decisions, *_: build_workload(replace(PROBLEM, length=lengths[decisions["rows"]]))
 
-    space = replace(_FAKE_SPACE, untuned=untuned, width_steps=(100,), build=build(-1))
+    space = replace(_FAKE_SPACE, untuned=untuned, cases=cases_by_width(100), build=build(-1))
     other = replace(space, build=build(changed))
     hashes = [kernel_hash(item, PROBLEM, detect_cpu()) for item in (space, other)]
     assert (hashes[0] == hashes[1]) == (changed == 3)

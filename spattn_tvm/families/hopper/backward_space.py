@@ -11,7 +11,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space
+from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, cases_by_width
 from spattn_tvm.target import registers_at_launch
 
 from .backward_sizes import (
@@ -168,7 +168,7 @@ _ONE_PASS_FROM = {64: 2048, 128: 1400}
 
 
 def _untuned(
-    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False, width: int = 0
+    head_dim: int, dtype: str, target: MachineTarget, deterministic: bool = False, case: int = 0
 ) -> dict[str, int]:
     """One pass over wide bands, unless results must be reproducible; else two passes, chunks of 64 and the
     deepest rings that fit, with one buffer of K and V.
@@ -178,7 +178,7 @@ def _untuned(
     0.396, chunks of 96 0.310 instead of 0.265 at head dim 64.
     """
     wide = head_dim == 128
-    if width >= _ONE_PASS_FROM[head_dim] and not deterministic:
+    if case >= _ONE_PASS_FROM[head_dim] and not deterministic:
         return {
             "one_pass": 1,
             "dkv_warpgroups": 2,
@@ -225,5 +225,5 @@ BACKWARD = Space(
     build=_build,
     unsupported=partial(unsupported, HEAD_DIMS),
     is_deterministic=_is_deterministic,
-    width_steps=tuple(sorted(_ONE_PASS_FROM.values())),
+    cases=cases_by_width(*_ONE_PASS_FROM.values()),
 )
