@@ -34,7 +34,6 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 VERSIONED_PACKAGES = ("spattn-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
 _STATUSES = ("tuned", "nearest", "untuned")
 _LARGEST_MANIFEST_BYTES = 16 * 2**20
-_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -292,9 +291,6 @@ def _read_kernel(
         problem = AttentionProblem.from_json(entry.get("problem"))
     except (TypeError, ValueError) as error:
         raise _refuse(folder, f"the problem of kernel {index} is damaged ({error})") from error
-    for size in (problem.batch, problem.query_heads, problem.kv_heads, problem.length, problem.head_dim):
-        if size > _LARGEST_SIZE:
-            raise _refuse(folder, f"the problem of kernel {index} has a size of {shown(size)}")
     try:
         kernel = KernelSpec.of(values.pop("family"), problem, values.pop("decisions"))
         _ = kernel.abi, kernel.is_deterministic

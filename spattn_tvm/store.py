@@ -32,7 +32,6 @@ from .target import parse_target
 # structures.
 FORMAT = 3
 _LARGEST_FILE_BYTES = 64 * 2**20
-_LARGEST_SIZE = 2**31 - 1
 
 
 class ScheduleWarning(UserWarning):
@@ -87,9 +86,6 @@ class ScheduleRecord:
         # An integer may be too large for a float, and then for every comparison and text made of it.
         if type(self.latency_us) not in (int, float) or not 0 < self.latency_us < 1e18:
             raise ValueError(f"latency_us must be a positive number, got {self.latency_us!r}")
-        for name in ("batch", "query_heads", "kv_heads", "length", "head_dim"):
-            if getattr(self.problem, name) > _LARGEST_SIZE:
-                raise ValueError(f"{name} must be below 2**31, got {getattr(self.problem, name)}")
         _require_folder(self.target)
 
     def to_json(self) -> dict[str, Any]:

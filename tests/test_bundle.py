@@ -372,7 +372,7 @@ DAMAGES |= {
         "kernel 0",
     ),
     "another target": (other_target, "is not the library of kernel 0: it says that its target is"),
-    "a size beyond kernels": (alter(length=10**400), "length must be at most"),
+    "a size beyond kernels": (alter(length=10**400), "length must be between"),
     "no label": (without_label, "it does not say which kernel it is"),
     "a label on other code": (label_on_other_code, "it exports no function 'forward'"),
     "code for another processor": (set_bytes(18, OTHER_PROCESSOR), "its machine code is for"),

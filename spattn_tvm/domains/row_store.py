@@ -7,7 +7,7 @@ a lane's stores are 4 bytes wide and a sector is written by two of them.
 # mypy: ignore-errors
 from tvm.script import tirx as T
 
-_ALL = 0xFFFFFFFF
+from .numbers import ALL_LANES
 
 
 @T.inline
@@ -39,12 +39,12 @@ def store_row(value, columns, to, is_inside, convert, lane):
             T.ptx[convert](words[i], value(4 * group + i, 1), value(4 * group + i, 0))
         for i in T.unroll(2):
             give: T.uint32 = T.Select(odd, words[2 * i], words[2 * i + 1])
-            got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(_ALL), give, 1, 32, 32)
+            got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), give, 1, 32, 32)
             half[2 * i] = T.Select(odd, got, words[2 * i])
             half[2 * i + 1] = T.Select(odd, words[2 * i + 1], got)
         for i in T.unroll(2):
             give: T.uint32 = T.Select(upper, half[i], half[i + 2])
-            got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(_ALL), give, 2, 32, 32)
+            got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), give, 2, 32, 32)
             words[i] = T.Select(upper, got, half[i])
             words[i + 2] = T.Select(upper, half[i + 2], got)
         if is_inside(32 * group + 8 * (lane % 4)):
@@ -56,7 +56,7 @@ def store_row(value, columns, to, is_inside, convert, lane):
         for i in T.unroll(2):
             T.ptx[convert](pair[i], value(last + i, 1), value(last + i, 0))
         give: T.uint32 = T.Select(odd, pair[0], pair[1])
-        got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(_ALL), give, 1, 32, 32)
+        got: T.uint32 = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), give, 1, 32, 32)
         if is_inside(8 * last + 8 * (lane % 2) + 4 * (lane % 4 // 2)):
             T.ptx["st.global.v2.b32"](
                 to(8 * last + 8 * (lane % 2) + 4 * (lane % 4 // 2)),

@@ -9,18 +9,14 @@ family's own.
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from tvm.script import tirx as T
 
+from .numbers import ALL_LANES, INF, LOWEST
 from .variables import scalar
 
-LN2 = math.log(2.0)
-INF = math.inf
-LOWEST = -3.4028234663852886e38  # of float32
-ALL_LANES = 0xFFFFFFFF
 QUAD = 4  # columns that a lane puts together at once
 FAN = 8  # shares of a row whose outputs are on their way at once
 MERGE_WARPS = 4

@@ -6,7 +6,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .exponential import LN2, LOWEST, exp
+from spattn_tvm.domains.numbers import LN2, LOWEST
+
+from .exponential import exp
 from .register_tile import REGISTERS
 
 # A row's sums: the largest score and the sum of what the others are to it.

@@ -11,9 +11,10 @@ from tvm.script import tirx as T
 
 from spattn_tvm.bands import LIMIT
 from spattn_tvm.domains.key_range import in_band, key_range
+from spattn_tvm.domains.numbers import LOWEST
 
 from .decode_partials import LARGEST, SUM, Partials
-from .exponential import LOWEST, exp
+from .exponential import exp
 from .register_tile import REGISTERS, fill, rows_of, sum_rows, widen
 
 # Behind every position.

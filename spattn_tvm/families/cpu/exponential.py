@@ -2,10 +2,7 @@
 
 from tvm.script import tirx as T
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
-# For a running maximum: not above any finite score, yet finite: -inf - -inf would be NaN.
-LOWEST = -3.4028234663852886e38
+from spattn_tvm.domains.numbers import LOG2E
 
 # Minimax polynomial of degree 6 for 2**f on [-1/2, 1/2]: relative error 6e-8 in float32, one ulp.
 _COEFFICIENTS = (1.0, 0.693147180, 0.240226507, 0.0555036595, 0.00961817697, 0.00133335581, 0.000154353)

@@ -22,9 +22,10 @@ from tvm import IRModule
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import crosses_edge
+from spattn_tvm.domains.numbers import LN2, LOWEST
 from spattn_tvm.domains.tiles import first_slot, tile_slots
 
-from .exponential import LN2, LOWEST, exp
+from .exponential import exp
 from .register_tile import REGISTERS, fill
 from .rows import BandedRows, find_document, strided_rows
 from .tile_worker import BATCH, DOCUMENT, HEAD, KV_HEAD, LAST_DOCUMENT, ROW, ROW_END, SHIFT, TileWorker

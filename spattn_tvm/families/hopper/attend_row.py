@@ -8,17 +8,15 @@ chunk a score rises above the reference by more than what a float32 weight can b
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import document_keys
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LN2, LOG2E
 from spattn_tvm.domains.tiles import table_row
 
-from .parts import ALL, INF, LOG2E, convert, dot2, element
-
-LN2 = math.log(2.0)
+from .parts import convert, dot2, element
 
 _UNPACK_SOURCE = {
     "bfloat16": """
@@ -80,7 +78,7 @@ def attend_row(t, dtype, head_dim, scale, lane, b, h, query):
             for i in T.unroll(count):
                 dot[0] = dot2(q[i], row[i], dot[0], dtype)
             for i in T.unroll(5):
-                dot[0] = dot[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL), dot[0], 1 << i, 32, 32)
+                dot[0] = dot[0] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), dot[0], 1 << i, 32, 32)
             higher: T.float32 = T.max(top, dot[0])
             shrink: T.float32 = T.exp2((top - higher) * scale2)
             weight: T.float32 = T.exp2((dot[0] - higher) * scale2)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import LOG2E
 from spattn_tvm.domains.row_store import store_row
 
 from .backward_producers import Plan, draw_tiles, init_rings, walk_chunks
@@ -28,7 +29,6 @@ from .parts import (
     ANY_CHUNK,
     LOAD,
     LOAD_STATS,
-    LOG2E,
     advance,
     arrive,
     convert,

@@ -106,6 +106,8 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E
+
 from .backward_key_pass import key_pass_maps, key_plan, produce_for_keys, store_gradients
 from .backward_producers import init_rings
 from .backward_sizes import (
@@ -120,10 +122,7 @@ from .backward_sizes import (
     one_pass_arena,
 )
 from .parts import (
-    ALL,
-    INF,
     K_MAJOR,
-    LOG2E,
     add_release,
     address,
     advance,
@@ -199,7 +198,7 @@ def statistics_pass(together: int, head_dim: int, dtype: str) -> Callable[..., N
         for i in T.unroll(4):
             delta[0] = dot2(o[i], do[i], delta[0], dtype)
         for i in T.unroll(LANES.bit_length() - 1):
-            delta[0] = delta[0] + T.tvm_warp_shuffle_xor(ALL, delta[0], 1 << i, 32, 32)
+            delta[0] = delta[0] + T.tvm_warp_shuffle_xor(ALL_LANES, delta[0], 1 << i, 32, 32)
         if part == 0:
             # What the products' sums begin with. A query without keys gets -inf, with which its probabilities
             # vanish; another one's must be finite, so that a masked score plus it is -inf, not NaN.
@@ -310,7 +309,7 @@ def store_sums(plan, at, lane, t, span):
 @T.inline
 def draw_item(t, counter, lane, item):
     T.ptx["atom.global.add.s32"](item[0], T.address_of(t.progress[counter]), T.if_then_else(lane == 0, 1, 0))
-    item[0] = T.tvm_warp_shuffle(ALL, item[0], 0, 32, 32)
+    item[0] = T.tvm_warp_shuffle(ALL_LANES, item[0], 0, 32, 32)
 
 
 @T.inline

@@ -24,6 +24,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import document_keys, key_range, maximum, minimum, query_range
+from spattn_tvm.domains.numbers import ALL_LANES
 from spattn_tvm.domains.tiles import chunk_count, locate_head, locate_rows, table_row, tile_slots
 
 from .backward_sizes import (
@@ -38,7 +39,7 @@ from .backward_sizes import (
     TILE_INFO_BYTES,
     WARPGROUP_ROWS,
 )
-from .parts import ALL, advance, arrive, ballot, band_row, load_shared
+from .parts import advance, arrive, ballot, band_row, load_shared
 
 # Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1
 # % less time and left racecheck in doubt about the other lanes' reads.
@@ -289,7 +290,7 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee
     own_first: T.int32 = 0
     own_last: T.int32 = 0
     draw_tile(counter, lane, fetched)
-    fetched[0] = T.tvm_warp_shuffle(ALL, fetched[0], 0, 32, 32)
+    fetched[0] = T.tvm_warp_shuffle(ALL_LANES, fetched[0], 0, 32, 32)
     while fetched[0] < tiles:
         locate_head(fetched[0], slots, batches, heads, plan.together, slot, b, h)
         if not plan.of_keys:
@@ -337,7 +338,7 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee
             # before a warp synchronisation, they left racecheck in doubt.)
             if not plan.shared:
                 for w in T.unroll(plan.warpgroups):
-                    theirs: T.int32 = T.tvm_warp_shuffle(ALL, own, w, 32, 32)
+                    theirs: T.int32 = T.tvm_warp_shuffle(ALL_LANES, own, w, 32, 32)
                     if lane == 0:
                         T.ptx["st.shared.s32"](words + T.uint32(TILE_COUNTS_AT + 4 * w), theirs)
             arrival: T.uint32 = at("tile_full", slab, BARRIER_BYTES)
@@ -364,7 +365,7 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee
                 clear_rows(plan, kept, plan.rows, plan.rows - strangers, plan.rows, lane)
                 show(at("tile_full", slab, BARRIER_BYTES), lane)
             offered = offered + 1
-        fetched[0] = T.tvm_warp_shuffle(ALL, fetched[0], 0, 32, 32)
+        fetched[0] = T.tvm_warp_shuffle(ALL_LANES, fetched[0], 0, 32, 32)
     offer_no_more(plan, at, offered, lane)
 
 

@@ -12,16 +12,14 @@ from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E
 from spattn_tvm.domains.row_store import store_row
 
 from .backward_producers import LANES, Plan, draw_tiles, init_barriers, init_rings, walk_chunks
 from .backward_sizes import BARRIER_BYTES, SWIZZLE_ROW_BYTES, TILE_COUNTS_AT, WARPGROUP_ROWS, dq_arena
 from .parts import (
-    ALL,
     ANY_CHUNK,
-    INF,
     LOAD,
-    LOG2E,
     add_release,
     advance,
     arrive,
@@ -176,8 +174,8 @@ def query_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Simpl
             arrive(at("tile_empty"))
             for j in T.unroll(2):
                 query: T.int32 = tile[0] + my_row + 8 * j
-                delta[j] = delta[j] + T.tvm_warp_shuffle_xor(ALL, delta[j], 1, 32, 32)
-                delta[j] = delta[j] + T.tvm_warp_shuffle_xor(ALL, delta[j], 2, 32, 32) - dl[j]
+                delta[j] = delta[j] + T.tvm_warp_shuffle_xor(ALL_LANES, delta[j], 1, 32, 32)
+                delta[j] = delta[j] + T.tvm_warp_shuffle_xor(ALL_LANES, delta[j], 2, 32, 32) - dl[j]
                 settle_statistics(lse2, delta, j)
                 if query < tile[2]:
                     if lane % 4 == 0:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import tvm
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import INF
+
 from .backward_key_pass import key_pass, key_pass_maps
 from .backward_query_pass import query_pass
 from .backward_sizes import WARPGROUP_ROWS
-from .parts import INF, address, match_tensors, rows_map
+from .parts import address, match_tensors, rows_map
 
 RESET_THREADS = 128
 TURN = 1  # the named barrier between the passes

@@ -3,12 +3,12 @@
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LN2, LOG2E
 from spattn_tvm.domains.row_store import store_row
 from spattn_tvm.domains.share_merge import share_row
 
@@ -34,10 +34,9 @@ from .forward_sizes import (
     WARPGROUP_ROWS,
     Sizes,
 )
-from .parts import ALL, INF, LOG2E, ballot, convert, element, wgmma
+from .parts import ballot, convert, element, wgmma
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
-LN2 = math.log(2.0)
 LARGEST = 3.4028234663852886e38  # of float32
 # Below this size in base 2 a reference that is rounded to float32 is off by at most 1/2, and so the weights
 # by at most a factor of sqrt(2). (From 2**27 on by 2**8, which float16 can't hold beside the threshold's
@@ -78,7 +77,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
     def ones(count: Any, keys: int) -> Any:
         """A word whose lowest ``count`` bits, of at most ``keys // 4``, are set."""
         word = (T.uint32(1) << T.cast(count, "uint32")) - T.uint32(1)
-        return word if keys // 4 < 32 else T.Select(count >= 32, T.uint32(ALL), word)
+        return word if keys // 4 < 32 else T.Select(count >= 32, T.uint32(ALL_LANES), word)
 
     def columns_below(offset: Any, keys: int) -> Any:
         """Of a thread's columns, at 8 j + e: how many are at most ``offset`` behind the first."""
@@ -247,8 +246,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                 top[0] = T.max(scores[2 * r], scores[2 * r + 1])
                 for j in T.unroll(keys // 8 - 1):
                     top[0] = T.max(top[0], T.max(scores[4 * j + 4 + 2 * r], scores[4 * j + 5 + 2 * r]))
-                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 1, 32, 32))
-                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), top[0], 2, 32, 32))
+                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[0], 1, 32, 32))
+                top[0] = T.max(top[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), top[0], 2, 32, 32))
                 top[0] = T.max(top[0], row_max[r])
                 if THRESHOLD > 0:
                     # Any reference near the maximum gives the same quotient; weights stay below
@@ -286,7 +285,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         @T.inline
         def find_kept():
             without: T.bool = T.Or(row_max[0] == -huge, row_max[1] == -huge)
-            kept = T.Select(T.cuda.any_sync(T.uint32(ALL), without) == 0, 1, 0)
+            kept = T.Select(T.cuda.any_sync(T.uint32(ALL_LANES), without) == 0, 1, 0)
 
         # A higher reference for rows whose weights have outgrown theirs, for this chunk too. Where they
         # overflowed it is one that has the row attended to again.
@@ -296,8 +295,10 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                 if kept != 0:
                     shrink[r] = T.float32(1)
                 total = T.alloc_local((1,), "float32")
-                total[0] = T.max(row_sum[r], T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32))
-                total[0] = T.max(total[0], T.tvm_warp_shuffle_xor(T.uint32(ALL), total[0], 2, 32, 32))
+                total[0] = T.max(
+                    row_sum[r], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), row_sum[r], 1, 32, 32)
+                )
+                total[0] = T.max(total[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), total[0], 2, 32, 32))
                 if total[0] > T.float32(GROWN):
                     grown: T.float32 = (T.log2(total[0]) - T.float32(RAISED_EXPONENT)) / scale2
                     raised: T.float32 = T.min(row_max[r] + grown, T.float32(LARGEST))
@@ -314,7 +315,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
         @T.inline
         def raise_references_if_needed():
             grew: T.bool = T.max(row_sum[0], row_sum[1]) > T.float32(GROWN)
-            shrinks = T.cast(T.Or(kept == 0, T.cuda.any_sync(T.uint32(ALL), grew) != 0), "int32")
+            shrinks = T.cast(T.Or(kept == 0, T.cuda.any_sync(T.uint32(ALL_LANES), grew) != 0), "int32")
             if shrinks != 0:
                 raise_references()
 
@@ -327,7 +328,7 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                     find_kept()
             elif THRESHOLD > 0:
                 grew: T.bool = T.Or(shrink[0] < T.float32(1), shrink[1] < T.float32(1))
-                if T.cuda.any_sync(T.uint32(ALL), grew) != 0:
+                if T.cuda.any_sync(T.uint32(ALL_LANES), grew) != 0:
                     shrink_output()
             else:
                 shrink_output()
@@ -547,8 +548,8 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
 
         @T.inline
         def add_lanes(r):
-            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 1, 32, 32)
-            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL), row_sum[r], 2, 32, 32)
+            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), row_sum[r], 1, 32, 32)
+            row_sum[r] = row_sum[r] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), row_sum[r], 2, 32, 32)
 
         # Rows whose sum is 0 have no key: the largest weight of others is 1 at least. NaN stays NaN.
         @T.inline
@@ -562,7 +563,9 @@ def consumer(decisions: Mapping[str, int], c: Sizes, dtype: str) -> Callable[...
                         T.float32(-INF),
                         row_max[r] * scale + T.log2(row_sum[r]) * T.float32(LN2),
                     )
-            unusual = T.cuda.any_sync(T.uint32(ALL), T.max(T.fabs(row_max[0]), T.fabs(row_max[1])) >= huge)
+            unusual = T.cuda.any_sync(
+                T.uint32(ALL_LANES), T.max(T.fabs(row_max[0]), T.fabs(row_max[1])) >= huge
+            )
             # Rarely taken: a selection of each element cost 1 % at (4, 16, 4096, 128).
             if unusual != 0:
                 clear_rows_without_keys()

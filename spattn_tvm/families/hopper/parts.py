@@ -6,7 +6,6 @@ The inline functions change the variables that they are given, as if their text 
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
+from spattn_tvm.domains.numbers import INF, LOG2E, LOWEST
+
 from .backward_sizes import BARRIER_BYTES, INFO_BYTES, PLANE, SWIZZLE_ROW_BYTES, WARPGROUP_ROWS
 
-LOG2E = math.log2(math.e)
-INF = math.inf
-ALL = 0xFFFFFFFF  # lanes of a warp
 TAKERS_AT = 12  # in what a chunk's producer says of it
 ANY_CHUNK = 1 << 30  # limit of a search that may wait
-# Of a query with keys. Finite, so that a masked score's -inf less it is -inf, not NaN.
-LEAST_LSE = -3.4028234663852886e38
+LEAST_LSE = LOWEST  # of a query with keys
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 LOAD_STATS = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"

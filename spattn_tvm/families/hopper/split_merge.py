@@ -8,11 +8,12 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.share_merge import LN2, ShareMerge
+from spattn_tvm.domains.numbers import ALL_LANES, LN2
+from spattn_tvm.domains.share_merge import ShareMerge
 from spattn_tvm.domains.variables import scalar
 
 from .attend_row import attend_row
-from .parts import ALL, convert, element
+from .parts import convert, element
 
 
 class Merge(ShareMerge):
@@ -51,8 +52,8 @@ class Merge(ShareMerge):
         is_huge: T.bool = self.sums[3] != T.float32(0)
         self.again = T.Select(
             T.Or(
-                T.cuda.any_sync(T.uint32(ALL), has_risen) == 0,
-                T.cuda.any_sync(T.uint32(ALL), is_huge) != 0,
+                T.cuda.any_sync(T.uint32(ALL_LANES), has_risen) == 0,
+                T.cuda.any_sync(T.uint32(ALL_LANES), is_huge) != 0,
             ),
             1,
             0,

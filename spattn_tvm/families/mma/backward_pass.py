@@ -7,21 +7,19 @@ parts stand in the order in which they run.
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import document_keys, has_key, key_range, query_range
+from spattn_tvm.domains.numbers import INF, LOG2E
 from spattn_tvm.domains.tiles import locate_head, locate_rows, table_row, tile_slots
 from spattn_tvm.domains.variables import scalar
 
 from .backward_sizes import KEPT_WORDS, TILE_WORDS, Pass
 from .blocks import BLOCK, Blocks, row_loader_macro, wait_macro
 
-LOG2E = math.log2(math.e)
-INF = math.inf
 ADD = {1: "red.global.add.f32", 2: "red.global.add.v2.f32", 4: "red.global.add.v4.f32"}
 INFO_WORDS = 4
 PLACE, LOW, HIGH, SEGMENT = range(

@@ -10,10 +10,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import ALL_LANES
+
 from .blocks import BLOCK, Blocks, element_bytes
 
 THREADS = 256
-ALL_LANES = 0xFFFFFFFF
 
 _DOT_SOURCE = {
     "bfloat16": """

@@ -35,6 +35,7 @@ from spattn_tvm.target import is_before_hopper, registers_most, shared_bytes_mos
 from .support import DTYPES, HEAD_DIMS
 
 BLOCK = 16
+LEAST_SCALE = 1e-30  # of scores, in place of 0, which would make 0 * -inf of a masked one
 
 # What `locate_macro` tells about a tile, as int32 words.
 LOCATION_WORDS = 11

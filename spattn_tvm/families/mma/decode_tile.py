@@ -6,7 +6,6 @@
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +13,13 @@ from typing import Any
 from tvm.script import tirx as T
 
 from spattn_tvm.bands import LIMIT
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LN2, LOG2E, LOWEST
 from spattn_tvm.domains.tiles import chunk_count
 from spattn_tvm.domains.variables import scalar
 
-from .blocks import BLOCK, Blocks, element_bytes, greatest, row_pitch
+from .blocks import BLOCK, LEAST_SCALE, Blocks, element_bytes, greatest, row_pitch
 from .decode_sizes import warp_ring_bytes, words
 
-LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
-ALL_LANES = 0xFFFFFFFF
-LEAST_SCALE = 1e-30
-# The maximum of no scores: not above any finite one, yet finite, so that a masked score gives
-# exp2(-inf - finite) = 0 rather than NaN.
-LOWEST = -3.4028234663852886e38
 NOWHERE = 2**31 - 1  # where a span without keys begins and ends
 QUAD = 4  # columns that a thread merges at once
 FAN = 16  # parts that a block merges at once, so many loads being on their way

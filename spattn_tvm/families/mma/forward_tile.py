@@ -6,7 +6,6 @@
 # mypy: ignore-errors
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.key_range import key_range
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LN2, LOG2E, LOWEST
 from spattn_tvm.domains.tiles import chunk_count, tile_slots
 from spattn_tvm.domains.variables import scalar
 
@@ -26,6 +26,7 @@ from .blocks import (
     HEAD,
     KEY_BEGIN,
     KEY_END,
+    LEAST_SCALE,
     LOCATION_BYTES,
     LOCATION_WORDS,
     NEAR_HI,
@@ -42,12 +43,6 @@ from .blocks import (
     wait_macro,
 )
 
-LOG2E, LN2, INF = math.log2(math.e), math.log(2.0), math.inf
-ALL_LANES = 0xFFFFFFFF
-LEAST_SCALE = 1e-30
-# The maximum of no scores: not above any finite one, yet finite, so that a masked score gives
-# exp2(-inf - finite) = 0 rather than NaN.
-LOWEST = -3.4028234663852886e38
 # From this magnitude on (in powers of two) a row's maximum is subtracted from its scores before they are
 # scaled: the rounding of the scaled maximum would be worth more than a weight, and beyond 2.4e38 be infinite.
 HUGE = 2.0**24

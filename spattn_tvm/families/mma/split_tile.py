@@ -13,12 +13,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from spattn_tvm.domains.numbers import ALL_LANES, LN2, LOG2E, LOWEST
 from spattn_tvm.domains.share_merge import ShareMerge, share_row
 from spattn_tvm.domains.tiles import share_of, tile_slots
 from spattn_tvm.domains.variables import scalar
 
-from .blocks import BATCH, BLOCK, DOC_END, HEAD, ROW0, Blocks, row_pitch
-from .forward_tile import ALL_LANES, LEAST_SCALE, LN2, LOG2E, LOWEST, ForwardTile
+from .blocks import BATCH, BLOCK, DOC_END, HEAD, LEAST_SCALE, ROW0, Blocks, row_pitch
+from .forward_tile import ForwardTile
 
 
 class SplitTile(ForwardTile):
