@@ -331,6 +331,33 @@ def test_each_attention_is_that_of_its_mask(recipe: SimpleNamespace, tiny: Path,
             begin += length
 
 
+def _parts(mask: Any) -> dict[str, Any]:
+    names = ["seq_lengths", "BLOCK_SIZE"]
+    for what in ("num_blocks", "indices"):
+        names += [f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q")]
+    return {name: getattr(mask, name) for name in names}
+
+
+@pytest.mark.parametrize("pairs", [1, 1 << 27])
+def test_block_masks_are_those_of_flex_attention(
+    recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    """At lengths of whole blocks and others, all at once and a row of blocks at a time."""
+    monkeypatch.setattr(recipe.model, "PAIRS_AT_A_TIME", pairs)
+    for length, name in ((96, "reformer"), (300, "bigbird"), (384, "dense"), (517, "spattention")):
+        layout = {"dense": BandLayout.causal(3), "spattention": BandLayout.spattention(3, length)}.get(name)
+        layer = recipe.model.Layer(name, "flex", layout)
+        masks, cpu = 1 if name in recipe.model.ALIKE else 3, torch.device("cpu")
+        sees = recipe.model._in_one_document(recipe.model.rule_of(layer, 3, length, cpu))
+        found = _parts(recipe.model.block_mask(sees, masks, length, cpu))
+        expected = _parts(create_block_mask(sees, 1, masks, length, length, device="cpu"))
+        for part, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[part], value, rtol=0, atol=0, msg=f"{name}: {part}")
+            else:
+                assert found[part] == value
+
+
 def test_rules_do_not_share_the_limit_of_recompilations(
     recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +370,7 @@ def test_rules_do_not_share_the_limit_of_recompilations(
             layout = BandLayout.causal(2) if name == "dense" else None
             layer = recipe.model.Layer(name, "flex", layout)
             sees = recipe.model._in_one_document(recipe.model.rule_of(layer, 2, length, cpu))
-            mask = create_block_mask(sees, 1, 2, length, length, device="cpu")
+            mask = recipe.model.block_mask(sees, 2, length, cpu)
             attend = recipe.model.compiled_for(flex_attention, layer, 2, length)
             expected = F.scaled_dot_product_attention(
                 q, q, q, attn_mask=recipe.model._make_mask(layer, 2, length, None, cpu)
