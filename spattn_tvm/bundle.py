@@ -373,11 +373,13 @@ def load_bundle(path: str | os.PathLike[str], *, register: bool = True) -> Bundl
         targets = tuple(MachineTarget(**entry) for entry in manifest["targets"])
     except (TypeError, ValueError) as error:
         raise _refuse(folder, f"its targets are damaged ({error})") from error
+    if not targets or not manifest["kernels"]:
+        raise _refuse(folder, "it names no target, or no kernel")
     if RUNTIME_LIBRARY not in files:
         raise _refuse(folder, f"{RUNTIME_LIBRARY} is not among its files")
     obstacles = [target.can_run_here() for target in targets]
     if None not in obstacles:
-        reasons = "; ".join(text for text in obstacles if text) or "it is made for no target"
+        reasons = "; ".join(text for text in obstacles if text)
         raise RuntimeError(f"the bundle {folder} can't run on this machine: {reasons}")
     kernels = tuple(
         _read_kernel(folder, index, entry, files, targets) for index, entry in enumerate(manifest["kernels"])

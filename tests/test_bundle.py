@@ -372,6 +372,11 @@ DAMAGES |= {
         "kernel 0",
     ),
     "another target": (other_target, "is not the library of kernel 0: it says that its target is"),
+    "no targets": (
+        lambda folder: change_manifest(folder, lambda m: m["targets"].clear()),
+        "it names no target",
+    ),
+    "no kernels": (lambda folder: change_manifest(folder, lambda m: m["kernels"].clear()), "or no kernel"),
     "a size beyond kernels": (alter(length=10**400), "length must be between"),
     "no label": (without_label, "it does not say which kernel it is"),
     "a label on other code": (label_on_other_code, "it exports no function 'forward'"),

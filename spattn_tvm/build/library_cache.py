@@ -45,7 +45,7 @@ from .compile_process import build
 from .compilers import TIMEOUT_S, compile_apart
 from .errors import CompilerMissingError
 from .kept_runtime import keep_runtime, kept_runtime
-from .resources import library_metadata
+from .resources import are_resources, library_metadata
 from .toolchain import compile_obstacle, compiles_only, nvcc_release, tvm_versions
 
 # A kernel takes a second or two: who waits longer wants to know for what.
@@ -121,6 +121,7 @@ def _find(path: Path, identity: Mapping[str, Any]) -> bool:
     try:
         intact = (
             all(metadata.get(key) == value for key, value in identity.items())
+            and are_resources(metadata.get("resources", {}))
             and metadata.get("bytes") == found.st_size
             and metadata.get("sha256") == _file_sha256(path)
         )

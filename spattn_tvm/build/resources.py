@@ -51,6 +51,20 @@ def read_ptxas(text: str) -> dict[str, Any]:
     return {"kernels": kernels, "warnings": list(dict.fromkeys(warnings))}
 
 
+def are_resources(value: object) -> bool:
+    """Whether something that was read from a file is of the form that `read_ptxas` returns."""
+    if not isinstance(value, dict):
+        return False
+    kernels, warnings = value.get("kernels", {}), value.get("warnings", [])
+    return (
+        isinstance(kernels, dict)
+        and all(isinstance(facts, dict) for facts in kernels.values())
+        and all(type(number) is int for facts in kernels.values() for number in facts.values())
+        and isinstance(warnings, list)
+        and all(isinstance(text, str) for text in warnings)
+    )
+
+
 def spilled_bytes(resources: Mapping[str, Any] | None) -> int:
     """Bytes of spill stores and loads of all kernels in a library's ``"resources"``; 0 where unknown."""
     kernels = (resources or {}).get("kernels", {}).values()

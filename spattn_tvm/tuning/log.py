@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spattn_tvm.build.resources import are_resources
 from spattn_tvm.families import family_names
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.file_lock import LockedError, file_lock
@@ -119,6 +120,8 @@ class Measurement:
                 raise ValueError(f"a measurement has a {name!r}")
             if name in facts and type(facts[name]) not in kinds:
                 raise ValueError(f"{name!r} can't be {facts[name]!r}")
+        if facts.get("resources") is not None and not are_resources(facts["resources"]):
+            raise ValueError(f"'resources' can't be {facts['resources']!r}")
         if set(facts) - set(_KINDS):
             raise ValueError(f"a measurement has no {sorted(set(facts) - set(_KINDS))}")
         for name in ("latency_us", "elapsed_s", "slowdown"):

@@ -297,6 +297,25 @@ def test_a_damaged_entry_is_compiled_again(
     assert sorted(entry.suffix for entry in path.parent.iterdir()) == [".json", ".so"]
 
 
+@pytest.mark.parametrize(
+    "resources", [None, [], {"kernels": []}, {"kernels": {"a": 1}}, {"warnings": {}}, {"warnings": [None]}]
+)
+def test_an_entry_with_resources_that_no_compiler_told_is_compiled_again(
+    resources: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tuner looks for spills in, and an export describes."""
+    path = copied(cache, tmp_path / "cache")
+    monkeypatch.setenv("SPATTN_CACHE_DIR", str(tmp_path / "cache"))
+    description = path.with_suffix(".json")
+    metadata = json.loads(description.read_text(encoding="utf-8"))
+    found = library_cache._find(path, {})
+    description.write_text(json.dumps({**metadata, "resources": resources}), encoding="utf-8")
+    assert found and not library_cache._find(path, {})
+    told = {"kernels": {"a": {"registers": 168, "shared_bytes": 0}}, "warnings": ["wgmma is serialized"]}
+    description.write_text(json.dumps({**metadata, "resources": told}), encoding="utf-8")
+    assert library_cache._find(path, {})
+
+
 def test_a_lock_that_is_a_folder_is_in_nobodys_way(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,19 @@ LINE_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a fraction": lambda line: line.replace(b'{"rows":2}', b'{"rows":2.5}'),
     "elapsed text": lambda line: line.replace(b'"elapsed_s":2.0', b'"elapsed_s":"2.0"'),
     "slowdown 0": lambda line: line.replace(b'"slowdown":1.0', b'"slowdown":0'),
-    "resources of no kind": lambda line: line.replace(b'"slowdown"', b'"resources":3,"slowdown"'),
+    **{
+        f"resources of no kind: {text.decode()}": lambda line, text=text: line.replace(
+            b'"slowdown"', b'"resources":' + text + b',"slowdown"'
+        )
+        for text in (
+            b"3",
+            b'{"kernels":3}',
+            b'{"kernels":{"a":[1]}}',
+            b'{"kernels":{"a":{"registers":"many"}}}',
+            b'{"warnings":"slow"}',
+            b'{"warnings":[1]}',
+        )
+    },
 }
 
 
