@@ -251,6 +251,42 @@ def send_keys_round() -> bool:
     return True
 
 
+class SymmetricMemory:
+    """Buffers that the ranks of a group, on GPUs of one host, have mapped into each other's address spaces.
+
+    Raises
+    ------
+    ImportError
+        From the constructor: this PyTorch has none.
+    """
+
+    def __init__(self) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._symmetric_memory: Any = symmetric_memory
+
+    def empty(self, size: int, device: torch.device) -> Tensor:
+        """uint8 ``(size,)``; other ranks can map it."""
+        return cast("Tensor", self._symmetric_memory.empty(size, dtype=torch.uint8, device=device))
+
+    def addresses(self, buffer: Tensor, group: Any) -> list[int]:
+        """Where each rank's buffer begins, for this rank; by all ranks together, of one size."""
+        handle = self._symmetric_memory.rendezvous(buffer, group)
+        offset = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
+        return [address + offset for address in handle.buffer_ptrs]
+
+
+def timeout_seconds(group: Any) -> float:
+    """After how long the ranks of a group give each other up."""
+    from torch.distributed.constants import default_pg_timeout
+
+    try:
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        timeout = default_pg_timeout
+    return float(timeout.total_seconds())
+
+
 def forbid_donated_buffers() -> None:
     """Let compiled functions keep their graph, so that a backward pass can be run again and again."""
     try:

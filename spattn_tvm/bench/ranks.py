@@ -4,9 +4,9 @@ Each rank is a process, on GPUs with a card of its own (NCCL), else with its sha
 All measure the same calls at the same time: a sample is the time of the slowest rank, a figure the median
 over rounds. ``one`` is one rank alone with the whole sequence, against which speed-ups are.
 
-Traffic is what torch.distributed's operators are called with, counted on each rank in a forward and backward
-pass that is not timed, and compared with the plan's closed form. A rank's own part is not counted; a
-reduction counts as its parts sent to where they are summed.
+Traffic is what torch.distributed's operators are called with, or what copy engines are told to copy from rank
+to rank, counted on each rank in a forward and backward pass that is not timed, and compared with the plan's
+closed form. A rank's own part is not counted; a reduction counts as its parts sent to where they are summed.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def _counter() -> Any:
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from spattn_tvm.distributed.peer_copies import bytes_copied
+
     def bytes_of(tensors: Any) -> int:
         each = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         return sum(tensor.nbytes for tensor in each)
@@ -192,7 +194,18 @@ def _counter() -> Any:
     class Counter(TorchDispatchMode):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.received = self.sent = 0
+            self.received = self.sent = self.copied = 0
+
+        def __enter__(self) -> Any:
+            self._copied = bytes_copied()
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            received, sent = bytes_copied()
+            self.copied += received - self._copied[0]
+            self.received += received - self._copied[0]
+            self.sent += sent - self._copied[1]
 
         def _count_all_to_all(self, tensor: torch.Tensor, received: Any, sent: Any) -> None:
             ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -364,6 +377,7 @@ class _Rank:
                 moved = [forward] if step_name == "forward" else [forward, backward]
                 entry["received_bytes"] = self.everywhere(sum(each.received for each in moved))
                 entry["sent_bytes"] = self.everywhere(sum(each.sent for each in moved))
+                entry["copied_bytes"] = self.everywhere(sum(each.copied for each in moved))
                 entry |= self._closed_form(peer, step_name)
                 if errors and not max(errors.values()) <= _tolerance(task.problem.dtype):
                     entry |= {"status": "wrong", "reason": f"relative errors {errors}"}
@@ -518,9 +532,10 @@ def benchmark_ranks(
     dict
         Of JSON values. ``results`` has, for each problem and sharding, ``entries``: for each peer and step
         ``median_ms`` of the slowest rank, ``speed_up`` over one rank, ``received_bytes`` and ``sent_bytes``
-        as counted and ``planned_bytes`` received by the closed form, each of all ranks, ``balance`` (mean
-        over busiest of the pairs), ``parts`` of heads, ``errors`` against one rank (relative, of the worst
-        rank), ``status`` and ``reason``.
+        as counted, ``copied_bytes`` of those received that copy engines brought, and ``planned_bytes``
+        received by the closed form, each of all ranks, ``balance`` (mean over busiest of the pairs),
+        ``parts`` of heads, ``errors`` against one rank (relative, of the worst rank), ``status`` and
+        ``reason``.
 
     Raises
     ------

@@ -24,6 +24,7 @@ from .agreement import agree, agree_on_refusal
 from .by_bands import attend_by_bands, plan_calls
 from .by_heads import attend_by_heads, plan_parts
 from .groups import group_of
+from .peer_copies import are_turned_off
 from .planner import STRATEGIES, documents_of, plan_ranks, strategies_of
 from .shards import Shards, boundaries_of
 
@@ -189,6 +190,7 @@ def context_parallel_attention(
             "scale": scale,
             "strategy": plan.strategy,
             "parts": count,
+            "copies turned off": are_turned_off(),
             "requires grad": tuple(torch.is_grad_enabled() and t.requires_grad for t in (q, k, v)),
         },
     )

@@ -233,6 +233,13 @@ def _head_group(
             tuple(places for owner, _, places in deliveries[rank] if owner == sender)
             for sender in range(shards.ranks)
         ),
+        tuple(
+            tuple(
+                sum(len(source.heads) * source.rows for owner, source, _ in each if owner == sender)
+                for each in deliveries
+            )
+            for sender in range(shards.ranks)
+        ),
     )
     part_of = {part.queries[0]: part for part in parts[rank]}
     local: list[_LocalCall] = []

@@ -87,10 +87,18 @@ def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> Part:
     inbound = Route(
         tuple(pieces(heads_of(share), local) for share in shares),
         tuple(pieces(here, chunks) for chunks in whole),
+        tuple(
+            tuple(shards.rows(sender) * share.rows_of_a_position for share in shares)
+            for sender in range(shards.ranks)
+        ),
     )
     outbound = Route(
         tuple(pieces(here[:1], chunks) for chunks in whole),
         tuple(pieces([share.query_heads], local) for share in shares),
+        tuple(
+            tuple(len(share.query_heads) * shards.rows(receiver) for receiver in range(shards.ranks))
+            for share in shares
+        ),
     )
     return Part(shares, inbound, outbound, Landing.of([inbound.receives], 3), Landing.of([outbound.sends], 1))
 

@@ -4,15 +4,16 @@ What is sent where follows from plans that each rank makes alone, so that no siz
 starts in one place (`depart`) and ends in another (`arrive`): what is called in between overlaps with it,
 also in the backward pass, where gradients start at `arrive` and end at `depart`.
 
-Pieces are packed and travel in one all-to-all. On CUDA the rows of one head, where they are very large, are a
-message of their own, read and written where the tensors lie.
+Between GPUs that can write to each other's memory copy engines bring them (`peer_copies`). Elsewhere they are
+packed and travel in one all-to-all; with NCCL the rows of one head, where they are very large, are a message
+of their own, read and written where the tensors lie.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -22,13 +23,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .copy_engines import Block, blocks_of
 from .groups import group_of
+from .peer_copies import PeerCopies, Shipment, peer_copies
 from .shards import Rows, Shards
 
 # From how many bytes on a head's rows travel as a message of their own; where none is given all are packed.
 # On a CPU the transport copies anyway. On four H100 twice as many messages, 192 in place of 96 in a forward
 # pass, took 3 ms more; in the 33 us of a message some 30 MB are packed and unpacked.
 _OWN_MESSAGE_BYTES = {"cuda": 2**25}
+
+# Of a route: tensors of so many kinds of strides, before all are forgotten.
+_MOST_CARGO = 16
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,16 @@ class Route:
         For each rank, its own included, what travels; each with the places where it is written to. What is
         sent has one place. A rank sends another pieces of the sizes and in the order in which that one
         receives them.
+    rows : tuple of tuple of int
+        How many rows of a head each rank sends each other, of one batch element: ``rows[sender][receiver]``.
+    cargo : dict
+        What copy engines have to do, found once for tensors of the same strides.
     """
 
     sends: tuple[tuple[Places, ...], ...]
     receives: tuple[tuple[Places, ...], ...]
+    rows: tuple[tuple[int, ...], ...]
+    cargo: dict[tuple[object, ...], Cargo] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -137,14 +149,21 @@ class Place:
 
 
 @lru_cache(maxsize=4096)
+def _step(heads: tuple[int, ...]) -> int | None:
+    """By what the heads ascend, if by equal steps."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if step < 1 or any(after - before != step for before, after in pairwise(heads)):
+        return None
+    return step
+
+
+@lru_cache(maxsize=4096)
 def _as_slice(heads: tuple[int, ...]) -> slice | None:
     """The heads as a slice, if they ascend by equal steps."""
     if not heads:
         return slice(0, 0)
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    if step < 1 or any(after - before != step for before, after in pairwise(heads)):
-        return None
-    return slice(heads[0], heads[-1] + 1, step)
+    step = _step(heads)
+    return None if step is None else slice(heads[0], heads[-1] + 1, step)
 
 
 @lru_cache(maxsize=1024)
@@ -182,6 +201,84 @@ def _outgoing(tensors: Sequence[Tensor], places: Places) -> Iterator[Tensor]:
         yield from _read(tensors, places).flatten(0, 1)
 
 
+# --- by copy engines --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """What copy engines bring along a route.
+
+    Attributes
+    ----------
+    packed : tuple of Places
+        Each read into a tensor of its own, which is a source behind the others.
+    parcels : tuple of (tuple of int, Places)
+        Shapes of tensors that are received, targets behind the others, and where each is written to.
+    shipment : Shipment
+    """
+
+    packed: tuple[Places, ...]
+    parcels: tuple[tuple[tuple[int, ...], Places], ...]
+    shipment: Shipment
+
+
+def _blocks(tensor: Tensor, index: int, piece: Piece) -> list[tuple[int, Block]]:
+    blocks = blocks_of(tensor, piece.heads, _step(piece.heads), piece.begin, piece.rows)
+    return [(index, block._replace(address=block.address - tensor.data_ptr())) for block in blocks]
+
+
+def _cargo(
+    rank: int,
+    rows: Sequence[Sequence[int]],
+    sources: Sequence[Tensor],
+    place: Place,
+    targets: Sequence[Tensor],
+    outward: Sequence[Sequence[Places]],
+    inward: Sequence[Sequence[Places]],
+) -> Cargo:
+    """From where the rows lie to where they belong; ``rows[sender][receiver]`` of a head."""
+    batch, head_dim = sources[0].shape[0], sources[0].shape[3]
+    size = batch * head_dim * sources[0].itemsize
+    packed: list[Places] = []
+    sent: list[list[tuple[int, Block]]] = []
+    for peer, pieces in enumerate(outward):
+        sent.append([])
+        for places in pieces if peer != rank else ():
+            piece, index = places[0], places[0].tensor
+            tensor = sources[index]
+            if len(places) > 1 or tensor.stride()[2:] != (head_dim, 1):
+                index = len(sources) + len(packed)
+                packed.append(places)
+                tensor = sources[0].new_empty((batch, len(piece.heads), piece.rows, head_dim))
+                piece = Piece(index, tuple(range(len(piece.heads))), 0, piece.rows)
+            sent[-1] += _blocks(tensor, index, piece)
+    parcels: list[tuple[tuple[int, ...], Places]] = []
+    received: list[list[tuple[int, int, Block]]] = []
+    for peer, pieces in enumerate(inward):
+        received.append([])
+        at = 0
+        for places in pieces if peer != rank else ():
+            first = places[0]
+            spots = [(targets[each.tensor], each) for each in places]
+            if place.overlaps[first.tensor]:
+                shape = (batch, len(first.heads), first.rows, head_dim)
+                index = len(targets) + len(parcels)
+                parcels.append((shape, places))
+                whole = Piece(index, tuple(range(len(first.heads))), 0, first.rows)
+                spots = [(sources[0].new_empty(shape), whole)]
+            for tensor, each in spots:
+                offset = at
+                for index, block in _blocks(tensor, each.tensor, each):
+                    received[-1].append((offset, index, block))
+                    offset += block.size
+            at += len(first.heads) * first.rows * size
+    sizes = [[count * size for count in each] for each in rows]
+    return Cargo(tuple(packed), tuple(parcels), Shipment.of(rank, sizes, sent, received))
+
+
+# --- journeys ---------------------------------------------------------------------------------------------
+
+
 class Journey:
     """The exchange along a route, and the one back for its gradients.
 
@@ -205,6 +302,57 @@ class Journey:
         outward, inward = self._route.sends, self._route.receives
         if back:
             outward, inward = inward, outward
+        rank = dist.get_rank(self._group)
+        copies = peer_copies(self._group, sources[0].device)
+        if copies is None or not self._copy(copies, sources, place, targets, back):
+            self._send(sources, place, targets, outward, inward)
+        for origin, places in zip(outward[rank], inward[rank], strict=True):
+            values = _read(sources, origin)
+            for each in places:
+                place.write(each, values)
+
+    def _copy(
+        self,
+        copies: PeerCopies,
+        sources: Sequence[Tensor],
+        place: Place,
+        targets: Sequence[Tensor],
+        back: bool,
+    ) -> bool:
+        """By copy engines; False where a rank has no room."""
+        route, first = self._route, sources[0]
+        strides = tuple(tensor.stride() for tensor in (*sources, *targets))
+        key = (back, place.overlaps, first.shape[0], first.shape[3], first.dtype, strides)
+        cargo = route.cargo.get(key)
+        if cargo is None:
+            outward, inward, rows = route.sends, route.receives, route.rows
+            if back:
+                outward, inward, rows = inward, outward, tuple(zip(*rows, strict=True))
+            if len(route.cargo) >= _MOST_CARGO:
+                route.cargo.clear()
+            cargo = _cargo(copies.rank, rows, sources, place, targets, outward, inward)
+            route.cargo[key] = cargo
+        if not copies.reserve(cargo.shipment.room):
+            return False
+        packed = [_read(sources, places).contiguous() for places in cargo.packed]
+        parcels = [first.new_empty(shape) for shape, _ in cargo.parcels]
+        for values, (_, places) in zip(parcels, cargo.parcels, strict=True):
+            self._writes += [partial(place.write, each, values) for each in places]
+        self._kept = [*sources, *packed, *targets, *parcels]
+        addresses = [tensor.data_ptr() for tensor in self._kept]
+        count = len(sources) + len(packed)
+        self._works = [copies.start(cargo.shipment, addresses[:count], addresses[count:], self._kept)]
+        return True
+
+    def _send(
+        self,
+        sources: Sequence[Tensor],
+        place: Place,
+        targets: Sequence[Tensor],
+        outward: Sequence[Sequence[Places]],
+        inward: Sequence[Sequence[Places]],
+    ) -> None:
+        """By the group's messages, packed."""
         rank = dist.get_rank(self._group)
         batch, head_dim = sources[0].shape[0], sources[0].shape[3]
         least = _OWN_MESSAGE_BYTES.get(sources[0].device.type, math.inf)
@@ -257,10 +405,6 @@ class Journey:
                         for operation, tensor, peer in messages
                     ]
                 )
-        for origin, places in zip(outward[rank], inward[rank], strict=True):
-            values = _read(sources, origin)
-            for each in places:
-                place.write(each, values)
 
     def _incoming(
         self, place: Place, targets: Sequence[Tensor], places: Places, like: Tensor

@@ -43,7 +43,7 @@ def test_a_report_holds_what_was_moved_and_is_drawn(tmp_path: Path) -> None:
             if peer == "one":
                 assert entry["received_bytes"] == entry["sent_bytes"] == [0, 0]
                 continue
-            assert entry["received_bytes"] == entry["planned_bytes"]
+            assert entry["received_bytes"] == entry["planned_bytes"] and entry["copied_bytes"] == [0, 0]
             assert sum(entry["received_bytes"]) == sum(entry["sent_bytes"]) > 0
             assert max(entry["errors"].values()) < 1e-5
         # A rank has one key/value head under "heads", two travel under "bands".

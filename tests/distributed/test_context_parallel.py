@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -256,6 +257,20 @@ def _differ_in_gradients(scale: float) -> None:
 
 def test_gradients_that_one_rank_asks_for_are_named(two: Ranks) -> None:
     two.call(_differ_in_gradients, 0.77)
+
+
+def _turn_copies_off_on_one_rank(scale: float) -> None:
+    problem, rank = simple(), dist.get_rank()
+    q, k, v = (problem.shards.take(t, rank, 2) for t in draw_tensors(problem)[:3])
+    with (
+        patch.dict(os.environ, {"SPATTN_PEER_COPIES": "01"[rank]}),
+        pytest.raises(ValueError, match="copies turned off True on rank 0 against False on rank 1"),
+    ):
+        attend_here(problem, q, k, v, scale=scale)
+
+
+def test_copies_that_one_rank_turned_off_are_named(two: Ranks) -> None:
+    two.call(_turn_copies_off_on_one_rank, 0.79)
 
 
 def test_a_rank_that_refuses_its_arguments_on_the_first_call_ends_the_others() -> None:
