@@ -123,10 +123,11 @@ def export_bundle(
 def _of_other_cases(problem: AttentionProblem, target: MachineTarget) -> Iterator[AttentionProblem]:
     """Problems like one, for which the families' defaults are others."""
     for family in families_for(target):
-        if has_space(family, problem.direction):
-            cases = find_space(family, problem.direction).cases
-            if cases is not None:
-                yield from cases.others(problem, target)
+        space = find_space(family, problem.direction) if has_space(family, problem.direction) else None
+        if space is None or space.cases is None:
+            continue
+        if space.unsupported(problem.head_dim, problem.dtype, target) is None:
+            yield from space.cases.others(problem, target)
 
 
 def _export(

@@ -588,10 +588,10 @@ def test_an_export_adds_the_deterministic_kernel_where_the_fastest_is_another(
 
 
 @pytest.mark.parametrize("exported", [4096, 65536])
-def test_an_export_has_the_kernels_of_bands_of_every_width(
+def test_an_export_has_the_kernels_of_every_case(
     exported: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a call gets that of its own, whatever length was exported."""
+    """Of bands of every width and of few tiles; a call gets that of its own, whatever length was exported."""
 
     def write_instead(kernel: KernelSpec, target: MachineTarget) -> Path:
         path = tmp_path / f"{kernel.name}.so"
@@ -617,7 +617,7 @@ def test_an_export_has_the_kernels_of_bands_of_every_width(
     )
     bundle = Bundle(folder, (h100,), kernels, {}, {})
     for direction in ("forward", "backward"):
-        for length in (1024, 4096, 65536, 131072):
+        for length in (1024, 2048, 4096, 65536, 131072):
             for layout in (None, BandLayout.causal(16), BandLayout.sliding_window(16, 1024)):
                 wanted = problem(direction, length, layout)
                 for asked in (False, True):

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from spattn_tvm import BandLayout
 from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.build.toolchain import compile_obstacle
+from spattn_tvm.choice import find_schedule
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.families import find_space
 from spattn_tvm.families.hopper.forward import build_hopper_forward
@@ -26,6 +28,7 @@ from spattn_tvm.families.hopper.forward_sizes import (
     producer_registers,
     shared_bytes,
 )
+from spattn_tvm.families.hopper.forward_space import keys_of_tiles
 from spattn_tvm.families.hopper.split import build_hopper_split
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.launch import launch_forward
@@ -33,6 +36,7 @@ from spattn_tvm.ops.band_tables import find_domain
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask
 from spattn_tvm.runtime import load_library
+from spattn_tvm.store import ScheduleRecord, save_records
 from spattn_tvm.target import MachineTarget, parse_target
 
 SPACE = find_space("hopper", "forward")
@@ -122,6 +126,68 @@ def test_features_are_finite_and_tell_decisions_apart(h200: MachineTarget) -> No
     assert SPACE.features({**decisions, "key_rows": 128}, problem) != features
 
 
+def chunk(
+    queries: int, keys: int, layout: BandLayout, batch: int = 1, head_dim: int = 128
+) -> AttentionProblem:
+    heads = layout.num_heads
+    return AttentionProblem("forward", "bfloat16", batch, heads, heads, queries, head_dim, layout, keys)
+
+
+@pytest.mark.parametrize(("rows", "chunk_keys"), [(128, 96), (192, 64)])
+def test_the_keys_of_tiles_are_those_that_their_queries_attend_to(rows: int, chunk_keys: int) -> None:
+    draw = random.Random(rows)
+    for _ in range(20):
+        queries = draw.randint(1, 700)
+        keys = queries + draw.choice((0, draw.randint(0, 500)))
+        low = draw.randint(0, 90)
+        layout = BandLayout.custom([[(low, low + draw.randint(0, 300))], [(0, 7), (150, 900)], []])
+        found = keys_of_tiles(chunk(queries, keys, layout), rows, chunk_keys)
+        for head, bands in enumerate(layout.bands(keys)):
+            parts = [BandLayout.custom([[band]]) for band in bands]
+            masks = [attention_mask(part, keys)[0, keys - queries :] for part in parts]
+            for tile, first in enumerate(reversed(range(0, queries, rows))):
+                read = [int(mask[first : first + rows].any(0).sum()) for mask in masks]
+                assert found[head, tile] == sum(math.ceil(n / chunk_keys) * chunk_keys for n in read)
+
+
+def test_few_tiles_have_shapes_by_when_the_last_multiprocessor_ends(h200: MachineTarget) -> None:
+    """16 heads and 32768 keys, and what was fastest of 2 warpgroups (rows of 128) and 3 (192)."""
+    bands, pcie = BandLayout.spattention(16, 32768), parse_target("nvidia/h100-pcie")
+
+    def warpgroups(problem: AttentionProblem, target: MachineTarget = h200) -> int:
+        kernel = KernelSpec.untuned("hopper", problem, target)
+        assert kernel.rejection(target) is None
+        return kernel.decisions["consumer_warpgroups"]
+
+    found = [warpgroups(chunk(n, 32768, bands)) for n in (1024, 1536, 2048, 3072, 4096, 6144)]
+    assert found == [2, 3, 2, 3, 3, 3]
+    # 128 tiles of 128 rows go round once on 132 multiprocessors, twice on 114, as 96 of 192 rows do once.
+    assert warpgroups(chunk(1024, 32768, bands), pcie) == 3
+    # The last tiles of many sequences matter little, whatever their number.
+    assert {warpgroups(chunk(1024, 32768, bands, batch)) for batch in range(8, 30)} == {3}
+    assert warpgroups(chunk(1024, 1024, BandLayout.spattention(16))) == 2
+    wide, narrow = (chunk(1024, 32768, bands), chunk(1024, 1024, BandLayout.spattention(16)))
+    rows = [KernelSpec.untuned("hopper", problem, h200).decisions["key_rows"] for problem in (wide, narrow)]
+    assert rows[0] > rows[1], "larger chunks where there are many"
+
+
+def test_a_record_of_many_tiles_does_not_speak_for_few(h200: MachineTarget, tmp_path: Path) -> None:
+    """Nor one of few for many; one of the same case does, whatever its bands."""
+    bands = BandLayout.spattention(16, 32768)
+    many, few = chunk(8192, 32768, bands), chunk(2048, 32768, bands)
+    for recorded, other in ((many, few), (few, many)):
+        root = tmp_path / str(recorded.length)
+        space = SPACE.untuned_for(recorded, h200) | {"head_group": 16}
+        kernel = KernelSpec.of("hopper", recorded, space)
+        save_records([ScheduleRecord(recorded, h200.folder, kernel, 100.0)], root)
+        assert find_schedule(recorded, h200, families=["hopper"], root=root).status == "tuned"
+        choice = find_schedule(other, h200, families=["hopper"], root=root)
+        assert (choice.status, choice.kernel) == ("untuned", KernelSpec.untuned("hopper", other, h200))
+        assert f"the default for {16 * other.length // 128} tiles of 128 queries" in choice.reason
+    choice = find_schedule(chunk(9000, 32768, bands), h200, families=["hopper"], root=tmp_path / "8192")
+    assert choice.status == "nearest"
+
+
 def kernel_of(changes: dict[str, int], dtype: str, head_dim: int, target: MachineTarget) -> Kernel:
     """The kernel with the untuned decisions but for some, for a test on a GPU: one that splits keys if they
     say how far.
@@ -156,6 +222,11 @@ variants = pytest.mark.parametrize(
         (SPLIT, "bfloat16", 128),
         (SPLIT, "float16", 128),
         (SPLIT, "bfloat16", 192),
+        *(
+            (SPACE.untuned(head_dim, dtype, parse_target("nvidia/h100"), case=case), dtype, head_dim)
+            for case in (1, 2)
+            for head_dim, dtype in ((64, "float16"), (128, "bfloat16"))
+        ),
     ],
 )
 

@@ -21,7 +21,7 @@ from split_calls import (
 from spattn_tvm import BandLayout
 from spattn_tvm.families import find_family, find_space
 from spattn_tvm.families.family import Sizes
-from spattn_tvm.families.hopper.abi import LEAST_MULTIPROCESSORS, split_shares
+from spattn_tvm.families.hopper.abi import MORE_KEYS, split_shares
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.families.shares import MOST_SHARES
 from spattn_tvm.problem import AttentionProblem
@@ -99,7 +99,7 @@ def test_a_record_of_another_family_does_not_keep_it_from_short_calls(tmp_path: 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", LEAST_MULTIPROCESSORS)
+@pytest.mark.parametrize("head_dim", MORE_KEYS)
 def test_the_machine_code_spills_nothing(
     head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

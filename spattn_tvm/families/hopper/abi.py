@@ -118,10 +118,10 @@ FAMILY = Family(
 )
 
 
-# For which calls keys are split, for each head dim: with so many multiprocessors for each tile at least, and
-# so many keys and more for each tile. (Head dim 64 has smaller tiles here than in the whole forward, which
-# pays where they fill the chip in one round, with one share each.) Measured on an H100 of 132
-# multiprocessors, bfloat16, L2 cleared, us:
+# For which calls keys are split: with two multiprocessors for each tile at least (with fewer each tile is one
+# share, and the whole forward has tiles as small), and so many keys and more for each tile, by head dim.
+# Measured on an H100 of 132 multiprocessors, bfloat16, L2 cleared, us, beside the whole forward with the
+# tiles that it has where they are many:
 #
 # =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
 # head dim 128                             head dim 64
@@ -140,19 +140,20 @@ FAMILY = Family(
 # =====  ====  ============  ====  ======  =====  ====  ===========  ====  ======
 #
 # (In brackets with 4 shares where one is as fast as the whole forward.) 64 tiles of 4 sequences with 128
-# queries and 2048 keys each, which are bound by memory, took 49.8 and 44.3 in the whole forward.
-LEAST_MULTIPROCESSORS = {64: 1, 128: 2}
+# queries and 2048 keys each, which are bound by memory, took 49.8 and 44.3 in the whole forward. With small
+# tiles that took, at 128 tiles and 4096 keys, 69.7 at head dim 128 (of 192 rows 96 tiles), 52.3 at 64.
+LEAST_MULTIPROCESSORS = 2
 LEAST_KEYS = 360
 MORE_KEYS = {64: 10, 128: 20}
 
 
 def _is_short_and_wide(problem: AttentionProblem, target: MachineTarget) -> bool:
-    if problem.head_dim not in LEAST_MULTIPROCESSORS or problem.dtype == "float32":
+    if problem.head_dim not in MORE_KEYS or problem.dtype == "float32":
         return False
     tiles = split_tiles(problem.batch, problem.query_heads, problem.length, problem.head_dim)
     least = LEAST_KEYS + MORE_KEYS[problem.head_dim] * tiles
-    taken = tiles * LEAST_MULTIPROCESSORS[problem.head_dim]
-    return taken <= target.multiprocessors and problem.most_keys >= least
+    is_short = LEAST_MULTIPROCESSORS * tiles <= target.multiprocessors
+    return is_short and problem.most_keys >= least
 
 
 SPLIT = Family(

@@ -24,15 +24,17 @@ causal       384      157    292        470     198
 causal       768      281    661        471     199
 ===========  =======  =====  =========  ======  =====
 
-With 1024 queries neither is fast enough: 6 tiles of 192 rows a head keep 96 multiprocessors busy, and 4
-shares of each, in three rounds, took 90. 8 tiles of 128 rows, not split, took 72, and 130 with 2048 queries,
-where the whole forward takes 151; with 1536 it takes 86 and those 126.
+The whole forward's figures are those of tiles of 192 rows; with tiles of 128 and chunks of 96 keys, which are
+its default there, it takes 62 to 63 with 384 to 768 queries and 70 with 1024, where 6 tiles of 192 rows a
+head keep 96 multiprocessors busy, and 4 shares of each, in three rounds, took 90.
 
 Tiles of 128 rows took 30, 34, 46, 48, 62 and 69 with 128 to 768 queries. Level or lost with them: a second
 kernel launched beforehand (programmatic dependent launch: up to 2 us less from 32 tiles on, 2 more with up to
 4), chunks of 128 keys (1 to 3 more where keys are split), and those without overlap (3 to 10). Head dim 64
 has such tiles and chunks of 128 keys as its default: 23, 28, 40 and 53 with 128, 256, 512 and 768 queries,
 where `mma_split` took 28, 34, 48 and 61, `hopper` 56, 71, 72 and 73, and tiles of 192 rows 23, 29, 42 and 49.
+At head dim 128 tiles of 128 rows with chunks of 96 keys took 33, 38, 45, 47 and 63 with 128, 256, 384, 512
+and 640 queries, in a run in which tiles of 192 took 32, 38, 42, 54 and 58.
 """
 
 # mypy: ignore-errors
