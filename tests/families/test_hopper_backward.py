@@ -259,6 +259,9 @@ def assert_near(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 PROBLEMS = {
     "tails": (2, 4, 4, 333, "spattention", None),
     "groups": (1, 4, 1, 1000, "exclusive", None),
+    # More pairs of batch row and key head than are worked on together: packs of two, and of one.
+    "packs": (2, 24, 6, 300, "spattention", None),
+    "pairs apart": (3, 16, 1, 200, "causal", [0, 65, 200]),
     "packed": (1, 8, 4, 1111, "spattention", [0, 7, 64, 700, 1111]),
     "dense": (2, 2, 2, 517, "causal", [0, 100, 101, 300, 517]),
     "single": (3, 2, 1, 1, "causal", None),
@@ -522,3 +525,16 @@ def test_chunks_hold_what_a_band_gives_to_a_tile(of_keys: bool) -> None:
             assert origin <= met_begin and met_end <= edge
             assert met_begin < origin + plan.chunk_rows and met_end > edge - plan.chunk_rows
         assert (count > 0) == bool(expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8, 32])
+def test_packs_count_the_query_heads_of_their_pairs(most: int) -> None:
+    pytest.importorskip("tvm")
+    from spattn_tvm.families.hopper.backward_one_pass import pack_pairs
+
+    assert [int(pack_pairs(most, group)) for group in (1, 2)] == [most, most]
+    for group in range(1, 40):
+        pairs = int(pack_pairs(most, group))
+        assert 1 <= pairs <= most
+        assert pairs == 1 or pairs * group <= 2 * most
+        assert pairs == most or (pairs + 1) * group > 2 * most
