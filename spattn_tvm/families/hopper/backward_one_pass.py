@@ -11,6 +11,13 @@ clears the others', then scales and converts those of a head as soon as its last
 is left, all computing warps help. At (1, 16, 16384, 128) both together cost 0.05 ms so (0.095 in kernels of
 their own), of which the conversion, which competes for the L2, is most.
 
+**The first kernel** is bound by the memory's latency: each thread loads four rows before it computes, the
+heads that the second kernel begins with come last, and the CTAs of that one start under the last of its own.
+Before and after, ms in one run (H100, bfloat16): 1.055 and 1.028 at (1, 16, 16384, 128), 4.49 and 4.39 at (1,
+32, 32768, 128), 14.1 and 13.6 at (1, 16, 65536, 128), causal 1.336 and 1.301 at (1, 16, 8192, 128), 19.5 and
+18.5 at (1, 16, 32768, 128); 0.706 and 0.694 at (1, 16, 16384, 64). The early start alone is level, and so is
+the conversion's next KB brought to the L1 cache.
+
 **A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
 while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
 all 128 keys by half of the columns of K. While dK runs, that dQ goes through shared memory to a *storing
@@ -170,7 +177,8 @@ EXCHANGE, SUM_FULL, SUM_EMPTY = 1, 2, 4
 WITH_STORING_WARP = 160  # threads
 STORING_WARP = 2
 MOST = 3.4028234663852886e38  # float32
-THREADS = 256  # of the kernels before and after
+THREADS = 256  # of the first kernel
+FORESEEN = 4  # rows that each of them loads before it computes
 CONVERTING_WARP = 3
 ITEM_ROWS = 128  # of a warpgroup's columns, that a warp clears or converts at a time
 # Of the counters: items drawn to be cleared, cleared, drawn to be converted; then each key head's rows done.
@@ -184,58 +192,75 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
     """
     D = head_dim
     LANES = D // 8
-    ROWS = THREADS // LANES
+    ROWS = THREADS // LANES * FORESEEN
 
     @T.inline
     def run(t, together, scale):
-        rows: T.int32 = t.batches * t.query_heads * t.queries
-        block = T.cta_id([(t.batches * t.query_heads * t.queries + ROWS - 1) // ROWS])
+        blocks: T.int32 = (t.queries + ROWS - 1) // ROWS  # of a head
+        block = T.cta_id([t.batches * t.query_heads * ((t.queries + ROWS - 1) // ROWS)])
         thread = T.thread_id([THREADS])
-        row: T.int32 = T.min(block * ROWS + thread // LANES, rows - 1)
         part: T.int32 = thread % LANES
-        bh: T.int32 = T.truncdiv(row, t.queries)
-        query: T.int32 = row - bh * t.queries
+        # The second kernel finds the heads that it begins with in the L2 cache.
+        bh: T.int32 = t.batches * t.query_heads - 1 - T.truncdiv(block, blocks)
         b: T.int32 = T.truncdiv(bh, t.query_heads)
         h: T.int32 = bh - b * t.query_heads
-        o = T.alloc_local((4,), "uint32")
-        do = T.alloc_local((4,), "uint32")
-        lse = T.alloc_local((1,), "float32")
-        delta = T.alloc_local((1,), "float32")
+        first: T.int32 = block % blocks * ROWS + thread // LANES
+        query = T.alloc_local((FORESEEN,), "int32")
+        o = T.alloc_local((4 * FORESEEN,), "uint32")
+        do = T.alloc_local((4 * FORESEEN,), "uint32")
+        lse = T.alloc_local((FORESEEN,), "float32")
+        dlse = T.alloc_local((FORESEEN,), "float32")
+        delta = T.alloc_local((FORESEEN,), "float32")
+        T.ptx.griddepcontrol.launch_dependents()
         if block * THREADS + thread < 2:
             t.next_tile[thread] = 0
         if block * THREADS + thread < ROWS_DONE + t.batches * t.kv_heads:
             t.progress[block * THREADS + thread] = 0
-        T.ptx["ld.global.nc.v4.u32"](o[0], o[1], o[2], o[3], element(t.o, b, h, query, part * 8))
-        T.ptx["ld.global.nc.v4.u32"](do[0], do[1], do[2], do[3], element(t.do, b, h, query, part * 8))
-        sums_at: T.uint64 = T.reinterpret("uint64", t.dq_sum.data) + T.Cast("uint64", row) * T.uint64(D * 4)
+        for i in T.unroll(FORESEEN):
+            query[i] = T.min(first + i * (THREADS // LANES), t.queries - 1)
+            T.ptx["ld.global.nc.v4.u32"](
+                o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3], element(t.o, b, h, query[i], part * 8)
+            )
+            T.ptx["ld.global.nc.v4.u32"](
+                do[4 * i], do[4 * i + 1], do[4 * i + 2], do[4 * i + 3],
+                element(t.do, b, h, query[i], part * 8),
+            )  # fmt: skip
+            lse[i] = t.lse[b, h, query[i]]
+            dlse[i] = t.dlse[b, h, query[i]]
         if T.truncdiv(h, t.group) * t.batches + b < together:
-            for half in T.unroll(2):
-                T.ptx["st.global.v4.f32"](
-                    sums_at + T.Cast("uint64", part * 16) + T.uint64(half * D * 2),
-                    T.float32(0), T.float32(0), T.float32(0), T.float32(0),
-                )  # fmt: skip
-        delta[0] = T.float32(0)
-        for i in T.unroll(4):
-            delta[0] = dot2(o[i], do[i], delta[0], dtype)
-        for i in T.unroll(LANES.bit_length() - 1):
-            delta[0] = delta[0] + T.tvm_warp_shuffle_xor(ALL_LANES, delta[0], 1 << i, 32, 32)
+            for i in T.unroll(FORESEEN):
+                sums_at: T.uint64 = T.reinterpret("uint64", t.dq_sum.data) + T.Cast(
+                    "uint64", T.Cast("int64", bh) * t.queries + query[i]
+                ) * T.uint64(D * 4)
+                for half in T.unroll(2):
+                    T.ptx["st.global.v4.f32"](
+                        sums_at + T.Cast("uint64", part * 16) + T.uint64(half * D * 2),
+                        T.float32(0), T.float32(0), T.float32(0), T.float32(0),
+                    )  # fmt: skip
+        for i in T.unroll(FORESEEN):
+            delta[i] = T.float32(0)
+            for j in T.unroll(4):
+                delta[i] = dot2(o[4 * i + j], do[4 * i + j], delta[i], dtype)
+            for j in T.unroll(LANES.bit_length() - 1):
+                delta[i] = delta[i] + T.tvm_warp_shuffle_xor(ALL_LANES, delta[i], 1 << j, 32, 32)
         if part == 0:
-            # What the products' sums begin with. A query without keys gets -inf, with which its probabilities
-            # vanish; another one's must be finite, so that a masked score plus it is -inf, not NaN.
-            lse[0] = t.lse[b, h, query]
-            if lse[0] == T.float32(-INF):
-                delta[0] = T.float32(0)
-            else:
-                lse[0] = T.float32(0) - lse[0] / scale
-                delta[0] = t.dlse[b, h, query] - delta[0]
-                if lse[0] == T.float32(INF):
-                    lse[0] = T.float32(MOST)
-            t.stats[b, h, query // 2, query % 2] = lse[0]
-            t.stats[b, h, query // 2, query % 2 + 2] = delta[0]
-            if query == t.queries - 1:
-                if t.queries % 2 == 1:
-                    t.stats[b, h, query // 2, 1] = T.float32(-INF)
-                    t.stats[b, h, query // 2, 3] = T.float32(0)
+            for i in T.unroll(FORESEEN):
+                # What the products' sums begin with. A query without keys gets -inf, with which its
+                # probabilities vanish; another one's must be finite, so that a masked score plus it is -inf,
+                # not NaN.
+                if lse[i] == T.float32(-INF):
+                    delta[i] = T.float32(0)
+                else:
+                    lse[i] = T.float32(0) - lse[i] / scale
+                    delta[i] = dlse[i] - delta[i]
+                    if lse[i] == T.float32(INF):
+                        lse[i] = T.float32(MOST)
+                t.stats[b, h, query[i] // 2, query[i] % 2] = lse[i]
+                t.stats[b, h, query[i] // 2, query[i] % 2 + 2] = delta[i]
+                if query[i] == t.queries - 1:
+                    if t.queries % 2 == 1:
+                        t.stats[b, h, query[i] // 2, 1] = T.float32(-INF)
+                        t.stats[b, h, query[i] // 2, 3] = T.float32(0)
 
     return run
 
@@ -640,6 +665,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
         lane: T.int32 = thread % 32
         if thread == 0:
             init_rings(PLAN, at)
+        T.ptx.griddepcontrol.wait()
         T.cuda.cta_sync()
         plan = T.meta_var(replace(PLAN, together=together))
         if warp < 4:
@@ -662,10 +688,10 @@ def pack_pairs(most: int, group: Any) -> Any:
     """Pairs of batch row and key head in a pack: at most ``most``, with at most twice as many query heads.
 
     The sums of the first pack's query heads are cleared before the products, those of the last one's
-    converted after them, and those of a pack are in the L2 cache together. With packs of 4 key heads and of 2,
-    so in groups of 4, ms on an H100 in one run (bfloat16): spattention 0.684 and 0.626 at (1, 32/8, 8192,
-    128), 1.469 and 1.406 at (1, 16/4, 16384, 128), 5.94 and 5.32 at (1, 32/8, 32768, 128); but causal 4.09
-    and 4.42 at the first, where each pack ends with the shortest of few tiles.
+    converted after them, and those of a pack are in the L2 cache together. With packs of 4 key heads and
+    with these of 2, ms on an H100 in one run (bfloat16): spattention 0.684 and 0.626 at (1, 32/8, 8192, 128),
+    1.469 and 1.406 at (1, 16/4, 16384, 128), 5.94 and 5.32 at (1, 32/8, 32768, 128); but causal 4.09 and 4.42
+    at the first, where each pack ends with the shortest of few tiles.
     """
     return T.min(most, T.max(2 * most // group, 1))
 
