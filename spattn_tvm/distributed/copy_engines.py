@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class CopyEngines:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._symmetric = SymmetricMemory()
-        self._group, self._device = group, device
+        self._group, self._device = weakref.ref(group), device
         library = ctypes.CDLL("libcuda.so.1")
         stream, address = ctypes.c_void_p, ctypes.c_uint64
         self._copy = library.cuMemcpyDtoDAsync_v2
@@ -111,7 +112,7 @@ class CopyEngines:
 
     def map(self) -> list[int]:
         assert self._buffer is not None
-        return self._symmetric.addresses(self._buffer, self._group)
+        return self._symmetric.addresses(self._buffer, self._group())
 
     def begin(self) -> None:
         event = torch.cuda.current_stream(self._device).record_event()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,8 @@ class PeerCopies:
     """
 
     def __init__(self, group: dist.ProcessGroup, memory: Memory) -> None:
-        self._group, self._memory = group, memory
+        # A group that is destroyed takes its buffers along: what is kept for it must not keep it.
+        self._group, self._memory = weakref.ref(group), memory
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.received = self.sent = 0
         self._header = -(-2 * self.ranks * _COUNTER_BYTES // _ALIGNMENT) * _ALIGNMENT
@@ -178,7 +180,7 @@ class PeerCopies:
 
     def _everywhere(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value, group=self._group)
+        dist.all_gather_object(found, value, group=self._group())
         return found
 
     def _all_can(self, action: Callable[[], None]) -> bool:

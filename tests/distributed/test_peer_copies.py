@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -187,6 +189,21 @@ def _ship(folder: str, seed: int, most: int) -> int:
 def test_rows_are_taken_in_before_others_come_to_their_place(ranks: Ranks, tmp_path: Path) -> None:
     for seed in range(2):
         assert min(ranks.call(_ship, str(tmp_path), seed, 1000)) > 10
+
+
+def _destroy_a_group(folder: str) -> None:
+    group = dist.new_group()
+    copies = peer_copies._of_group[group] = PeerCopies(group, MappedHostMemory(folder))
+    assert copies.reserve(1000)
+    ended = weakref.ref(copies)
+    dist.destroy_process_group(group)
+    del group, copies
+    gc.collect()
+    assert ended() is None and not peer_copies._of_group
+
+
+def test_a_destroyed_group_takes_its_buffers_along(two: Ranks, tmp_path: Path) -> None:
+    two.call(_destroy_a_group, str(tmp_path))
 
 
 class _Faulty(MappedHostMemory):
