@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from .extras import install_hint
 from .provenance import available_cpus, versions
-from .runtime import find_cudart
+from .runtime import THREAD_POOLS, find_cudart, named_runtime_folder
 from .target import MachineTarget, detect_cpu, detect_cuda
 
 TVM_VERSION = "0.27.0.post1"
@@ -235,6 +236,28 @@ def _kernels() -> Iterator[Finding]:
             )
 
 
+def _settings() -> Iterator[Finding]:
+    """Variables of the environment that name nothing, and so do nothing or fail."""
+    from .build.cache_folder import LIMIT_VARIABLE
+
+    unset = "set another value, or unset it"
+    try:
+        named_runtime_folder()
+    except RuntimeError as error:
+        yield Finding("setting", str(error), "missing", unset)
+    schedules = os.environ.get("SPATTN_SCHEDULES")
+    if schedules and not Path(schedules).expanduser().is_dir():
+        text = f"SPATTN_SCHEDULES={schedules} is no folder: kernels run untuned until a search makes it"
+        yield Finding("setting", text, "note", unset)
+    limit = os.environ.get(LIMIT_VARIABLE)
+    if limit and not limit.strip().isdecimal():
+        yield Finding("setting", f"{LIMIT_VARIABLE}={limit} is no number of MiB: the default", "note", unset)
+    pool = os.environ.get("SPATTN_THREAD_POOL")
+    if pool and pool not in THREAD_POOLS:
+        text = f"SPATTN_THREAD_POOL={pool} is not among {', '.join(THREAD_POOLS)}: {THREAD_POOLS[0]} is taken"
+        yield Finding("setting", text, "note", unset)
+
+
 def _bundle() -> Iterator[Finding]:
     named = os.environ.get("SPATTN_BUNDLE")
     if not named:
@@ -262,6 +285,7 @@ def examine() -> list[Finding]:
         *_compilers(any(gpu.topic != "GPU" for gpu in gpus)),
         *_cpu(),
         *gpus,
+        *_examined("settings", _settings, "see the packages above"),
         *_examined("kernels", _kernels, "see the packages above, SPATTN_CACHE_DIR and SPATTN_SCHEDULES"),
         *_examined(
             "bundle", _bundle, "every call needs it: make it with spattn export, or unset SPATTN_BUNDLE"

@@ -23,6 +23,7 @@ from .extras import install_hint
 from .provenance import available_cpus
 
 RUNTIME_LIBRARY = "libtvm_runtime.so"
+THREAD_POOLS = ("openmp", "tvm")  # what SPATTN_THREAD_POOL may be, the default first
 CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"
 _CUDART = "libcudart.so.13"
 OPENMP_LAUNCH = "spattn_openmp_launch"
@@ -50,6 +51,24 @@ def installed_runtime_folder() -> Path | None:
     return None
 
 
+def named_runtime_folder() -> Path | None:
+    """The folder that ``$SPATTN_TVM_RUNTIME`` names; None where it is not set.
+
+    Raises
+    ------
+    RuntimeError
+        When TVM's runtime library is not there.
+    """
+    named = os.environ.get("SPATTN_TVM_RUNTIME")
+    if not named:
+        return None
+    folder = Path(named)
+    folder = folder.parent if folder.is_file() else folder
+    if not (folder / RUNTIME_LIBRARY).is_file():
+        raise RuntimeError(f"$SPATTN_TVM_RUNTIME is {named!r}, where there is no {RUNTIME_LIBRARY}")
+    return folder
+
+
 def runtime_folder(shipped: Path | None = None) -> Path:
     """The folder whose TVM runtime library this process uses.
 
@@ -66,14 +85,10 @@ def runtime_folder(shipped: Path | None = None) -> Path:
     if RUNTIME_LIBRARY in _loaded:
         return _loaded[RUNTIME_LIBRARY].parent
     tried = []
-    named = os.environ.get("SPATTN_TVM_RUNTIME")
     # An imported tvm has loaded its own copy already.
-    if named and "tvm" not in sys.modules:
-        folder = Path(named)
-        folder = folder.parent if folder.is_file() else folder
-        if not (folder / RUNTIME_LIBRARY).is_file():
-            raise RuntimeError(f"$SPATTN_TVM_RUNTIME is {named!r}, where there is no {RUNTIME_LIBRARY}")
-        return folder
+    named = None if "tvm" in sys.modules else named_runtime_folder()
+    if named is not None:
+        return named
     installed = installed_runtime_folder()
     if installed is not None:
         return installed
@@ -170,7 +185,7 @@ def _use_openmp_pool(path: str) -> bool:
     Two pools on the same cores starve each other: OpenMP's workers spin after each PyTorch operator while
     TVM's want to run. ``SPATTN_THREAD_POOL=tvm`` in the environment keeps TVM's.
     """
-    if os.environ.get("SPATTN_THREAD_POOL", "openmp") == "tvm" or not _openmp_is_loaded():
+    if os.environ.get("SPATTN_THREAD_POOL") == THREAD_POOLS[1] or not _openmp_is_loaded():
         return False
     library = ctypes.CDLL(path)
     if not hasattr(library, OPENMP_LAUNCH):

@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from spattn_tvm import cli
+from spattn_tvm import cli, doctor
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.target import detect_cpu
@@ -463,6 +463,29 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
     text = invoke("doctor", code=1)
     assert "missing" in text
     assert "apt-get install g++" in text
+
+
+@pytest.mark.filterwarnings("ignore::spattn_tvm.store.ScheduleWarning")
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("SPATTN_SCHEDULES", "/nonexistent", "note"),
+        ("SPATTN_SCHEDULES", __file__, "note"),
+        ("SPATTN_TVM_RUNTIME", "/nonexistent", "missing"),
+        ("SPATTN_CACHE_MAX_MIB", "2GiB", "note"),
+        ("SPATTN_THREAD_POOL", "TVM", "note"),
+    ],
+)
+def test_doctor_names_settings_that_name_nothing(
+    name: str, value: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("SPATTN_SCHEDULES", "SPATTN_TVM_RUNTIME", "SPATTN_CACHE_MAX_MIB", "SPATTN_THREAD_POOL"):
+        monkeypatch.delenv(other, raising=False)
+    assert not list(doctor._settings())
+    monkeypatch.setenv(name, value)
+    (finding,) = doctor._settings()
+    assert finding in doctor.examine()
+    assert (finding.status, name in finding.text, value in finding.text) == (status, True, True)
 
 
 def test_explain_says_status_and_reason() -> None:

@@ -49,7 +49,13 @@ def cache_dir() -> Path:
     try:
         if named:
             return Path(named).expanduser().absolute()
-        return (Path(root).absolute() if root else Path.home() / ".cache") / "spattn_tvm"
+        if root:
+            return Path(root).absolute() / "spattn_tvm"
+        home = Path.home()
+        # An empty HOME is the root folder to Python, another relative one whatever folder a process is in.
+        if not os.environ.get("HOME", "/") or not home.is_absolute():
+            raise RuntimeError(f"HOME is {os.environ.get('HOME')!r}")
+        return home / ".cache" / "spattn_tvm"
     except (OSError, RuntimeError) as error:
         raise KernelUnavailableError(
             f"there is no folder for compiled kernels ({error}): set {CACHE_VARIABLE} to a folder that this "

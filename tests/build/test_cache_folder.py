@@ -154,6 +154,10 @@ def test_without_a_home_the_message_names_the_variable(monkeypatch: pytest.Monke
             cache_dir()
         finding = doctor._cache()
         assert (finding.status, "SPATTN_CACHE_DIR" in finding.remedy) == ("missing", True)
+    for home_folder in ("", "relative", "."):
+        monkeypatch.setenv("HOME", home_folder)
+        with pytest.raises(KernelUnavailableError, match=rf"HOME is '{home_folder}'.*SPATTN_CACHE_DIR"):
+            cache_dir()
     monkeypatch.setenv("SPATTN_CACHE_DIR", "relative")
     assert cache_dir() == Path.cwd() / "relative"
 
