@@ -168,9 +168,34 @@ def set_layout(
     _parse(specs)
     setattr(config, LAYOUTS_KEY, specs)
     setattr(config, PACKING_KEY, packing)
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(_for_decoder(model.config, config, name) or name)
     _keep_name(model.config, name)
     _keep_name(config, name)
+
+
+def _for_decoder(config: Any, decoder: Any, name: str) -> str | dict[str, Any] | None:
+    """What gives the decoder alone an implementation (``set_attn_implementation``); None if it is no part.
+
+    An encoder of pictures beside it keeps its own.
+    """
+    if config is decoder:
+        return name
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        found = None if part is None else _for_decoder(part, decoder, name)
+        if found is not None:
+            return {key: found}
+    return None
+
+
+def _leave_to_decoder(config: Any, decoder: Any) -> None:
+    """Give parts of a model that have no bands the implementation that transformers chooses."""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is not None and part is not decoder:
+            if part._attn_implementation in _names:
+                part._attn_implementation_internal = None
+            _leave_to_decoder(part, decoder)
 
 
 def _keep_name(config: Any, name: str) -> None:
@@ -870,16 +895,20 @@ def _watch_models() -> None:
     original = PreTrainedModel.get_correct_attn_implementation
 
     def with_bands(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
-        config = self.config.get_text_config(decoder=True)
-        specs = getattr(config, LAYOUTS_KEY, None)
-        if specs is None or not _names:
+        decoder = self.config.get_text_config(decoder=True)
+        specs = getattr(decoder, LAYOUTS_KEY, None)
+        if specs is None or not _names or requested_attention not in (None, *_names):
             return original(self, requested_attention, is_init_check)
-        if requested_attention is None:
-            requested_attention = _names[0]
-        if requested_attention in _names:
-            _parse(specs)
-            _keep_name(self.config, requested_attention)
-        return original(self, requested_attention, is_init_check)
+        name = requested_attention or _names[0]
+        _parse(specs)
+        _keep_name(self.config, name)
+        if is_init_check and _for_decoder(self.config, decoder, name) not in (None, name):
+            # Parts are made after the whole, by what their configurations say. Only the decoder has bands.
+            _leave_to_decoder(self.config, decoder)
+            if decoder._attn_implementation is None:
+                decoder._attn_implementation = name
+            return original(self, None, is_init_check)
+        return original(self, name, is_init_check)
 
     PreTrainedModel.get_correct_attn_implementation = with_bands
 

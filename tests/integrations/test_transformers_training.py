@@ -369,6 +369,50 @@ def test_bands_come_back_with_the_weights(tmp_path: Path) -> None:
         )
 
 
+def _pictured() -> Any:
+    """A decoder that also reads pictures, which an encoder of its own attends to in all directions."""
+    sees = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=sees, text_config=make_model("llama").config, image_token_index=1
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_only_the_decoder_of_several_parts_has_bands(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model = _pictured()
+    batch = {
+        "input_ids": torch.cat((torch.ones(1, 4), torch.arange(2, 30)[None]), 1).long(),
+        "pixel_values": torch.randn(1, 3, 28, 28),
+    }
+    dense = model(**batch).logits
+    set_layout(model, BandLayout.causal(HEADS))
+    torch.testing.assert_close(model(**batch).logits, dense, atol=1e-5, rtol=1e-5)
+    set_layout(model, BANDED)
+    banded = model(**batch).logits
+    assert not torch.allclose(banded, dense, atol=1e-3)
+    for again in ("1", "2"):
+        model.save_pretrained(tmp_path / again)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / again).eval()
+        torch.testing.assert_close(model(**batch).logits, banded)
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    for asked, is_dense in (("sdpa", True), ({"text_config": "eager"}, True), ("spattn", False)):
+        loaded = load(tmp_path / "2", attn_implementation=asked).eval()
+        torch.testing.assert_close(
+            loaded(**batch).logits, dense if is_dense else banded, atol=1e-5, rtol=1e-5
+        )
+    request.getfixturevalue("unregistered")
+    with pytest.raises(ValueError, match="spattn"):
+        load(tmp_path / "2")
+
+
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """transformers as it is in a process that has not called `register`."""
