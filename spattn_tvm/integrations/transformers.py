@@ -125,7 +125,8 @@ def set_layout(
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder whose attention goes through transformers' ``AttentionInterface``.
+        A decoder whose attention goes through transformers' ``AttentionInterface``, or a model that has one
+        beside other parts (an encoder of pictures), which keep theirs.
     layout : BandLayout, str, or a sequence of these and None
         Of all layers, or of each. A string is a ``BandLayout.spec``; None is dense causal attention.
     name : str

@@ -394,7 +394,7 @@ def test_only_the_decoder_of_several_parts_has_bands(tmp_path: Path, request: py
     }
     dense = model(**batch).logits
     set_layout(model, BandLayout.causal(HEADS))
-    torch.testing.assert_close(model(**batch).logits, dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**batch).logits, dense, atol=1e-4, rtol=1e-4)
     set_layout(model, BANDED)
     banded = model(**batch).logits
     assert not torch.allclose(banded, dense, atol=1e-3)
@@ -406,7 +406,7 @@ def test_only_the_decoder_of_several_parts_has_bands(tmp_path: Path, request: py
     for asked, is_dense in (("sdpa", True), ({"text_config": "eager"}, True), ("spattn", False)):
         loaded = load(tmp_path / "2", attn_implementation=asked).eval()
         torch.testing.assert_close(
-            loaded(**batch).logits, dense if is_dense else banded, atol=1e-5, rtol=1e-5
+            loaded(**batch).logits, dense if is_dense else banded, atol=1e-4, rtol=1e-4
         )
     request.getfixturevalue("unregistered")
     with pytest.raises(ValueError, match="spattn"):
