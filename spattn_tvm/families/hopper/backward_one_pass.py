@@ -18,6 +18,30 @@ Before and after, ms in one run (H100, bfloat16): 1.055 and 1.028 at (1, 16, 163
 18.5 at (1, 16, 32768, 128); 0.706 and 0.694 at (1, 16, 16384, 64). The early start alone is level, and so is
 the conversion's next KB brought to the L1 cache.
 
+**Tiles are drawn late**, when all chunks of the one before are on their way. Drawn one earlier, with another
+one waiting, they were shared out badly: at (1, 16, 8192, 128) causal, where a CTA has 8 tiles of 2 to 128
+chunks, products ended between 0.88 and 1.29 ms (clocks read in the kernel). Early and late, ms in one run
+(H100, bfloat16, with the first kernel as it is now):
+
+======================= =========== ===== =====
+(B, H, N, D)            layout      early late
+======================= =========== ===== =====
+(1, 16, 8192, 128)      causal      1.286 1.109
+(1, 16, 32768, 128)     causal      18.9  18.4
+(1, 32/8, 8192, 128)    causal      4.51  2.27
+(1, 32/8, 8192, 128)    spattention 0.610 0.508
+(1, 16/4, 16384, 128)   spattention 1.383 1.010
+(1, 32/8, 32768, 128)   spattention 5.27  4.24
+(1, 16, 16384, 128)     spattention 1.014 0.990
+(1, 32, 32768, 128)     spattention 4.36  4.24
+(1, 16, 65536, 128)     spattention 13.64 13.66
+(1, 16, 16384, 64)      spattention 0.677 0.673
+(1, 16, 16384, 64)      causal      3.05  2.93
+======================= =========== ===== =====
+
+(Two passes, whose tiles are shorter, lose by it at (4, 16, 4096, 128), 0.404 and 0.417, and gain 2% at head
+dim 64: what a tile begins with is then awaited.)
+
 **A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
 while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
 all 128 keys by half of the columns of K. While dK runs, that dQ goes through shared memory to a *storing
@@ -476,7 +500,7 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     SPAN = D // W
     SLICE = SPAN * 2 if SPAN < PLANE else SPAN // PLANE * ROWS * ROW
     SCORE, OUTPUT, SUM, CONVERT = wgmma(CHUNK, dtype), wgmma(D, dtype), wgmma(SPAN, dtype), convert(dtype)
-    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, chunk_others=1, tile_others=1)
+    PLAN = key_plan(decisions, D, CHUNK, 1, shared=True, chunk_others=1, tile_others=1, late=True)
 
     @T.inline
     def consume(at, warp, lane, t, scale):
@@ -688,10 +712,10 @@ def pack_pairs(most: int, group: Any) -> Any:
     """Pairs of batch row and key head in a pack: at most ``most``, with at most twice as many query heads.
 
     The sums of the first pack's query heads are cleared before the products, those of the last one's
-    converted after them, and those of a pack are in the L2 cache together. With packs of 4 key heads and
-    with these of 2, ms on an H100 in one run (bfloat16): spattention 0.684 and 0.626 at (1, 32/8, 8192, 128),
-    1.469 and 1.406 at (1, 16/4, 16384, 128), 5.94 and 5.32 at (1, 32/8, 32768, 128); but causal 4.09 and 4.42
-    at the first, where each pack ends with the shortest of few tiles.
+    converted after them, and those of a pack are in the L2 cache together. With packs of 8 key heads and with
+    these of 2, ms on an H100 in one run (bfloat16) at (1, 32/8, 8192, 128): spattention 0.533 and 0.508,
+    causal 2.48 and 2.27; before tiles were drawn late, packs of 4 and of 2 took 1.469 and 1.406 at (1, 16/4,
+    16384, 128), 5.94 and 5.32 at (1, 32/8, 32768, 128).
     """
     return T.min(most, T.max(2 * most // group, 1))
 

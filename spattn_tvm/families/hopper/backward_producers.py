@@ -69,6 +69,9 @@ class Plan:
         Whether all warpgroups take all chunks; then a chunk is told by its row of heads instead.
     chunk_others, tile_others : int
         Threads besides the consumers' that hand chunks back, and tiles.
+    late : bool
+        Whether a tile is drawn when all chunks of the one before are on their way, not when that one is drawn
+        too. Long tiles are shared out better so: whoever draws early holds a tile that others could begin.
     """
 
     of_keys: bool
@@ -84,6 +87,7 @@ class Plan:
     shared: bool = False
     chunk_others: int = 0
     tile_others: int = 0
+    late: bool = False
 
     @property
     def planes(self) -> int:
@@ -149,7 +153,7 @@ def init_rings(plan, at):
 
 @T.inline
 def draw_tile(counter, lane, fetched):
-    # The number of the next tile, in lane 0. Asked for long before it is needed.
+    # The number of the next tile, in lane 0.
     T.ptx["atom.global.add.s32"](fetched[0], T.address_of(counter), T.if_then_else(lane == 0, 1, 0))
 
 
@@ -167,7 +171,7 @@ def offer_tile(at, offered, lane, first, begin, end, other_begin, other_end, shi
 
 
 @T.inline
-def take_tile(at, place, begin, end, other_begin, other_end, shift, table, b, h):
+def take_tile(plan, at, place, begin, end, other_begin, other_end, shift, table, b, h):
     # The rest of what `offer_tile` wrote.
     words: T.uint32 = at("queue", place, QUEUE_INFO_BYTES)
     begin = load_shared(words + T.uint32(4))
@@ -179,7 +183,8 @@ def take_tile(at, place, begin, end, other_begin, other_end, shift, table, b, h)
     b = load_shared(words + T.uint32(28))
     h = load_shared(words + T.uint32(32))
     T.cuda.warp_sync()
-    arrive(at("queue_empty", place, BARRIER_BYTES))
+    if not plan.late:
+        arrive(at("queue_empty", place, BARRIER_BYTES))
 
 
 @T.inline
@@ -296,7 +301,8 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee
         if not plan.of_keys:
             # Late queries have the most keys, early keys the most queries.
             slot = slots - 1 - slot
-        draw_tile(counter, lane, fetched)
+        if not plan.late:
+            draw_tile(counter, lane, fetched)
         locate_rows(slot, plan.rows, boundaries, tensors.documents, document, begin, end, first)
         key_begin, key_end, offset = T.meta_var(
             document_keys(
@@ -364,7 +370,12 @@ def draw_tiles(plan, at, lane, counter, tensors, batches, heads, spread, foresee
                 kept = T.meta_var([at(region, slab, plan.tile_bytes) for region in plan.kept])
                 clear_rows(plan, kept, plan.rows, plan.rows - strangers, plan.rows, lane)
                 show(at("tile_full", slab, BARRIER_BYTES), lane)
+            if plan.late:
+                # The chunk warp has walked the tile.
+                T.cuda.mbarrier_wait(at("queue_empty", offered % QUEUE, BARRIER_BYTES), offered // QUEUE % 2)
             offered = offered + 1
+        if plan.late:
+            draw_tile(counter, lane, fetched)
         fetched[0] = T.tvm_warp_shuffle(ALL_LANES, fetched[0], 0, 32, 32)
     offer_no_more(plan, at, offered, lane)
 
@@ -400,7 +411,7 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
         if first < 0:
             walking = 0
         else:
-            take_tile(at, place, begin, end, other_begin, other_end, shift, table, b, h)
+            take_tile(plan, at, place, begin, end, other_begin, other_end, shift, table, b, h)
             taken = taken + 1
             bands_at: T.uint64 = band_row(tensors.bands, tensors.query_heads, table, h * spread)
             h = streamed_head(h)
@@ -462,3 +473,5 @@ def walk_chunks(plan, at, lane, tensors, spread, streamed_head, load_chunk):
                     advance(stage, phase, plan.stages)
                     c = c + 1
                 band = band + 1
+            if plan.late:
+                arrive(at("queue_empty", place, BARRIER_BYTES))

@@ -157,11 +157,13 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
 # bands, and of products it has five where two passes have seven. ms on an H100 (bfloat16, spattention):
 #   (B, H, N, D)                  mean keys  one pass  two passes
 #   (4, 16, 4096, 128)                  361     0.615       0.404
+#   (1, 16, 8192, 128)                  722     0.362       0.339
+#   (1, 16, 8192, 128), window of 1024  960     0.396       0.381
 #   (1, 16, 16384, 128)                1443     1.052       1.060
 #   (1, 16, 65536, 128)                5769    14.2        16.0
 #   (1, 16, 16384, 128), causal        8192     5.15        5.99 (in two launches)
 #   (4, 16, 4096, 64)                   361     0.346       0.251
-#   (1, 16, 16384, 64)                 1443     0.682       0.665
+#   (1, 16, 16384, 64)                 1443     0.673       0.661
 #   (1, 16, 65536, 64)                 5769     9.06       10.2
 # One pass gains less at head dim 64.
 _ONE_PASS_FROM = {64: 2048, 128: 1400}
