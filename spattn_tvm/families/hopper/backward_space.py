@@ -177,7 +177,11 @@ def _untuned(
 
     Measured on an H200 in bfloat16, spattention, ms at (B, H, N, D). Two buffers and three stages took
     0.442 instead of 0.403 at (4, 16, 4096, 128), packs of 4 heads or of all 0.409 and 0.404 instead of
-    0.396, chunks of 96 0.310 instead of 0.265 at head dim 64.
+    0.396, chunks of 96 0.310 instead of 0.265 at head dim 64. On an H100, packs of 8 heads in both passes and
+    then of 2 in the dQ pass and 16 in the other, whose last tiles are the shortest of twice as many heads:
+    0.402 and 0.395 at (4, 16, 4096, 128), 0.377 and 0.375 at (1, 16, 8192, 128) with a window of 1024, 0.306
+    and 0.306 at (16, 16, 1024, 128), 0.327 and 0.332 at (1, 16, 8192, 128); at head dim 64 0.251 and 0.249 at
+    the first, 0.246 and 0.242 with the window.
     """
     wide = head_dim == 128
     if case >= _ONE_PASS_FROM[head_dim] and not deterministic:
@@ -194,14 +198,14 @@ def _untuned(
         "dq_warpgroups": 2,
         "dq_keys": 64,
         "dq_stages": 4 if wide else 6,
-        "dq_heads": 8,
+        "dq_heads": 2,
         "dq_registers": 240,
         "dq_producer_registers": 24,
         "dkv_warpgroups": 2,
         "dkv_queries": 64,
         "dkv_buffers": 1,
         "dkv_stages": 5 if wide else 8,
-        "dkv_heads": 8,
+        "dkv_heads": 16,
         "dkv_registers": 240,
         "dkv_producer_registers": 24,
     }
