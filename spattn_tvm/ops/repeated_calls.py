@@ -68,10 +68,10 @@ _MAX_PREPARED = 16
 # The first that were prepared go first. Each has guards on the heap, amid what calls allocate and free: 600
 # lengths of up to 1.2 MiB a tensor, three calls and a backward pass each, kept 32 MiB with 64 of them, 209
 # with 256.
-_MAX_SHAPES = 64
+MAX_SHAPES = 64
 # What was called once: a length that doesn't come again is not worth preparing.
 _called_once: set[tuple[str, str, torch.Size]] = set()
-_MAX_CALLED_ONCE = 4096
+MAX_CALLED_ONCE = 4096
 
 call_on_change(_prepared.clear)
 call_when_dropped(_prepared.clear)
@@ -87,7 +87,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         return
     key = (layout, impl, q.shape)
     if key not in _prepared and key not in _called_once:
-        if len(_called_once) >= _MAX_CALLED_ONCE:
+        if len(_called_once) >= MAX_CALLED_ONCE:
             _called_once.clear()
         _called_once.add(key)
         return
@@ -107,7 +107,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         stream=current_stream(index) if index >= 0 else 0,
     )
     _called_once.discard(key)
-    if key not in _prepared and len(_prepared) >= _MAX_SHAPES:
+    if key not in _prepared and len(_prepared) >= MAX_SHAPES:
         with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
             del _prepared[next(iter(_prepared))]
     _prepared[key] = [prepared, *_prepared.get(key, ())[: _MAX_PREPARED - 1]]

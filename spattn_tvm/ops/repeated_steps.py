@@ -29,6 +29,7 @@ from spattn_tvm.torch_private import (
 
 from .band_tables import call_when_dropped, find_cache_domain, narrowed
 from .decode_operator import find_decode_kernel
+from .repeated_calls import MAX_CALLED_ONCE, MAX_SHAPES
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -62,10 +63,8 @@ def _key(layout: str, impl: str, q: Tensor, k_cache: Tensor, places: tuple[Any, 
 
 
 _prepared: dict[_Key, _Prepared] = {}
-_MAX_SHAPES = 64
 # What was called once: a cache that grows by a row a step has a shape that doesn't come again.
 _called_once: set[_Key] = set()
-_MAX_CALLED_ONCE = 4096
 
 call_on_change(_prepared.clear)
 call_when_dropped(_prepared.clear)
@@ -85,7 +84,7 @@ def remember_step(
         return
     key = _key(layout, impl, q, k_cache, places)
     if key not in _prepared and key not in _called_once:
-        if len(_called_once) >= _MAX_CALLED_ONCE:
+        if len(_called_once) >= MAX_CALLED_ONCE:
             _called_once.clear()
         _called_once.add(key)
         return
@@ -115,7 +114,7 @@ def remember_step(
         stream=current_stream(index) if index >= 0 else 0,
     )
     _called_once.discard(key)
-    if key not in _prepared and len(_prepared) >= _MAX_SHAPES:
+    if key not in _prepared and len(_prepared) >= MAX_SHAPES:
         with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
             del _prepared[next(iter(_prepared))]
     _prepared[key] = prepared

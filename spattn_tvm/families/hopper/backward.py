@@ -61,7 +61,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .backward_sizes import DTYPES, SHARED_LIMIT, shared_bytes
+from .backward_sizes import SHARED_LIMIT, shared_bytes
+from .support import DTYPES
 
 
 def build_hopper_backward(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Any:

@@ -21,7 +21,6 @@ from .backward_sizes import (
     SWIZZLE_ROW_BYTES,
     TILE_COUNTS_AT,
     TILE_INFO_BYTES,
-    WARPGROUP_ROWS,
     dkv_arena,
     holds_keys,
 )
@@ -49,6 +48,7 @@ from .parts import (
     wait_count,
     wgmma,
 )
+from .support import WARPGROUP_ROWS
 
 CLEARING_WARP = 3
 

@@ -165,10 +165,8 @@ from .backward_sizes import (
     INFO_BYTES,
     MET_BYTES,
     ONE_PASS_QUERIES,
-    PLANE,
     SWIZZLE_ROW_BYTES,
     TILE_COUNTS_AT,
-    WARPGROUP_ROWS,
     one_pass_arena,
 )
 from .parts import (
@@ -195,6 +193,7 @@ from .parts import (
     wait_count,
     wgmma,
 )
+from .support import PLANE, WARPGROUP_ROWS
 
 # Named barriers: all consumers; then of each warpgroup and the storing warp.
 EXCHANGE, SUM_FULL, SUM_EMPTY = 1, 2, 4

@@ -31,15 +31,14 @@ from .backward_sizes import (
     BARRIER_BYTES,
     INFO_BYTES,
     MET_BYTES,
-    PLANE,
     QUEUE,
     QUEUE_INFO_BYTES,
     SWIZZLE_ROW_BYTES,
     TILE_COUNTS_AT,
     TILE_INFO_BYTES,
-    WARPGROUP_ROWS,
 )
 from .parts import advance, arrive, ballot, band_row, load_shared
+from .support import PLANE, WARPGROUP_ROWS
 
 # Every lane arrives for what it has read itself. One for its warp, after a warp synchronisation, took about 1
 # % less time and left racecheck in doubt about the other lanes' reads.

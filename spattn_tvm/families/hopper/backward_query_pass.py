@@ -16,7 +16,7 @@ from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E
 from spattn_tvm.domains.row_store import store_row
 
 from .backward_producers import LANES, Plan, draw_tiles, init_barriers, init_rings, walk_chunks
-from .backward_sizes import BARRIER_BYTES, SWIZZLE_ROW_BYTES, TILE_COUNTS_AT, WARPGROUP_ROWS, dq_arena
+from .backward_sizes import BARRIER_BYTES, SWIZZLE_ROW_BYTES, TILE_COUNTS_AT, dq_arena
 from .parts import (
     ANY_CHUNK,
     LOAD,
@@ -41,6 +41,7 @@ from .parts import (
     settle_statistics,
     wgmma,
 )
+from .support import WARPGROUP_ROWS
 
 REPORTING_WARP = 2
 LINE_ROWS = 32  # of float32, in a line of the L2 cache

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from spattn_tvm.target import shared_bytes_most
 
-WARPGROUP_ROWS = 64  # rows of one wgmma
-PLANE = 64  # columns of a swizzled row: a tile of more columns lies in planes
+from .support import WARPGROUP_ROWS
+
 SWIZZLE_ROW_BYTES = 128
-DTYPES = ("float16", "bfloat16")
 BARRIER_BYTES = 8
 # Of a chunk: first row, its band's lo and hi, a bit for each warpgroup that needs it (one pass: batch and
 # head).

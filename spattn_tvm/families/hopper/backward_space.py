@@ -17,13 +17,12 @@ from spattn_tvm.target import registers_at_launch
 from .backward_sizes import (
     ONE_PASS_QUERIES,
     SHARED_LIMIT,
-    WARPGROUP_ROWS,
     dkv_arena,
     dq_arena,
     holds_keys,
     one_pass_arena,
 )
-from .support import unsupported
+from .support import WARPGROUP_ROWS, unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

@@ -14,8 +14,8 @@ from spattn_tvm.domains.numbers import INF
 
 from .backward_key_pass import key_pass, key_pass_maps
 from .backward_query_pass import query_pass
-from .backward_sizes import WARPGROUP_ROWS
 from .parts import address, match_tensors, rows_map
+from .support import WARPGROUP_ROWS
 
 RESET_THREADS = 128
 TURN = 1  # the named barrier between the passes

@@ -11,8 +11,9 @@ from tvm.script import tirx as T
 
 from .forward_consumer import consumer
 from .forward_producers import decoder, loader
-from .forward_sizes import PLANE, TILE_WORDS, Sizes, conflict, producer_registers
+from .forward_sizes import TILE_WORDS, Sizes, conflict, producer_registers
 from .parts import rows_map
+from .support import PLANE
 
 
 class ForwardBlocks:

@@ -27,14 +27,13 @@ from .forward_sizes import (
     NEAR_HI,
     NEAR_LO,
     NEAR_TOP,
-    PLANE,
     QUERY0,
     QUERY_END,
     SHARE,
-    WARPGROUP_ROWS,
     Sizes,
 )
 from .parts import ballot, convert, element, wgmma
+from .support import PLANE, WARPGROUP_ROWS
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LARGEST = 3.4028234663852886e38  # of float32

@@ -30,13 +30,13 @@ from .forward_sizes import (
     NEAR_HI,
     NEAR_LO,
     NEAR_TOP,
-    PLANE,
     QUERY0,
     QUERY_END,
     SHARE,
     Sizes,
 )
 from .parts import LOAD
+from .support import PLANE
 
 # Slots of a sequence from which on its first tile comes last. Measured on an H100 (bfloat16, spattention,
 # ms), without and with: 0.1311 and 0.1299 at (4, 16, 4096, 128), which has 22 slots; 0.0876 and 0.0863 at

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from spattn_tvm.target import registers_at_launch, shared_bytes_most
 
-WARPGROUP_ROWS = 64
-PLANE = 64  # columns of a 128-byte swizzled row of 2-byte elements
+from .support import WARPGROUP_ROWS
+
 PRODUCER_REGISTERS_LEAST = 24
 SHARED_BYTES_MOST = shared_bytes_most("sm_90a") - 1024  # which aligning the arena may take
 

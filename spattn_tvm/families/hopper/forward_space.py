@@ -19,7 +19,7 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.families.hopper import forward_sizes as sizes
 from spattn_tvm.families.space import MULTIPROCESSORS, Cases, Decisions, Space, one_structure
 
-from .support import unsupported
+from .support import WARPGROUP_ROWS, unsupported
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem
@@ -56,16 +56,16 @@ def _features(decisions: Decisions, problem: AttentionProblem) -> list[float]:
     """
     layout, length, head_dim = problem.layout, problem.length, problem.head_dim
     useful = max(1, layout.pairs(length))
-    rows = sizes.WARPGROUP_ROWS * decisions["consumer_warpgroups"]
-    executed = layout.executed_pairs(length, sizes.WARPGROUP_ROWS, decisions["key_rows"])
+    rows = WARPGROUP_ROWS * decisions["consumer_warpgroups"]
+    executed = layout.executed_pairs(length, WARPGROUP_ROWS, decisions["key_rows"])
     loaded = layout.executed_pairs(length, rows, decisions["key_rows"])
     tiles = problem.batch * problem.query_heads * math.ceil(length / rows)
     needed = sizes.consumer_registers_needed(decisions, head_dim)
     return [
         *(math.log2(max(value, 0.5)) for _, value in sorted(decisions.items())),
         executed / useful,
-        loaded / rows / useful * sizes.WARPGROUP_ROWS,
-        executed / sizes.WARPGROUP_ROWS / decisions["key_rows"] / max(1, tiles),
+        loaded / rows / useful * WARPGROUP_ROWS,
+        executed / WARPGROUP_ROWS / decisions["key_rows"] / max(1, tiles),
         math.log2(max(1, tiles) / MULTIPROCESSORS),
         sizes.shared_bytes(decisions, head_dim) / sizes.SHARED_BYTES_MOST,
         needed / decisions["consumer_registers"],
@@ -83,7 +83,7 @@ class _Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sizes.WARPGROUP_ROWS * self.decisions["consumer_warpgroups"]
+        return WARPGROUP_ROWS * self.decisions["consumer_warpgroups"]
 
 
 _TALL = {

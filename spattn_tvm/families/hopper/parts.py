@@ -15,7 +15,8 @@ from tvm.script.ir_builder import IRBuilder
 
 from spattn_tvm.domains.numbers import INF, LOG2E, LOWEST
 
-from .backward_sizes import BARRIER_BYTES, INFO_BYTES, PLANE, SWIZZLE_ROW_BYTES, WARPGROUP_ROWS
+from .backward_sizes import BARRIER_BYTES, INFO_BYTES, SWIZZLE_ROW_BYTES
+from .support import PLANE, WARPGROUP_ROWS
 
 TAKERS_AT = 12  # in what a chunk's producer says of it
 ANY_CHUNK = 1 << 30  # limit of a search that may wait

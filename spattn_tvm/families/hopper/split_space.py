@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from spattn_tvm.families.hopper.abi import split_rows, split_shares, split_tiles
 from spattn_tvm.families.space import MULTIPROCESSORS, Decisions, Space, one_structure
 
-from .forward_sizes import WARPGROUP_ROWS
 from .forward_space import FORWARD as WHOLE
+from .support import WARPGROUP_ROWS
 
 if TYPE_CHECKING:
     from spattn_tvm.problem import AttentionProblem

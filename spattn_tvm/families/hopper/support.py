@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from spattn_tvm.target import MachineTarget
 
 DTYPES = ("float16", "bfloat16")
+WARPGROUP_ROWS = 64  # of one wgmma
+PLANE = 64  # columns of a swizzled row of 128 bytes: a tile of more columns lies in planes
 
 
 def unsupported(head_dims: Collection[int], head_dim: int, dtype: str, target: MachineTarget) -> str | None:
