@@ -114,6 +114,7 @@ this structure in the same run, H100):
 (1, 16, 65536, 128)  spattention 13.86    13.93
 (1, 16, 131072, 128) spattention 55.63    54.80
 (1, 16, 8192, 128)   causal      1.361    1.349
+(1, 16, 32768, 128)  causal      19.54    19.48
 (1, 16, 16384, 64)   spattention 0.690    0.687
 (1, 16, 65536, 64)   spattention 8.74     8.54
 (1, 16, 16384, 64)   causal      3.14     3.06
