@@ -135,9 +135,8 @@ def test_random_problems(dtype: torch.dtype, head_dim: int, relative: float) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim,queries", [(128, 500), (64, 500), (64, 1000)])
+@pytest.mark.parametrize("head_dim,queries", [(128, 500), (64, 500), (64, 100)])
 def test_short_calls_take_it_by_themselves_again_and_in_graphs(head_dim: int, queries: int) -> None:
-    """With two shares and more, and with one."""
     skip_unless_hopper()
     layout = BandLayout.spattention(16, 16384)
     shapes = ((1, 16, queries, head_dim), (1, 4, 16384, head_dim), (1, 4, 16384, head_dim))
