@@ -466,7 +466,7 @@ def test_a_stand_in_for_triton_kernels_is_made_once(monkeypatch: pytest.MonkeyPa
 def test_peers_on_cuda_are_right_or_say_why_not(case: Case) -> None:
     report = bench.benchmark([case], steps=("forward", "backward"), device="cuda", rounds=1)
     for entry in report["results"][0]["entries"]:
-        assert entry["status"] != "wrong", entry
+        assert entry["status"] != "wrong", (entry["peer"], entry["reason"], report["method"]["seed"])
         assert "TypeError" not in entry["reason"] and "AttributeError" not in entry["reason"], entry
         if entry["peer"] == "ours":
             assert entry["status"] == "ok", entry
