@@ -78,7 +78,7 @@ def newest_results(
     for path, report in reports:
         if all(report.get(key) == newest.get(key) for key in comparable):
             results |= {
-                result.get("shape") or json.dumps(result["problem"]): (path, result)
+                result.get("shape") or AttentionProblem.from_json(result["problem"]).key: (path, result)
                 for result in report["results"]
             }
     merged = {**newest, "results": [result for _, result in results.values()]}
