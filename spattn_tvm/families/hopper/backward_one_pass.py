@@ -157,7 +157,7 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
-from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E
+from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E, LOWEST
 
 from .backward_key_pass import key_pass_maps, key_plan, produce_for_keys, store_gradients
 from .backward_producers import init_rings
@@ -200,7 +200,6 @@ from .support import PLANE, WARPGROUP_ROWS
 EXCHANGE, SUM_FULL, SUM_EMPTY = 1, 2, 4
 WITH_STORING_WARP = 160  # threads
 STORING_WARP = 2
-MOST = 3.4028234663852886e38  # float32
 THREADS = 256  # of the first kernel
 FORESEEN = 4  # rows that each of them loads before it computes
 CONVERTING_WARP = 3
@@ -278,7 +277,7 @@ def statistics_pass(head_dim: int, dtype: str) -> Callable[..., None]:
                     lse[i] = T.float32(0) - lse[i] / scale
                     delta[i] = dlse[i] - delta[i]
                     if lse[i] == T.float32(INF):
-                        lse[i] = T.float32(MOST)
+                        lse[i] = T.float32(-LOWEST)
                 t.stats[b, h, query[i] // 2, query[i] % 2] = lse[i]
                 t.stats[b, h, query[i] // 2, query[i] % 2 + 2] = delta[i]
                 if query[i] == t.queries - 1:
