@@ -38,7 +38,7 @@ class Block(NamedTuple):
 def blocks_of(tensor: Tensor, heads: Sequence[int], step: int | None, begin: int, rows: int) -> list[Block]:
     """Rows of some heads of a tensor ``(B, heads, rows, D)``, each head's rows contiguous.
 
-    `step` is by how much the heads ascend, None where that differs.
+    `step` is by how much the heads ascend, None where that differs. Addresses count from the tensor's.
     """
     size = tensor.itemsize
     width, pitch = rows * tensor.shape[3] * size, tensor.stride(1) * size
@@ -46,7 +46,7 @@ def blocks_of(tensor: Tensor, heads: Sequence[int], step: int | None, begin: int
         return []
     blocks = []
     for batch in range(tensor.shape[0]):
-        first = tensor.data_ptr() + (batch * tensor.stride(0) + begin * tensor.shape[3]) * size
+        first = (batch * tensor.stride(0) + begin * tensor.shape[3]) * size
         if step is not None and width <= step * pitch <= _MOST_PITCH:
             blocks.append(Block(first + heads[0] * pitch, step * pitch, width, len(heads)))
         else:

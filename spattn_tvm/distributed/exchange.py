@@ -234,7 +234,7 @@ class Cargo:
 
 def _blocks(tensor: Tensor, index: int, piece: Piece) -> list[tuple[int, Block]]:
     blocks = blocks_of(tensor, piece.heads, _step(piece.heads), piece.begin, piece.rows)
-    return [(index, block._replace(address=block.address - tensor.data_ptr())) for block in blocks]
+    return [(index, block) for block in blocks]
 
 
 def _cargo(
@@ -314,7 +314,7 @@ class Journey:
             outward, inward = inward, outward
         rank = dist.get_rank(self._group)
         copies = peer_copies(self._group, sources[0].device)
-        if copies is None or not self._copy(copies, sources, place, targets, back):
+        if copies is None or not self._copy(copies, sources, place, targets, outward, inward):
             self._send(sources, place, targets, outward, inward)
         for origin, places in zip(outward[rank], inward[rank], strict=True):
             values = _read(sources, origin)
@@ -327,17 +327,17 @@ class Journey:
         sources: Sequence[Tensor],
         place: Place,
         targets: Sequence[Tensor],
-        back: bool,
+        outward: Sequence[Sequence[Places]],
+        inward: Sequence[Sequence[Places]],
     ) -> bool:
         """By copy engines; False where a rank has no room."""
         route, first = self._route, sources[0]
         strides = tuple(tensor.stride() for tensor in (*sources, *targets))
+        back = place is self.home
         key = (back, place.overlaps, first.shape[0], first.shape[3], first.dtype, strides)
         cargo = route.cargo.get(key)
         if cargo is None:
-            outward, inward, rows = route.sends, route.receives, route.rows
-            if back:
-                outward, inward, rows = inward, outward, tuple(zip(*rows, strict=True))
+            rows = tuple(zip(*route.rows, strict=True)) if back else route.rows
             if len(route.cargo) >= _MOST_CARGO:
                 route.cargo.clear()
             cargo = _cargo(copies.rank, rows, sources, place, targets, outward, inward)

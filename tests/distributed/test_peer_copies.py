@@ -244,7 +244,7 @@ def test_copies_are_tried_before_they_are_used(ranks: Ranks, tmp_path: Path) -> 
 
 def _read_block(block: Block, owner: torch.Tensor) -> bytes:
     memory = owner.untyped_storage()
-    first = block.address - memory.data_ptr()
+    first = owner.data_ptr() + block.address - memory.data_ptr()
     flat = bytes(memory.tolist())
     return b"".join(
         flat[first + index * block.pitch : first + index * block.pitch + block.width]
