@@ -68,7 +68,7 @@ def _other_families(chosen: ScheduleRecord, rivals: Sequence[ScheduleRecord], ab
             continue
         latencies = [record.latency_us for record in rivals if record.kernel.family == family]
         parts.append(f"{family} {min(latencies):.1f} us" if latencies else f"{family} has no record of it")
-    return f"; {chosen.kernel.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
+    return f"{chosen.kernel.family} {chosen.latency_us:.1f} us, {', '.join(parts)}" if parts else ""
 
 
 def kin_folders(target: MachineTarget, root: Path) -> list[str]:
@@ -288,7 +288,9 @@ def find_schedule(
                 f"without it; {choice.reason}"
             )
         else:
-            reason += _other_families(record, beside, able)
+            others = _other_families(record, beside, able)
+            there = "there " if choice.status == "nearest" else ""
+            reason += f"; {there}{others}" if others else ""
     if lookup.passed_over:
         reason += f" ({'; '.join(lookup.passed_over)})"
     return dataclasses.replace(choice, reason=reason)

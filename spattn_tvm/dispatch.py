@@ -477,7 +477,8 @@ def explain(problem: AttentionProblem, target: MachineTarget, deterministic: boo
     ]
     record = choice.record
     if record is not None:
-        facts.append(("measured", f"{record.latency_us:.1f} us on {record.device}, {record.date}"))
+        of = "" if choice.status == "tuned" else f" for {record.problem.key}"
+        facts.append(("measured", f"{record.latency_us:.1f} us{of} on {record.device}, {record.date}"))
         facts.append(("log", record.source_log))
         if record.resources:
             facts.append(("ptxas", record.resources))

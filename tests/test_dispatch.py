@@ -189,6 +189,10 @@ def test_explain_says_what_why_and_where() -> None:
     text = str(explain(PROBLEM, target))
     for part in ("tuned", "12.5 us on this chip, 2026-11-24", "a/log"):
         assert part in text
+    longer = dataclasses.replace(PROBLEM, length=PROBLEM.length + 1)
+    text = str(explain(longer, target))
+    for part in ("nearest", f"12.5 us for {PROBLEM.key} on this chip, 2026-11-24", "a/log"):
+        assert part in text
     far = MachineTarget("cpu", "aarch64") if target.arch != "aarch64" else parse_target("cpu-x86-64-v4")
     assert "does not run here" in str(explain(PROBLEM, far))
     unserved = dataclasses.replace(PROBLEM, head_dim=20)

@@ -654,10 +654,10 @@ def test_the_reason_says_how_the_other_families_did(tmp_path: Path) -> None:
     save_records(records[:1], tmp_path)
     assert "mma has no record of it" in find_schedule(wanted, h200, root=tmp_path).reason
     save_records(records[1:], tmp_path)
-    for target, status in ((h200, "tuned"), (h100, "nearest")):
+    for target, status, where in ((h200, "tuned", "us; "), (h100, "nearest", "sm_90a; there ")):
         choice = find_schedule(wanted, target, root=tmp_path)
         assert (choice.kernel.family, choice.status) == ("hopper", status)
-        assert "hopper 134.0 us, mma 209.0 us" in choice.reason
+        assert f"{where}hopper 134.0 us, mma 209.0 us" in choice.reason
     assert find_schedule(wanted, h200, families=["mma"], root=tmp_path).kernel.family == "mma"
 
 
