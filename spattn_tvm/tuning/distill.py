@@ -2,7 +2,9 @@
 a record.
 
 One measurement in a search is a single visit to a noisy machine, and the best of many is partly luck. The few
-fastest candidates are therefore compared side by side before one of them ships.
+fastest candidates are therefore compared side by side before one of them ships, and with them the untuned
+default, which says what the search has gained. What was compared stays beside the log, in
+``distilled-<family>.json``.
 """
 
 from __future__ import annotations
@@ -39,29 +41,30 @@ from .workers import Workers
 _TOP = 4
 _TOP_DETERMINISTIC = 2
 _ROUNDS = 9
+# What takes no less than so much of the default's time is no better than it: a record also serves problems
+# like its own, and stays when the default gets faster.
+_NO_GAIN = 0.99
 # A kernel whose latency in the search was so far from that of the comparison was searched on a busy machine.
 _BUSY = 1.5
 
 
 @dataclass(frozen=True)
 class _Contestant:
-    """A kernel in a comparison: one that a search found, or that of the record so far.
+    """A kernel in a comparison: one that a search found, that of the record so far, or an untuned default.
 
     Attributes
     ----------
     kernel : KernelSpec
-    searched_us : float
-        What its search, or its record, says.
+    searched_us : float or None
+        What its search, or its record, says; None of a default that neither names.
     source_log, workload_hash : str
         As in its record.
-    is_record : bool
     """
 
     kernel: KernelSpec
-    searched_us: float
+    searched_us: float | None
     source_log: str
     workload_hash: str
-    is_record: bool = False
 
 
 def best_candidates(
@@ -93,23 +96,36 @@ def _contestants(
     return ranked[:top] + deterministic[: max(0, missing)]
 
 
-def _with_records(
-    found: Sequence[_Contestant], records: Iterable[ScheduleRecord], target: MachineTarget
+def _joined(
+    found: Sequence[_Contestant],
+    records: Iterable[ScheduleRecord],
+    defaults: Iterable[KernelSpec],
+    target: MachineTarget,
 ) -> list[_Contestant]:
-    """The contestants, and the records' kernels that are still offered, which they have to beat."""
-    contestants = list(found)
+    """The contestants, with what they have to beat: the records' kernels that are still offered, and the
+    untuned defaults.
+    """
+    contestants = {contestant.kernel: contestant for contestant in found}
     for record in records:
-        known = [c.kernel for c in contestants]
-        if record.kernel in known:
-            index = known.index(record.kernel)
-            contestants[index] = replace(contestants[index], is_record=True)
-        elif record.kernel.rejection(target) is None:
-            contestants.append(
-                _Contestant(
-                    record.kernel, record.latency_us, record.source_log, record.workload_hash, is_record=True
-                )
-            )
-    return contestants
+        if record.kernel.rejection(target) is None:
+            joining = _Contestant(record.kernel, record.latency_us, record.source_log, record.workload_hash)
+            contestants.setdefault(record.kernel, joining)
+    for kernel in defaults:
+        contestants.setdefault(kernel, replace(found[0], kernel=kernel, searched_us=None))
+    return list(contestants.values())
+
+
+def _winner(
+    correct: Sequence[tuple[_Contestant, Outcome]], default: KernelSpec
+) -> list[tuple[_Contestant, Outcome]]:
+    """The fastest, or the default where that is as fast; none of none."""
+    if not correct:
+        return []
+    fastest = min(correct, key=lambda item: item[1].latency_us or math.inf)
+    enough_us = (fastest[1].latency_us or math.inf) / _NO_GAIN
+    defaults = [item for item in correct if item[0].kernel == default]
+    as_fast = [item for item in defaults if (item[1].latency_us or math.inf) <= enough_us]
+    return as_fast or [fastest]
 
 
 def _distill_family(
@@ -125,8 +141,8 @@ def _distill_family(
     records: Sequence[ScheduleRecord],
     report: Callable[[str], object],
 ) -> list[ScheduleRecord]:
-    """The fastest kernel of the logs and the records so far, and where its results are not bitwise
-    reproducible the fastest whose are."""
+    """The fastest kernel of the logs, the records so far and the defaults, and where its results are not
+    bitwise reproducible the fastest whose are."""
     found = [
         _Contestant(
             measurement.kernel,
@@ -138,7 +154,8 @@ def _distill_family(
     ]
     if not found:
         return []
-    contestants = _with_records(found, records, target)
+    defaults = [KernelSpec.untuned(family, problem, target, asked) for asked in (False, True)]
+    contestants = _joined(found, records, defaults, target)
     with ProcessMeter(problem, target, workers=workers) as meter:
         outcomes = meter.compare([contestant.kernel for contestant in contestants], rounds, limit_s)
     results = list(zip(contestants, outcomes, strict=True))
@@ -148,10 +165,11 @@ def _distill_family(
             f"none of the {len(contestants)} best candidates of {logs[0]} is correct any more: "
             f"{outcomes[0].error}"
         )
-    correct.sort(key=lambda item: item[1].latency_us or math.inf)
-    winners = correct[:1]
+    winners = _winner(correct, defaults[0])
     if not winners[0][0].kernel.is_deterministic:
-        winners += [item for item in correct if item[0].kernel.is_deterministic][:1]
+        winners += _winner([item for item in correct if item[0].kernel.is_deterministic], defaults[1])
+    device = _device(target, workers)["name"]
+    _write_results(logs[0] / f"distilled-{family}.json", results, winners, defaults[0], rounds, device)
     for text in _remarks(results, winners, records):
         report(text)
     return [_record(contestant, outcome, problem, target, workers) for contestant, outcome in winners]
@@ -188,11 +206,41 @@ def _remarks(
             )
     for contestant, outcome in winners:
         measured_us = outcome.latency_us or math.inf
-        if not measured_us / _BUSY < contestant.searched_us < measured_us * _BUSY:
+        searched_us = contestant.searched_us
+        if searched_us is not None and not measured_us / _BUSY < searched_us < measured_us * _BUSY:
             yield (
-                f"  the winner took {measured_us:,.1f} us, and {contestant.searched_us:,.1f} us when it was "
+                f"  the winner took {measured_us:,.1f} us, and {searched_us:,.1f} us when it was "
                 "timed before: the machine was not equally busy"
             )
+
+
+def _device(target: MachineTarget, workers: Workers) -> dict[str, Any]:
+    return session_device(target) if workers.fleet is None else workers.server_facts
+
+
+def _write_results(
+    path: Path,
+    results: Sequence[tuple[_Contestant, Outcome]],
+    winners: Sequence[tuple[_Contestant, Outcome]],
+    default: KernelSpec,
+    rounds: int,
+    device: str,
+) -> None:
+    """Put a comparison beside the log, in place of the family's last one."""
+    won = [contestant.kernel for contestant, _ in winners]
+    kernels = [
+        {
+            "decisions": dict(contestant.kernel.decisions),
+            "latency_us": outcome.latency_us and round(outcome.latency_us, 3),
+            "error": outcome.error,
+            "is_default": contestant.kernel == default,
+            "is_recorded": contestant.kernel in won,
+            "is_deterministic": contestant.kernel.is_deterministic,
+        }
+        for contestant, outcome in results
+    ]
+    compared = {"date": now(), "device": device, "rounds": rounds, "kernels": kernels}
+    path.write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
 
 
 def _record(
@@ -202,7 +250,7 @@ def _record(
     target: MachineTarget,
     workers: Workers,
 ) -> ScheduleRecord:
-    device = session_device(target) if workers.fleet is None else workers.server_facts
+    device = _device(target, workers)
     return ScheduleRecord(
         problem=problem,
         target=target.folder,

@@ -468,7 +468,7 @@ _FAKE_SPACE = Space(
     structures=one_structure(lambda head_dim, dtype: dict(_FAKE_CHOICES)),
     illegal=lambda decisions, *_: "too large" if decisions["rows"] * decisions["keys"] > 2**14 else None,
     features=lambda decisions, problem: [math.log2(decisions["rows"] * decisions["keys"])],
-    untuned=lambda *_: {name: values[0] for name, values in _FAKE_CHOICES.items()},
+    untuned=lambda *_, **__: {name: values[0] for name, values in _FAKE_CHOICES.items()},
     build=lambda *_: None,
     unsupported=lambda *_: None,
 )
@@ -726,7 +726,7 @@ def test_distilling_compares_deterministic_candidates_too(
 class _FakeComparison:
     """What distilling asks of a meter: latencies by ``unroll``; 8 is wrong by now."""
 
-    latencies: Mapping[int, float] = {}
+    latencies: Mapping[int, float | None] = {}
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -756,7 +756,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "logs"
 
 
-def _distill(logged: Path, latencies: Mapping[int, float]) -> tuple[ScheduleRecord, list[str]]:
+def _distill(logged: Path, latencies: Mapping[int, float | None]) -> tuple[ScheduleRecord, list[str]]:
     said: list[str] = []
     _FakeComparison.latencies = latencies
     workers: Any = SimpleNamespace(fleet=None)
@@ -792,6 +792,55 @@ def test_a_record_is_replaced_only_by_what_is_faster_beside_it(logged: Path) -> 
     save_records([replace(record, kernel=_fake({"gone": 1}))], logged.parent / "schedules")
     record, said = _distill(logged, {0: 13.0, 1: 8.0, 2: 12.0})
     assert record.latency_us == 8.0 and "no longer offered" in said[0]
+
+
+def _distilled(logged: Path) -> dict[int, dict[str, Any]]:
+    """What was compared, by ``unroll``."""
+    folder = log_folder(logged, detect_cpu(), PROBLEM, "evolutionary")
+    compared = json.loads((folder / "distilled-cpu.json").read_text())
+    assert compared["rounds"] == 9 and compared["device"] and compared["date"]
+    return {kernel["decisions"]["unroll"]: kernel for kernel in compared["kernels"]}
+
+
+def _compared(compared: Mapping[int, Mapping[str, Any]], question: str) -> list[int]:
+    return [unroll for unroll, kernel in compared.items() if kernel[question]]
+
+
+def test_a_record_is_faster_than_the_default_or_is_the_default(logged: Path) -> None:
+    """The default of unroll 0 takes part: one within 1% of it is no better."""
+    for latencies, recorded in (
+        ({0: 10.0, 1: 9.95, 2: 12.0}, 0),
+        ({0: 10.0, 1: 9.85, 2: 12.0}, 1),
+        ({0: None, 1: 13.0, 2: 12.0}, 2),
+    ):
+        record, _ = _distill(logged, latencies)
+        assert (record.kernel.decisions["unroll"], record.latency_us) == (recorded, latencies[recorded])
+        compared = _distilled(logged)
+        assert {unroll: kernel["latency_us"] for unroll, kernel in compared.items()} == latencies
+        assert _compared(compared, "is_default") == [0] and _compared(compared, "is_recorded") == [recorded]
+        assert _compared(compared, "error") == [unroll for unroll, us in latencies.items() if us is None]
+
+
+def test_a_default_that_no_search_has_timed_is_compared_too(
+    logged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deterministic one as well, where others are not; it is recorded beside the fastest."""
+
+    def untuned(*_: Any, deterministic: bool = False) -> dict[str, int]:
+        return {**_FIRST, "unroll": 8, "order": int(deterministic), "rows": 16 if deterministic else 8}
+
+    space = replace(_FAKE_SPACE, untuned=untuned, is_deterministic=lambda decisions: decisions["order"] == 1)
+    monkeypatch.setattr(kernel_module, "find_space", lambda family, direction: space)
+    _FakeComparison.latencies = {0: 13.0, 1: 10.0, 2: 12.0, 8: 11.0}
+    workers: Any = SimpleNamespace(fleet=None)
+    schedules = logged.parent / "schedules"
+    found = distill(logged, schedules=schedules, workers=workers)
+    assert [(record.kernel.decisions["unroll"], record.latency_us) for record in found] == [
+        (1, 10.0),
+        (8, 11.0),
+    ]
+    assert found[1].kernel.is_deterministic and found[1].workload_hash == found[0].workload_hash == "0"
+    assert load_records(detect_cpu().folder, schedules) == found
 
 
 def test_a_damaged_log_beside_it_stops_no_distillation(logged: Path) -> None:
