@@ -1,4 +1,5 @@
-"""What a search measures first: the kernels that were best for its problem's neighbours and on kin chips.
+"""What a search measures first: the kernels that were best for its problem's neighbours and on kin chips,
+and the defaults of other problems.
 
 Bands four times as wide, or a chip with the same instruction set, change the order of good kernels more than
 the set of them.
@@ -48,11 +49,19 @@ def warm_starts(
     for kernel in chain(
         _of_records(family, problem, target, schedules or schedules_root()),
         _of_logs(family, problem, target, log_root),
+        _of_other_cases(family, problem, target),
     ):
         kernel = replace(kernel, dtype=problem.dtype)
         if kernel.rejection(target) is None:
             found[kernel] = None
     return list(found)
+
+
+def _of_other_cases(family: str, problem: AttentionProblem, target: MachineTarget) -> Iterator[KernelSpec]:
+    own = KernelSpec.untuned(family, problem, target)  # which is measured anyway
+    for decisions in own.space.all_untuned(problem.head_dim, problem.dtype, target):
+        if decisions != own.decisions:
+            yield KernelSpec.of(family, problem, decisions)
 
 
 def _of_records(

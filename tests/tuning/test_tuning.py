@@ -38,7 +38,7 @@ from spattn_tvm.families.space import Space, cases_by_width, one_structure
 from spattn_tvm.problem import AttentionProblem
 from spattn_tvm.reference import attention_mask, reference_attention
 from spattn_tvm.store import ScheduleRecord, load_records, save_records
-from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda
+from spattn_tvm.target import MachineTarget, detect_cpu, detect_cuda, parse_target
 from spattn_tvm.tuning import SearchSettings, compare_strategies, curve, distill, tune
 from spattn_tvm.tuning import measure as measure_module
 from spattn_tvm.tuning import workers as workers_module
@@ -900,6 +900,18 @@ def test_a_search_begins_with_what_did_well_elsewhere(tmp_path: Path) -> None:
         kernel = KernelSpec.of("cpu", problem, {**query, "key_rows": 192})
         save_records([ScheduleRecord(problem, target.folder, kernel, 1.0)], schedules)
     assert started() == [(192, 8), (96, rows), (48, rows), (384, rows), (192, rows)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_search_measures_the_defaults_of_other_problems_early(direction: str, tmp_path: Path) -> None:
+    """Few tiles have others, and so have wide bands; not once more the problem's own."""
+    target = parse_target("nvidia/h100")
+    problem = AttentionProblem(direction, "float16", 4, 16, 16, 4096, 128, BandLayout.spattention(16))
+    decisions = find_space("hopper", direction).all_untuned(128, "float16", target)
+    own = KernelSpec.untuned("hopper", problem, target)
+    others = [KernelSpec.of("hopper", problem, made) for made in decisions]
+    others.remove(own)
+    assert others and warm_starts("hopper", problem, target, tmp_path, tmp_path) == others
 
 
 def test_early_candidates_follow_the_default_that_a_cpu_times_them_against(tmp_path: Path) -> None:
