@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +57,7 @@ from spattn_tvm.tuning.search import RETAKEN, Budget, _Progress, _Session, run_s
 from spattn_tvm.tuning.strategy import DecisionSearch, best_in_database, forget_database, kernel_hash
 from spattn_tvm.tuning.trial import TrialData
 from spattn_tvm.tuning.warm_start import warm_starts
+from spattn_tvm.tuning.worker import _Measurer
 from spattn_tvm.tuning.workers import Workers
 from spattn_tvm.tuning.workload import build_workload
 
@@ -183,6 +184,29 @@ def test_search_refuses_what_it_can_not_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="strategy must be one of"):
         tune(PROBLEM, target, SearchSettings(trials=1, strategy="clever", families=[TOY], log_root=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_takes_the_data_of_the_search_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another problem, or other random inputs, are prepared anew, and so is what could not be prepared."""
+    measurer = _Measurer()
+    target = asdict(detect_cpu())
+
+    def prepared(problem: AttentionProblem, seed: int) -> TrialData:
+        request = {"problem": problem.to_json(), "target": target, "seed": seed, "cache": None, "fleet": None}
+        assert measurer.prepare(request) == {}
+        return measurer.data
+
+    first = prepared(PROBLEM, 0)
+    assert prepared(PROBLEM, 0) is first
+    other = prepared(PROBLEM, 1)
+    assert other is not first and not torch.equal(other.q, first.q)
+    assert prepared(replace(PROBLEM, batch=1), 1).problem.batch == 1
+    with monkeypatch.context() as failing, pytest.raises(ZeroDivisionError):
+        failing.setattr(TrialData, "_reference", lambda self: 1 / 0)
+        prepared(PROBLEM, 1)
+    with pytest.raises(RuntimeError, match="before a 'prepare' request"):
+        _ = measurer.data
+    assert torch.equal(prepared(PROBLEM, 1).q, other.q)
 
 
 # --- broken candidates ------------------------------------------------------------------------------------
