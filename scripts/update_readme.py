@@ -7,6 +7,7 @@ A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is re
   from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
 - ``generation cpu``, ``generation cuda``: the newest of ``spattn bench --steps generate``
 - ``ranks cuda``: the newest of ``spattn bench --ranks``
+- ``gains``: of each GPU problem that a search's winners were compared for, what they gained over the default
 - ``search``: what ``scripts/compare_strategies.py`` measured of searches and their random controls
 - ``language model``: ``results/quickstart/byte_lm.json`` of ``scripts/quickstart``
 - ``training quality``, ``training throughput``: ``scripts/pretrain/tables.py`` of all logs in
@@ -33,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from spattn_tvm.bands import BandLayout
+from spattn_tvm.bench.case import Case
 from spattn_tvm.bench.peers import OURS, is_ours
 from spattn_tvm.bench.report import plan_text
 from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_searches
-from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.problem import TRAINING, AttentionProblem
 from spattn_tvm.target import parse_target
 from spattn_tvm.tuning.log import curve, read_measurements, read_run
 
@@ -349,6 +351,43 @@ def _rank_cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
+def gains_block() -> str | None:
+    """What the searches on GPUs gained over the untuned defaults: a row for each problem, both directions."""
+    gains: dict[tuple[Any, ...], dict[str, list[str]]] = {}
+    trials, sources = [], set()
+    for path in LOGS.glob("cuda-*/*/distilled-*.json"):
+        compared = json.loads(path.read_text(encoding="utf-8"))
+        run, family = read_run(path.parent), path.stem.partition("-")[2]
+        problem = AttentionProblem.from_json(run["problem"])
+        timed = [kernel for kernel in compared["kernels"] if kernel["latency_us"] is not None]
+        default_us = min(kernel["latency_us"] for kernel in timed if kernel["is_default"])
+        found = min((kernel for kernel in timed if kernel["is_recorded"]), key=itemgetter("latency_us"))
+        order = (run["target"], problem.layout.name, problem.head_dim, problem.kv_heads, problem.length)
+        gains.setdefault((*order, f"{Case(problem).describe()} {family}"), {})[problem.direction] = [
+            f"{default_us / 1e3:.4g}",
+            "the default" if found["is_default"] else f"{found['latency_us'] / 1e3:.4g}",
+            f"{default_us / found['latency_us']:.3f}",
+        ]
+        trials.append(sum(measured.kernel.family == family for measured in read_measurements(path.parent)))
+        sources.add(f"{compared['device']}, {compared['date'][:10]}, {compared['rounds']} rounds")
+    if not gains:
+        return None
+    titles = ["(B,H,N,D)"]
+    for direction in TRAINING:
+        titles += [f"{direction}: default, ms", "best of search, ms", "default / best"]
+    rows = [
+        [shown, *(cell for name in TRAINING for cell in found.get(name, [""] * 3))]
+        for (*_, shown), found in sorted(gains.items())
+    ]
+    text = (
+        f"Each search, of {min(trials)} to {max(trials)} trials, starts with the default. Its best four are "
+        "timed again beside the default and the record so far, in turns; medians. One that is less than 1% "
+        f"faster than the default has gained nothing: the default is recorded. Measured on "
+        f"{'; '.join(sorted(sources))}."
+    )
+    return "\n".join([*_table(titles, rows), "", text])
+
+
 def best_but_untuned_us(log: Path, family: str) -> float:
     """The least latency that a search logged for other decisions than the untuned default."""
     run = read_run(log)
@@ -492,6 +531,7 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "generation cpu": lambda: generation_block("cpu"),
     "generation cuda": lambda: generation_block("cuda"),
     "ranks cuda": lambda: ranks_block("cuda"),
+    "gains": gains_block,
     "search": search_block,
     "language model": language_model_block,
     "training quality": training_quality_block,

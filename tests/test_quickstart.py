@@ -165,6 +165,52 @@ def test_scripts_are_valid_shell() -> None:
         assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
 
 
+def test_what_searches_gain_is_filled_from_their_comparisons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row for each problem, whatever directions were searched; slower, wrong and CPU's kernels are not in
+    it.
+    """
+    from spattn_tvm.bands import BandLayout
+    from spattn_tvm.problem import AttentionProblem
+    from spattn_tvm.target import parse_target
+    from spattn_tvm.tuning.log import TuningLog, log_folder
+
+    update = load_script("update_readme")
+    monkeypatch.setattr(update, "LOGS", tmp_path)
+    assert update.gains_block() is None
+
+    def logged(target: str, direction: str, length: int, *latencies: tuple[float | None, bool, bool]) -> None:
+        machine = parse_target(target)
+        problem = AttentionProblem(
+            direction, "bfloat16", 1, 8, 2, length, 64, BandLayout.sliding_window(8, 64)
+        )
+        folder = log_folder(tmp_path, machine, problem, "evolutionary")
+        with TuningLog(folder, problem, machine, "evolutionary") as log:
+            log.begin_session({"seed": 0})
+        kernels = [
+            {"latency_us": latency_us, "is_default": is_default, "is_recorded": is_recorded}
+            for latency_us, is_default, is_recorded in latencies
+        ]
+        compared = {"date": "2026-11-28T06:00", "device": f"chip {length}", "rounds": 9, "kernels": kernels}
+        (folder / "distilled-some.json").write_text(json.dumps(compared))
+
+    h100 = "nvidia/h100"
+    # A deterministic kernel is recorded beside the fastest.
+    rivals = ((1500.0, False, True), (None, False, False), (1100.0, False, False))
+    logged(h100, "backward", 8192, (1234.56, True, False), (1000.0, False, True), *rivals)
+    logged(h100, "forward", 8192, (812.0, True, True), (811.0, False, False))
+    logged(h100, "forward", 1024, (10.0, True, False), (8.0, False, True))
+    logged("cpu-x86-64-v4", "forward", 2048, (10.0, True, False), (8.0, False, True))
+    rows = [line for line in update.gains_block().splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        "| (1,8/2,1024,64) bfloat16 sliding_window some | 0.01 | 0.008 | 1.250 |  |  |  |",
+        "| (1,8/2,8192,64) bfloat16 sliding_window some | 0.812 | the default | 1.000 | 1.235 | 1 | 1.235 |",
+    ]
+    text = update.gains_block()
+    assert "chip 1024, 2026-11-28, 9 rounds; chip 8192" in text and "chip 2048" not in text
+
+
 def test_readme_is_filled_from_reports(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
