@@ -43,7 +43,7 @@ def judge(
     """Errors by name, and which of them are too large ("" when none is).
 
     An error is the largest absolute difference from `exact` (float64) over the largest absolute value of
-    `exact`; `plain` is the same computation in `dtype`.
+    `exact`; `plain` is the same computation in `dtype`, or several ways of it along a first dimension.
     """
     errors, wrong = {}, []
     for name, value in actual.items():
