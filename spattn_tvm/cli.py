@@ -737,8 +737,9 @@ def _finish_benchmark(
 
     from .bench.report import write_report
 
-    # Not a terminal: a file or a log, where a table may be as wide as it is.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
+    if not console.is_terminal:  # a file or a log, where a table may be as wide as it is
+        console.width = 140
     for table in tables:
         console.print(table)
     for remark in remarks:

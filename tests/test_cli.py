@@ -554,6 +554,25 @@ def test_bench_writes_a_report_that_plots(tmp_path: Path) -> None:
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["layout", "--heads", "2", "--context", "8"],
+        ["bench", "--shape", "1,2,65,32", "--peers", "sdpa", "--rounds", "1", "--idle-ms", "1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_nobody_need_read_what_is_printed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python has no standard output in a process that was started with it closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    if arguments[0] == "bench":
+        arguments = [*arguments, "--log-root", str(tmp_path)]
+    cli.app(arguments, standalone_mode=False)
+    assert arguments[0] != "bench" or list(tmp_path.glob("*/benchmarks/*.json"))
+
+
 def test_verify_counts() -> None:
     text = invoke("verify", "--problems", "8", "--max-length", "130")
     assert " passed, 0 failed" in text
