@@ -177,7 +177,7 @@ def key_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> SimpleN
     OFFSETS, BYTES = dkv_arena(decisions, D)
     SCORE, OUTPUT, CONVERT = wgmma(QUERIES, dtype), wgmma(D, dtype), convert(dtype)
     HOLDS = holds_keys(D)
-    PLAN = key_plan(decisions, D, QUERIES, BUFFERS)
+    PLAN = key_plan(decisions, D, QUERIES, BUFFERS, late=True)
 
     @T.inline
     def consume(at, warp, lane, t, scale):

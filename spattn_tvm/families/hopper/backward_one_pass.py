@@ -39,8 +39,7 @@ chunks, products ended between 0.88 and 1.29 ms (clocks read in the kernel). Ear
 (1, 16, 16384, 64)      causal      3.05  2.93
 ======================= =========== ===== =====
 
-(Two passes, whose tiles are shorter, lose by it at (4, 16, 4096, 128), 0.404 and 0.417, and gain 2% at head
-dim 64: what a tile begins with is then awaited.)
+(Of two passes that of dK and dV draws late, too: :mod:`.backward`.)
 
 **A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
 while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
