@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +15,8 @@ from spattn_tvm.bands import BandLayout
 from spattn_tvm.ops.attention import banded_attention
 
 from .exchange import Journey, Landing, Piece, Place, Route, arrive, depart
-from .peer_copies import peer_copies
 from .planner import Share
 from .shards import Shards
-
-_STREAMS = 2  # on which parts are attended in turn; 1: on the caller's
 
 
 @dataclass(frozen=True)
@@ -107,43 +103,6 @@ def _part(shares: tuple[Share, ...], shards: Shards, rank: int) -> Part:
     return Part(shares, inbound, outbound, Landing.of([inbound.receives], 3), Landing.of([outbound.sends], 1))
 
 
-@lru_cache(maxsize=64)
-def _side_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(count))
-
-
-class _Beside:
-    """Streams on which parts are attended in turn, so that the next part's kernel begins where the last tiles
-    of one leave multiprocessors idle; autograd goes backward on the same ones.
-
-    There are none where rows travel by NCCL, whose kernels would come after that next one.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, parts: int) -> None:
-        self._device = device
-        self.streams: tuple[torch.cuda.Stream, ...] = ()
-        if parts > 1 and _STREAMS > 1 and peer_copies(group, device) is not None:
-            self.streams = _side_streams(device, _STREAMS)
-
-    @contextmanager
-    def stream_of(self, part: int, *arrived: Tensor) -> Iterator[None]:
-        """A part's stream is the current one; it waits for what `arrived` on the caller's."""
-        if not self.streams:
-            yield
-            return
-        stream = self.streams[part % len(self.streams)]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        for tensor in arrived:
-            tensor.record_stream(stream)
-        with torch.cuda.stream(stream):
-            yield
-
-    def join(self) -> None:
-        """Let the caller's stream wait for all."""
-        for stream in self.streams:
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-
-
 def _attend_share(
     q: Tensor, k: Tensor, v: Tensor, layout: BandLayout, share: Share, options: dict[str, Any]
 ) -> Tensor:
@@ -185,7 +144,6 @@ def attend_by_heads(
     """
     rank = dist.get_rank(group)
     batch, _, _, head_dim = q.shape
-    beside = _Beside(group, q.device, len(parts.each))
     home = Place([tensor.shape for tensor in (q, k, v)], parts.gradients)
     end = Place([q.shape], parts.o)
     there, back = [], []
@@ -197,14 +155,10 @@ def attend_by_heads(
         there.append(Journey(part.inbound, group, home, Place([q_shape, k_shape, k_shape], part.whole)))
         back.append(Journey(part.outbound, group, Place([q_shape], part.gradient), end))
     departed = depart(there, q, k, v)
-    if beside.streams:
-        end.open(q)  # on this stream, before others write to it
     returned: list[Tensor] = []
     for index, part in enumerate(parts.each):
         q_whole, k_whole, v_whole = arrive(there[index : index + 1], departed[index : index + 1])
-        with beside.stream_of(index, q_whole, k_whole, v_whole):
-            o_whole = _attend_share(q_whole, k_whole, v_whole, layout, part.shares[rank], options)
-            returned += depart(back[index : index + 1], o_whole)
-    beside.join()
+        o_whole = _attend_share(q_whole, k_whole, v_whole, layout, part.shares[rank], options)
+        returned += depart(back[index : index + 1], o_whole)
     (o,) = arrive(back, returned)
     return o

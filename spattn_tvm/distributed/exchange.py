@@ -132,7 +132,6 @@ class Place:
         """Hand its tensors over."""
         assert self._tensors is not None
         tensors, self._tensors = self._tensors, None
-        _use_here(tensors)
         return tuple(tensor.to(dtype) for tensor in tensors)
 
     def write(self, piece: Piece, values: Tensor) -> None:
@@ -147,15 +146,6 @@ class Place:
             rows[:, heads] += values
         else:
             rows[:, heads] = values
-
-
-def _use_here(tensors: Iterable[Tensor]) -> None:
-    """Keep the memory of tensors, maybe another stream's, until the current stream has done what it has."""
-    stream = None
-    for tensor in tensors:
-        if tensor.is_cuda:
-            stream = stream or torch.cuda.current_stream(tensor.device)
-            tensor.record_stream(stream)
 
 
 @lru_cache(maxsize=4096)
@@ -444,7 +434,6 @@ class Journey:
             ) from error
         for write in writes:
             write()
-        _use_here(self._kept)
         self._kept = []
 
 
