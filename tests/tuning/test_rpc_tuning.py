@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,11 @@ from spattn_tvm.build.library_cache import compile_kernel
 from spattn_tvm.dispatch import Kernel
 from spattn_tvm.launch import Domain, launch_backward, launch_forward
 from spattn_tvm.problem import AttentionProblem
+from spattn_tvm.provenance import available_cpus
 from spattn_tvm.reference import reference_attention
 from spattn_tvm.runtime import load_library
 from spattn_tvm.store import load_records
-from spattn_tvm.target import detect_cpu
+from spattn_tvm.target import detect_cpu, detect_cuda
 from spattn_tvm.tuning import workers as workers_module
 from spattn_tvm.tuning.fleet import Fleet
 from spattn_tvm.tuning.log import read_measurements, read_run
@@ -51,14 +53,14 @@ class _Services:
     servers: dict[str, subprocess.Popen[bytes]]
 
 
-def _start(*arguments: str) -> subprocess.Popen[bytes]:
+def _start(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     # One group for the process and its own children, which a kill of it alone would leave behind.
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Both, because a process that has loaded a kernel has the second one set, and that is preferred.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", **environment},
         start_new_session=True,
     )
 
@@ -76,10 +78,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def services() -> Iterator[_Services]:
-    """A tracker, and two servers that are registered with it."""
-    ports = [_free_port() for _ in range(3)]
+@contextmanager
+def _serving(*environments: dict[str, str], options: Sequence[str] = ()) -> Iterator[_Services]:
+    """A tracker, and a server for each environment, registered with it."""
+    ports = [_free_port() for _ in range(1 + len(environments))]
     tracker = f"127.0.0.1:{ports[0]}"
 
     def addressed(port: int) -> tuple[str, ...]:
@@ -97,18 +99,31 @@ def services() -> Iterator[_Services]:
             assert time.monotonic() < deadline, "the tracker does not start"
             time.sleep(0.1)
     servers = {}
-    for port in ports[1:]:
+    for port, environment in zip(ports[1:], environments, strict=True):
         servers[f"127.0.0.1:{port}"] = _start(
-            "tvm.exec.rpc_server", *addressed(port), "--tracker", tracker, "--key", KEY
+            "tvm.exec.rpc_server",
+            *addressed(port),
+            "--tracker",
+            tracker,
+            "--key",
+            KEY,
+            *options,
+            **environment,
         )
     try:
-        while len(fleet.servers()) < 2:
+        while len(fleet.servers()) < len(servers):
             assert time.monotonic() < deadline, "the servers do not register"
             time.sleep(0.1)
         yield _Services(tracker, servers)
     finally:
         for process in (*servers.values(), *processes):
             _end(process)
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[_Services]:
+    with _serving({}, {}) as both:
+        yield both
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +179,31 @@ def test_servers_share_a_search_whose_winners_are_right(services: _Services, tmp
         )
     for gradient, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_servers_that_own_a_gpu_each_share_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workers_module, "available_cpus", available_cpus)
+    logs, schedules = tmp_path / "logs", tmp_path / "schedules"
+    # Without PyTorch, of which a server makes nothing, sessions begin sooner.
+    gpus = [{"CUDA_VISIBLE_DEVICES": str(index), "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1"} for index in range(2)]
+    with _serving(*gpus, options=["--no-fork"]) as both:
+        code, output = _tune(
+            "--shape", "2,4/2,300,32", "--dtype", "float16", "--direction", "forward", "--target", "cuda",
+            "--family", "mma", "--budget", "4", "--rpc", both.tracker, "--key", KEY, "--log-root", str(logs),
+            "--schedules", str(schedules), "--verify", "3",
+        )  # fmt: skip
+        assert code == 0, output
+        (log,) = logs.glob("cuda-*/forward-*")
+        measured = read_measurements(log)
+        assert len(measured) == 4 and all((m.latency_us or 0) > 0 for m in measured), output
+        assert {m.server for m in measured} == set(both.servers)
+        assert "3 passed, 0 failed" in output
+    target = detect_cuda(0)
+    (record,) = load_records(target.folder, schedules)
+    assert read_run(log)["sessions"][0]["device"]["name"] == record.device
+    assert torch.cuda.get_device_name(0) in record.device
 
 
 def test_a_wrong_kernel_is_found_out_on_a_server(services: _Services) -> None:
