@@ -5,13 +5,16 @@ Where position p of key/value head g of batch row b lies:
 * contiguous, ``(B, Hkv, S, D)``: row p;
 * paged, ``(pages, Hkv, page_size, D)`` with a block table ``(B, max_pages)``: row ``p % page_size`` of page
   ``block_table[b, p // page_size]``;
-* ring, ``(B, R, D)`` with int32 ``(Hkv, 2)`` of (base, capacity): row ``base[g] + p % capacity[g]``.
+* ring, ``(B, R, D)`` with int32 ``(Hkv, 2)`` of (base, capacity): row ``base[g] + p % capacity[g]``. No two
+  keys that are needed may share a row: one more than the largest distance is enough for a query, and less
+  may be where bands lie far apart.
 
 Checks stand here once for the operator and the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,13 +150,64 @@ def _reach(layout: BandLayout, first: int, count: int) -> int:
     return max((high for head in layout.bands(LIMIT)[first : first + count] for _, high in head), default=-1)
 
 
+def merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The closed intervals `spans` of integers in order, those that overlap or touch as one."""
+    found: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if found and low <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _collision(spans: Sequence[tuple[int, int]], capacity: int) -> tuple[int, int] | None:
+    """Of two keys at distances within `spans` that share a row of a ring: how many times round it they are
+    apart, and the largest difference of distances within their two spans. None where none do.
+    """
+    for index, (low, high) in enumerate(spans):
+        for farther_low, farther_high in spans[index:]:
+            largest = farther_high - low
+            turns = largest // capacity
+            if turns and turns * capacity >= farther_low - high:
+                return turns, largest
+    return None
+
+
+def least_capacity(spans: Sequence[tuple[int, int]]) -> int:
+    """Rows of the smallest ring in which all keys at distances within `spans` have a row each.
+
+    Parameters
+    ----------
+    spans : sequence of (int, int)
+        Closed intervals of distances, in order and disjoint; at least one.
+
+    Returns
+    -------
+    int
+        At most the largest distance plus 1.
+    """
+    capacity = max(high - low + 1 for low, high in spans)
+    while (shared := _collision(spans, capacity)) is not None:
+        turns, largest = shared
+        capacity = largest // turns + 1
+    return capacity
+
+
+def _suffices(layout: BandLayout, first: int, count: int, queries: int, capacity: int) -> bool:
+    """Does a ring of `capacity` hold what `queries` of some of a layout's heads need, however many keys?"""
+    heads = layout.bands(LIMIT)[first : first + count]
+    needed = merged([(low, high + queries - 1) for head in heads for low, high in head])
+    return _collision(needed, capacity) is None
+
+
 def rings_suffice(layout: BandLayout, q: Tensor, ring: Tensor | None) -> bool:
     """Do valid rings hold what the bands of their query heads need, however long the rows are?"""
     if ring is None:
         return True
     group, queries = q.shape[1] // ring.shape[0], q.shape[2]
     return all(
-        size >= _reach(layout, head * group, group) + queries for head, (_, size) in enumerate(ring.tolist())
+        _suffices(layout, head * group, group, queries, size) for head, (_, size) in enumerate(ring.tolist())
     )
 
 
@@ -196,8 +250,10 @@ def check_cache_values(layout: BandLayout, q: Tensor, k_cache: Tensor, places: C
                     f"({base}, {size})"
                 )
             needed = _reach(layout, head * group, group) + queries
-            if size < min(needed, max(lengths, default=0)):
+            if size < min(needed, max(lengths, default=0)) and not _suffices(
+                layout, head * group, group, queries, size
+            ):
                 raise ValueError(
                     f"ring[{head}] has a capacity of {size}, but {queries} queries with the layout's largest "
-                    f"distance {needed - queries} need {needed}"
+                    f"distance {needed - queries} need {needed}, or one in which no two share a row"
                 )

@@ -439,10 +439,13 @@ def reference_attention(
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
-def _decode_positions(rows: int, end: Tensor, is_ring: bool) -> Tensor:
-    """Positions whose keys a batch row may have: all of a cache, the last ones of rings."""
-    positions = torch.arange(rows, device=end.device)
-    return positions + (end - rows).clamp_min(0) if is_ring else positions
+def _span_of_rings(layout: BandLayout, queries: int, rows: int, ends: Tensor) -> int:
+    """How many of the last positions rings may have to hold keys of; `rows` are those of all rings."""
+    bands = [band for head in layout.bands(LIMIT) for band in head]
+    if any(high - low + queries > rows for low, high in bands):
+        return rows  # only sequences that end before can be meant
+    span = max([rows, *(high + queries for _, high in bands)])
+    return min(span, max([rows, *ends.tolist()])) if ends.is_cpu else span
 
 
 def reference_decode(
@@ -499,18 +502,20 @@ def reference_decode(
         torch.tensor(layout.table(LIMIT), dtype=torch.int64, device=device).view(heads, 1, 2, 2).unbind(3)
     )
     kv_heads = places.kv_heads(k_cache)
-    rows = capacity if ring is None else k_cache.shape[1]
+    rows = capacity if ring is None else _span_of_rings(layout, queries, k_cache.shape[1], ends)
     head = torch.arange(kv_heads, device=device)[:, None]
     outputs, sums = [], []
     for row in range(batch):
-        position = _decode_positions(rows, ends[row], ring is not None)
+        position = torch.arange(rows, device=device)
+        if ring is not None:
+            position = position + (ends[row] - rows).clamp_min(0)
         if block_table is not None:
             pages, page_size = k_cache.shape[0], k_cache.shape[2]
             page = block_table[row, position // page_size].long().clamp(0, pages - 1)
             k, v = (cache[page, head, position % page_size] for cache in (k_cache, v_cache))
         elif ring is not None:
             base, size = ring.long().unbind(1)
-            place = (base[:, None] + position % size[:, None].clamp_min(1)).clamp(0, rows - 1)
+            place = (base[:, None] + position % size[:, None].clamp_min(1)).clamp(0, k_cache.shape[1] - 1)
             k, v = k_cache[row][place], v_cache[row][place]
         else:
             k, v = k_cache[row], v_cache[row]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spattn_tvm.bands import LIMIT, BandLayout
+from spattn_tvm.cache_forms import least_capacity, merged
 
 LAYOUTS = ("spattention", "exclusive", "local_only", "gapped", "equal_area", "causal", "sliding", "custom")
 FORMS = ("contiguous", "paged", "ring")
@@ -125,6 +126,10 @@ class DecodeProblem:
             of_head = bands[head * group : (head + 1) * group]
             reach = max((high for each in of_head for _, high in each), default=0)
             capacity = min(reach, max(self.lengths)) + self.queries + rng.choice((0, 0, rng.randint(1, 9)))
+            if self.seed % 3 == 0 and any(of_head):
+                # It turns between the bands, and no two keys that are needed share a row.
+                needed = [(low, high + self.queries - 1) for each in of_head for low, high in each]
+                capacity = min(capacity, least_capacity(merged(needed)))
             rows.append((base, capacity))
             base += capacity + rng.randint(0, 2)
         return torch.tensor(rows, dtype=torch.int32)
@@ -134,8 +139,8 @@ class DecodeProblem:
         cache = tensor.new_full((self.batch, rows, self.head_dim), torch.nan)
         for b, end in enumerate(self.lengths):
             for head, (base, capacity) in enumerate(ring.tolist()):
-                for position in range(max(0, end - capacity), end):
-                    cache[b, base + position % capacity] = tensor[b, head, position]
+                used = (~tensor[b, head, :end, 0].isnan()).nonzero()[:, 0]
+                cache[b, base + used % capacity] = tensor[b, head, used]
         return cache
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:

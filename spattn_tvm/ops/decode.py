@@ -127,7 +127,8 @@ def banded_attention_decode(
         page_size]``.
     ring : Tensor, optional
         ``(Hkv, 2)`` int32 of (base, capacity): position p of key/value head g lies in row ``base[g] + p %
-        capacity[g]``. A capacity is at least the largest distance of the head's bands plus Nq.
+        capacity[g]``. A capacity is at least the largest distance of the head's bands plus Nq, or such that
+        no two keys which the queries attend to share a row.
     scale : float, optional
         Factor of the scores, ``D**-0.5`` by default.
     return_lse : bool
