@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dispatch import FallbackWarning
     from .export import export_bundle
     from .nn import BandedAttention
+    from .offloaded import OffloadedCaches
     from .ops.attention import banded_attention
     from .ops.decode import banded_attention_decode
     from .ops.padding import pad, unpad
@@ -33,6 +34,7 @@ __all__ = [
     "BandedAttention",
     "BandedCache",
     "FallbackWarning",
+    "OffloadedCaches",
     "PagedCache",
     "banded_attention",
     "banded_attention_decode",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "BandedAttention": "nn",
     "BandedCache": "cache",
     "FallbackWarning": "dispatch",
+    "OffloadedCaches": "offloaded",
     "PagedCache": "cache",
     "banded_attention": "ops.attention",
     "banded_attention_decode": "ops.decode",

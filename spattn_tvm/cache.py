@@ -51,7 +51,7 @@ def _within(layout: BandLayout, max_length: int) -> BandLayout:
     )
 
 
-def _outlasting_inference() -> AbstractContextManager[Any]:
+def outlasting_inference() -> AbstractContextManager[Any]:
     """For what is allocated here: tensors made in inference mode can't be changed outside of it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
@@ -110,7 +110,7 @@ class KeyValueCache(ABC):
         self.head_dim = head_dim
         self.slack = slack
         self.max_length = max_length
-        with _outlasting_inference():
+        with outlasting_inference():
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.starts: Tensor | None = None
         self._counts_on_host = count_on_host
@@ -287,12 +287,9 @@ class KeyValueCache(ABC):
         past = self._most_past if length is None else min(length, self._most_past)
         if past:
             position = torch.arange(-past, 0, device=self.lengths.device) + self.lengths[:, None]
-            rows = self._rows_of(position).transpose(1, 2).reshape(-1)
             shape = (k.shape[0], k.shape[1], past, k.shape[3])
-            k, v = (
-                torch.cat((memory.view(-1, self.head_dim).index_select(0, rows).view(shape), new), 2)
-                for memory, new in ((self.keys, k), (self.values, v))
-            )
+            past_k, past_v = self._read(position)
+            k, v = torch.cat((past_k.view(shape), k), 2), torch.cat((past_v.view(shape), v), 2)
         places: dict[str, Any] = {}
         if length is None or starts is not None or counts is not None:
             # What lies before a row's first key may hold anything. The offset is the device's, so that nobody
@@ -434,7 +431,7 @@ class KeyValueCache(ABC):
         ValueError
             Another shape; on the CPU, a row that is not there.
         """
-        indices = self._check_rows(indices)
+        indices = self.check_rows(indices)
         if indices.shape != self.lengths.shape:
             raise ValueError(f"reorder takes one index a row, {self.batch_size}, got {tuple(indices.shape)}")
         self._take_rows(indices, in_place=True)
@@ -444,7 +441,7 @@ class KeyValueCache(ABC):
 
         Raises as `reorder`, and for no row at all.
         """
-        self._take_rows(self._check_rows(indices), in_place=False)
+        self._take_rows(self.check_rows(indices), in_place=False)
 
     def repeat(self, repeats: int) -> None:
         """Make `repeats` rows of each, side by side."""
@@ -452,7 +449,8 @@ class KeyValueCache(ABC):
         rows = torch.arange(self.batch_size, device=self.lengths.device)
         self._take_rows(rows.repeat_interleave(repeats), in_place=False)
 
-    def _check_rows(self, indices: Any) -> Tensor:
+    def check_rows(self, indices: Any) -> Tensor:
+        """The indices of rows on the cache's device; raises as `reorder`, and for no row at all."""
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
             got = getattr(indices, "dtype", type(indices).__name__)
             raise TypeError(f"indices must be a tensor of int32 or int64, got {got}")
@@ -466,8 +464,12 @@ class KeyValueCache(ABC):
         return indices
 
     def _take_rows(self, indices: Tensor, in_place: bool) -> None:
-        with _outlasting_inference():
+        with outlasting_inference():
             self._take_memory(indices, in_place)
+        self._take_lengths(indices, in_place)
+
+    def _take_lengths(self, indices: Tensor, in_place: bool) -> None:
+        with outlasting_inference():
             lengths = self.lengths.index_select(0, indices)
             self.lengths = self.lengths.copy_(lengths) if in_place else lengths
         if self.starts is not None:
@@ -496,6 +498,14 @@ class KeyValueCache(ABC):
     @abstractmethod
     def _rows_of(self, position: Tensor) -> Tensor:
         """Where positions ``(B, N)`` lie: ``(B, N, Hkv)`` rows of the memory as rows of ``D``."""
+
+    def _read(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B * Hkv * N, D)`` of positions ``(B, N)``."""
+        rows = self._rows_of(position).transpose(1, 2).reshape(-1)
+        keys, values = (
+            memory.view(-1, self.head_dim).index_select(0, rows) for memory in (self.keys, self.values)
+        )
+        return keys, values
 
     @abstractmethod
     def _take_memory(self, indices: Tensor, in_place: bool) -> None: ...
@@ -577,19 +587,27 @@ class BandedCache(KeyValueCache):
             count_on_host=count_on_host,
             keeps_all=False,
         )
-        capacity = [reach + 1 + slack for reach in self._reach]
+        capacity, last = self._ring_sizes()
         base = [sum(capacity[:g]) for g in range(num_kv_heads)]
-        self._least_capacity = min(capacity)
-        self._most_capacity = max(capacity)
+        self._least_kept = min(last)
         self._most_at_once = slack + 1
         self.ring = torch.tensor(list(zip(base, capacity, strict=True)), dtype=torch.int32, device=device)
         self._capacity = torch.tensor(capacity, device=device)
+        self._last = torch.tensor(last, device=device)
         # The last row takes what is not kept, so that nothing need be known about how much that is.
         self._rows = sum(capacity) + 1
         self._place_rows(batch_size)
-        shape = (batch_size, self._rows, head_dim)
-        with _outlasting_inference():
-            self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self._allocate(batch_size, dtype)
+
+    def _ring_sizes(self) -> tuple[list[int], list[int]]:
+        """Of each key/value head: rows of its ring, and how many of the last keys are stored there."""
+        capacity = [reach + 1 + self.slack for reach in self._reach]
+        return capacity, capacity
+
+    def _allocate(self, batch_size: int, dtype: torch.dtype) -> None:
+        shape = (batch_size, self._rows, self.head_dim)
+        with outlasting_inference():
+            self.keys = torch.empty(shape, dtype=dtype, device=self.lengths.device)
             self.values = torch.empty_like(self.keys)
 
     def _place_rows(self, batch_size: int) -> None:
@@ -607,11 +625,11 @@ class BandedCache(KeyValueCache):
         return position[:, :, None] % self._capacity + self._first
 
     def _kept(self, rows: Tensor, count: int, counts: Tensor | None) -> Tensor:
-        if counts is None and count <= self._least_capacity:
+        if counts is None and count <= self._least_kept:
             return rows
         token = torch.arange(count, device=rows.device)[:, None]
         end = count if counts is None else counts[:, None, None]
-        return torch.where((token >= end - self._capacity) & (token < end), rows, self._spare)
+        return torch.where((token >= end - self._last) & (token < end), rows, self._spare)
 
     def _take_memory(self, indices: Tensor, in_place: bool) -> None:
         for name in ("keys", "values"):
@@ -691,7 +709,7 @@ class PagedCache(KeyValueCache):
         device = self.keys.device
         pages = torch.arange(first, first + batch * more, dtype=torch.int32, device=device)
         self.block_table = torch.cat((self.block_table, pages.view(batch, more)), 1)
-        with _outlasting_inference():
+        with outlasting_inference():
             new = self.keys.new_empty((batch * more, *self.keys.shape[1:]))
             self.keys = torch.cat((self.keys, new))
             self.values = torch.cat((self.values, new))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cached_rows import CONTEXT, HEAD_DIM, Rows, compare, draw, draw_layout
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
@@ -17,64 +18,6 @@ from spattn_tvm.cache import BandedCache, KeyValueCache, PagedCache
 from spattn_tvm.reference import reference_attention
 
 CASES = int(os.environ.get("SPATTN_SWEEP", "16"))
-HEAD_DIM = 32
-CONTEXT = 80
-
-
-def _layout(chance: random.Random, heads: int) -> BandLayout:
-    name = chance.choice(
-        (
-            "spattention",
-            "spattention",
-            "exclusive",
-            "local_only",
-            "gapped",
-            "equal_area",
-            "causal",
-            "window",
-            "custom",
-        )
-    )
-    if name == "window":
-        return BandLayout.sliding_window(heads, chance.randint(1, 30))
-    if name == "custom":
-        edges = [sorted(chance.sample(range(60), 4)) for _ in range(heads)]
-        return BandLayout.custom([[e[:2], e[2:]][: chance.randint(0, 2)] for e in edges])
-    return getattr(BandLayout, name)(heads, CONTEXT)
-
-
-class _Rows:
-    """What each row of a batch has seen, and from it what is right: nothing is cached."""
-
-    def __init__(self, layout: BandLayout, batch: int) -> None:
-        self.layout = layout
-        self.keys = [torch.empty(1, 0, 0, HEAD_DIM) for _ in range(batch)]
-        self.values = list(self.keys)
-        self.starts = [0] * batch
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-        outputs = torch.full_like(q, torch.nan)
-        for row, count in enumerate(counts):
-            seen = [
-                torch.cat((old, new[row : row + 1, :, :count].cpu()), 2)
-                if old.numel()
-                else new[row : row + 1, :, :count].cpu()
-                for old, new in ((self.keys[row], k), (self.values[row], v))
-            ]
-            self.keys[row], self.values[row] = seen
-            start = self.starts[row]
-            keys, values = (tensor[:, :, start:].double() for tensor in seen)
-            if not keys.shape[2] or not count:
-                continue
-            own = min(count, keys.shape[2])
-            queries = q[row : row + 1, :, count - own : count].cpu().double()
-            o = reference_attention(queries, keys, values, self.layout)[0]
-            outputs[row, :, count - own : count] = o[0]
-        return outputs
-
-
-def _draw(chance: random.Random, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(chance.randrange(2**31)))
 
 
 def _make(
@@ -99,24 +42,19 @@ def _make(
     return cache
 
 
-def _compare(o: Tensor, expected: Tensor) -> None:
-    has_meaning = ~expected.isnan()
-    torch.testing.assert_close(o.cpu()[has_meaning], expected[has_meaning], atol=1e-5, rtol=1e-5)
-
-
 def _run_case(seed: int, kind: type[KeyValueCache], device: str = "cpu") -> None:
     """Prompts of several lengths, steps and chunks in turn, crops, beams; NaN wherever nothing was stored."""
     chance = random.Random(seed)
     batch, kv_heads, group = chance.randint(1, 3), chance.choice((1, 2)), chance.choice((1, 2))
     heads = kv_heads * group
-    layout = _layout(chance, heads)
+    layout = draw_layout(chance, heads)
     cache = _make(kind, chance, layout, batch, kv_heads, device=device)
-    rows = _Rows(layout, batch)
+    rows = Rows(layout, batch)
     padding = chance.choice(("none", "left", "right"))
     total = highest = 0
     while total < CONTEXT:
         count = min(chance.choice((1, 1, 1, 2, 5, 16, 17, 40)), CONTEXT - total)
-        q, k, v = (_draw(chance, batch, n, count, HEAD_DIM) for n in (heads, kv_heads, kv_heads))
+        q, k, v = (draw(chance, batch, n, count, HEAD_DIM) for n in (heads, kv_heads, kv_heads))
         counts: list[int] | None = None
         if padding == "left" and total == 0:
             rows.starts = [chance.randint(0, count) for _ in range(batch)]
@@ -129,7 +67,7 @@ def _run_case(seed: int, kind: type[KeyValueCache], device: str = "cpu") -> None
                 k[row, :, own:] = v[row, :, own:] = torch.nan
         expected = rows.attend(q, k, v, counts or [count] * batch)
         given = None if counts is None else torch.tensor(counts, device=device)
-        _compare(cache.attend(q.to(device), k.to(device), v.to(device), counts=given), expected)
+        compare(cache.attend(q.to(device), k.to(device), v.to(device), counts=given), expected)
         total += count
         highest = max(highest, total)
         assert padding != "none" or cache.known_length == total
@@ -178,14 +116,14 @@ def test_a_call_attends_as_the_whole_sequence_on_the_gpu(seed: int, kind: type[K
 def test_padding_on_the_right_takes_no_place() -> None:
     """It would take the places of keys that are still needed."""
     layout = BandLayout.sliding_window(1, 8)
-    rows = _Rows(layout, 2)
+    rows = Rows(layout, 2)
     cache = BandedCache(layout, batch_size=2, num_kv_heads=1, head_dim=HEAD_DIM, slack=0)
     chance = random.Random(0)
     with torch.no_grad():
         for counts in ([12, 9], [2, 0], [1, 12], [3, 3]):
-            q, k, v = (_draw(chance, 2, 1, 12, HEAD_DIM) for _ in range(3))
+            q, k, v = (draw(chance, 2, 1, 12, HEAD_DIM) for _ in range(3))
             given = torch.tensor(counts)
-            _compare(cache.attend(q, k, v, counts=given), rows.attend(q, k, v, counts))
+            compare(cache.attend(q, k, v, counts=given), rows.attend(q, k, v, counts))
 
 
 @pytest.mark.parametrize(("kv_heads", "most"), [(16, 0.56), (8, 0.59), (4, 0.65)])
@@ -239,7 +177,7 @@ def test_crop_asks_the_device_where_the_host_does_not_know() -> None:
 def test_compiled_steps_have_no_breaks_and_are_compiled_once(kind: type[KeyValueCache]) -> None:
     layout = BandLayout.spattention(4, CONTEXT)
     cache = kind(layout, batch_size=2, num_kv_heads=2, head_dim=HEAD_DIM, max_length=CONTEXT)
-    rows = _Rows(layout, 2)
+    rows = Rows(layout, 2)
     chance = random.Random(0)
     compiled = 0
 
@@ -251,8 +189,8 @@ def test_compiled_steps_have_no_breaks_and_are_compiled_once(kind: type[KeyValue
     attend = torch.compile(cache.attend, backend=count_graphs, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for count, call in ((20, cache.attend), *((1, attend),) * 6, (20, cache.attend), (1, attend)):
-            q, k, v = (_draw(chance, 2, n, count, HEAD_DIM) for n in (4, 2, 2))
-            _compare(call(q, k, v), rows.attend(q, k, v, [count] * 2))
+            q, k, v = (draw(chance, 2, n, count, HEAD_DIM) for n in (4, 2, 2))
+            compare(call(q, k, v), rows.attend(q, k, v, [count] * 2))
     assert compiled == 1
     assert cache.known_length is None
     assert cache.lengths.tolist() == [47, 47]
@@ -418,7 +356,7 @@ def test_a_captured_step_goes_on_with_the_sequence() -> None:
         count_on_host=False,
     )
     chance = random.Random(1)
-    whole = [_draw(chance, 2, n, 400, 64).cuda() for n in (8, 4, 4)]
+    whole = [draw(chance, 2, n, 400, 64).cuda() for n in (8, 4, 4)]
     with torch.no_grad():
         expected = reference_attention(*(t.double() for t in whole), layout)[0]
         first = cache.attend(*(t[:, :, :300] for t in whole))

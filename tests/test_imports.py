@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("launch",),
     ("ops",),
     ("cache",),
+    ("offloaded",),
     ("nn",),
     ("verify", "tuning", "distributed", "integrations"),
     ("bench",),
