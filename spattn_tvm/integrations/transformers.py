@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spattn_tvm.bands import BandLayout
 from spattn_tvm.cache import BandedCache, KeyValueCache, PagedCache
 from spattn_tvm.extras import install_hint
+from spattn_tvm.offloaded import OffloadedCaches
 from spattn_tvm.ops.attention import banded_attention
 from spattn_tvm.ops.decode import banded_attention_decode
 from spattn_tvm.problem import MAX_DECODE_QUERIES
@@ -776,10 +777,10 @@ class _Layer(CacheLayerMixin):
             self.cache.select(indices)
 
     def offload(self) -> None:
-        raise NotImplementedError("caches of bands are not offloaded")
+        raise NotImplementedError("caches of bands are offloaded by make_cache(model, offload=True)")
 
     def prefetch(self) -> None:
-        raise NotImplementedError("caches of bands are not offloaded")
+        raise NotImplementedError("caches of bands are offloaded by make_cache(model, offload=True)")
 
 
 class BandedLayer(_Layer):
@@ -789,6 +790,43 @@ class BandedLayer(_Layer):
 
     def _make(self, layout: BandLayout, **sizes: Any) -> KeyValueCache:
         return BandedCache(layout, **sizes)
+
+
+class _Offloaded:
+    """The caches of a model's layers, made together at the first keys of one of them."""
+
+    def __init__(self, layouts: list[BandLayout]) -> None:
+        self.layouts = layouts
+        self.caches: OffloadedCaches | None = None
+
+    def layer(self, index: int, **sizes: Any) -> KeyValueCache:
+        if self.caches is None:
+            self.caches = OffloadedCaches(self.layouts, **sizes)
+        return self.caches[index]
+
+
+class OffloadedLayer(_Layer):
+    """Keeps on the device the keys that steps read, as a layer of :class:`~spattn_tvm.OffloadedCaches`."""
+
+    is_croppable = True
+
+    def __init__(
+        self, config: Any, layout: BandLayout, settings: dict[str, Any], together: _Offloaded, index: int
+    ) -> None:
+        super().__init__(config, layout, False, settings)
+        self.together = together
+        self.index = index
+
+    def _make(self, layout: BandLayout, **sizes: Any) -> KeyValueCache:
+        return self.together.layer(self.index, **sizes)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.index == 0 and self.together.caches is not None:
+            self.together.caches.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.index == 0 and self.together.caches is not None:
+            self.together.caches.select(indices)
 
 
 class PagedLayer(_Layer):
@@ -821,6 +859,7 @@ def make_cache(
     *,
     max_length: int | None = None,
     is_static: bool = False,
+    offload: bool = False,
     **settings: Any,
 ) -> Cache:
     """A cache for ``generate(..., cache=cache)``, one layer for each of the model's.
@@ -838,6 +877,10 @@ def make_cache(
         Whether a step of decoding will be compiled: then only the device counts, and layers that have no end
         of their own need `max_length`. Where prompts run in compiled code too, call the cache's
         ``early_initialization`` before.
+    offload : bool
+        Whether keys that no step reads yet wait in host memory (:class:`~spattn_tvm.OffloadedCaches`): of
+        kind ``"banded"``, all layers on one device, of one shape, and none skipped. Beams send whole caches
+        over the bus.
     **settings
         Further arguments of :class:`~spattn_tvm.BandedCache` (`slack`, how far assisted decoding can go back)
         or :class:`~spattn_tvm.PagedCache` (`page_size`).
@@ -850,11 +893,14 @@ def make_cache(
     ------
     ValueError
         A model without bands, layouts that are not autoregressive, an unknown kind, layers that share keys
-        or have linear attention beside attention.
+        or have linear attention beside attention; `offload` of a cache that is paged or static.
     """
     layers = {"banded": BandedLayer, "paged": PagedLayer}
     if kind not in layers:
         raise ValueError(f"kind must be one of {', '.join(layers)}, got {kind!r}")
+    if offload and (kind != "banded" or is_static):
+        what = "a static cache, whose steps are compiled" if is_static else f"kind {kind!r}"
+        raise ValueError(f"only what bands need is offloaded, by steps that are not compiled: got {what}")
     config: Any = getattr(model, "config", model)
     config = config.get_text_config(decoder=True)
     specs = getattr(config, LAYOUTS_KEY, None)
@@ -880,6 +926,11 @@ def make_cache(
                 f"a static cache has an end, and {kind} layers of {layout.spec} none: give max_length"
             )
     settings = {"max_length": max_length, **settings}
+    if offload:
+        with_keys = [index for index in range(len(layouts)) if index not in others]
+        together = _Offloaded([layouts[index] for index in with_keys])
+        for number, index in enumerate(with_keys):
+            others[index] = OffloadedLayer(config, layouts[index], settings, together, number)
     return Cache(
         layers=[
             others.get(index) or layers[kind](config, layout, is_static, settings)

@@ -321,6 +321,55 @@ def test_a_conversation_goes_on_where_it_was(kind: str, models: dict[str, Any]) 
     assert torch.equal(expected.argmax(-1), ids[:, -15:-9])
 
 
+FAR = BandLayout.custom([[(0, 5), (40 + 5 * head, 52 + 5 * head)] for head in range(HEADS)], CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"prefill_chunk_size": 7}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=str,
+)
+def test_keys_that_wait_come_back_in_time(way: dict[str, Any], models: dict[str, Any]) -> None:
+    layout = [FAR, LAYOUTS["spattention"]]
+    model = _with(models["llama"], layout)
+    ids, mask = _prompts(random.Random(3), 2, is_padded=True)
+    sequences = []
+    settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, **way}
+    for cache in (None, make_cache(model, offload=True, slack=0)):
+        given = {"use_cache": False, "prefill_chunk_size": None} if cache is None else {"cache": cache}
+        sequences.append(model.generate(ids, **(settings | given)))
+    assert torch.equal(*sequences)
+    assert all(ring.far for ring in cache.layers[0].cache.rings)
+
+
+def test_offloaded_caches_go_on_and_go_back(models: dict[str, Any]) -> None:
+    model = _with(models["llama"], [FAR, FAR])
+    ids, mask = _prompts(random.Random(12), 2, is_padded=True)
+    cache = make_cache(model, offload=True, slack=10)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    ids = model.generate(ids, attention_mask=mask, cache=cache, **settings)
+    mask = torch.nn.functional.pad(mask, (0, 6), value=1)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=cache, **settings), expected)
+    cache.crop(-7)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=cache, **settings), expected)
+    cache.crop(-6)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    row = {"attention_mask": mask[[1, 1]], "cache": cache}
+    assert torch.equal(model.generate(ids[[1, 1]], **row, **settings), expected[[1, 1]])
+
+
+def test_what_is_not_offloaded_is_refused(models: dict[str, Any]) -> None:
+    model = _with(models["llama"], [FAR, FAR])
+    for given, message in (
+        ({"kind": "paged"}, "got kind 'paged'"),
+        ({"is_static": True}, "got a static cache, whose steps are compiled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_cache(model, offload=True, **given)
+
+
 def test_a_speculating_assistant_changes_nothing(models: dict[str, Any]) -> None:
     model = _with(models["llama"], LAYOUTS["spattention"])
     assistant = _with(make_model("llama", seed=7).eval(), LAYOUTS["spattention"])
