@@ -11,17 +11,14 @@ clears the others', then scales and converts those of a head as soon as its last
 is left, all computing warps help. At (1, 16, 16384, 128) both together cost 0.05 ms so (0.095 in kernels of
 their own), of which the conversion, which competes for the L2, is most.
 
-**The first kernel** is bound by the memory's latency: each thread loads four rows before it computes, the
-heads that the second kernel begins with come last, and the CTAs of that one start under the last of its own.
-Before and after, ms in one run (H100, bfloat16): 1.055 and 1.028 at (1, 16, 16384, 128), 4.49 and 4.39 at (1,
-32, 32768, 128), 14.1 and 13.6 at (1, 16, 65536, 128), causal 1.336 and 1.301 at (1, 16, 8192, 128), 19.5 and
-18.5 at (1, 16, 32768, 128); 0.706 and 0.694 at (1, 16, 16384, 64). The early start alone is level, and so is
-the conversion's next KB brought to the L1 cache.
+**The first kernel** is bound by the memory's latency: each thread loads four rows before it computes (3% less
+time in all at (1, 16, 16384, 128), 1% at head dim 64), the heads that the second kernel begins with come
+last, and the CTAs of that one start under the last of its own.
 
 **Tiles are drawn late**, when all chunks of the one before are on their way. Drawn one earlier, with another
 one waiting, they were shared out badly: at (1, 16, 8192, 128) causal, where a CTA has 8 tiles of 2 to 128
 chunks, products ended between 0.88 and 1.29 ms (clocks read in the kernel). Early and late, ms in one run
-(H100, bfloat16, with the first kernel as it is now):
+(H100, bfloat16, with the first kernel as it is now; two passes: :mod:`.backward`):
 
 ======================= =========== ===== =====
 (B, H, N, D)            layout      early late
@@ -39,8 +36,6 @@ chunks, products ended between 0.88 and 1.29 ms (clocks read in the kernel). Ear
 (1, 16, 16384, 64)      causal      3.05  2.93
 ======================= =========== ===== =====
 
-(Of two passes that of dK and dV draws late, too: :mod:`.backward`.)
-
 **A chunk.** Scores, then dP; exponentials while dP runs; P is the register operand of dV, and dS, made
 while dV runs, that of dK. dS also goes to shared memory, where both warpgroups meet once: each multiplies
 all 128 keys by half of the columns of K. While dK runs, that dQ goes through shared memory to a *storing
@@ -55,93 +50,61 @@ register or load for the statistics where products keep shared memory busy.
 of 64 queries is one contiguous piece wherever it starts. The order of the columns is that of the
 accumulators.
 
-Measured on an H100 (bfloat16, medians, L2 cleared, the two passes in the same run, packs of 4 heads, 3
-stages at head dim 128 and 5 at 64; ms):
+It is for wide bands and dense causal attention; bands of a few hundred distances are faster in two passes
+(figures of both: :mod:`.backward_space`).
 
-=================== ============= ========== ========
-(B, H, N, D)        layout        two passes one pass
-=================== ============= ========== ========
-(4, 16, 4096, 128)  spattention   0.427      0.617
-(1, 16, 16384, 128) spattention   1.101      1.035
-(1, 16, 65536, 128) spattention   16.22      13.77
-(1, 16, 16384, 128) causal        5.92       5.07
-(4, 16, 4096, 64)   spattention   0.271      0.339
-(1, 16, 16384, 64)  spattention   0.700      0.711
-(1, 16, 65536, 64)  spattention   9.84       8.95
-(1, 16, 16384, 64)  causal        3.41       3.15
-=================== ============= ========== ========
+**What limits it.** At (1, 16, 65536, 128) the second kernel keeps the tensor cores active for 74% of the
+cycles, shared memory for 82% and the L2 for 74% (ncu). By count, a chunk of 64 queries and 128 keys takes
+2,560 clocks of products and moves 368 KB through shared memory, which are 2,944 clocks; it takes 3,540, and a
+tile 12,000 besides its chunks (copies, the first chunk and the last, two stores). At 65,536 tokens the chip's
+power sets its clock: 1.5 to 1.6 GHz, 1.7 at 16,384. Of 1.045 ms at 16,384 tokens, before tiles were drawn
+late, the first kernel took 0.072, tiles 0.90, the conversion behind the last tile 0.02 to 0.045: without
+statistics 1.004, without clearing 1.027, without converting 0.985, without all three 0.920, without
+reductions too 0.865, without loads instead 0.875. Simulated with these clocks, the last tile ends 2% after
+the mean at 16,384 tokens and 0.4% at 32 heads of 32,768.
 
-(At head dim 64 with a third kernel for the conversion; without it 0.361 became 0.372, 0.718 0.704 and 10.16
-10.30.) So it is for wide bands and dense causal attention; bands of a few hundred distances are faster in two
-passes. At the third size the second kernel keeps the tensor cores active for 74% of the cycles, shared
-memory for 82% and the L2 for 74% (ncu). By count, a chunk of 64 queries and 128 keys takes 2,560 clocks of
-products and moves 368 KB through shared memory, which are 2,944 clocks.
+**What did not pay.** The speed where this structure's in the same run is 1 (16 heads of 128, bfloat16,
+spattention, and causal at 8,192 tokens; H100, but statistics between tiles, the line on top of that, and
+packs at 16,384 tokens H200; KB through shared memory are for 64 queries; two numbers are two runs; "and" is
+on top of the line above):
 
-Variants at the third size, ms, where this structure took 13.7 to 13.9 in the same runs: packs of 8 heads
-14.3; two stages 13.9; dQ in the registers of dP 14.4; the hand-over after the next scores are issued 15.1;
-a ring of its own for dO 15.0; two buffers for dQ and one for dS, with two stages 13.8; one arrival a warp
-instead of one a lane 15.4 instead of 14.7; lse and delta in registers 14.3; the exponentials of the next
-chunk under dQ and dK, with dK from shared memory, 16.2, since the products then wait for shared memory.
-Before: both warpgroups waiting for the reductions' reading 20.0.
+===================================================================== =========== =========== ======
+variant                                                               16,384      65,536      causal
+===================================================================== =========== =========== ======
+dS from P in 16 bits, which frees 32 registers: 368 KB                0.99, 1.00  0.98, 0.98  0.98
+and 80 columns of V in registers for the whole tile: 348 KB           0.99, 1.00  0.97, 0.97  0.98
+dS from P, and dQ transposed, K^T dS^T: 368 KB                        0.96        0.94        0.98
+and chunks of 80 queries, 2 stages: 349 KB                            0.97, 0.97  0.99, 1.00  0.93
+and dP rounded before it is multiplied by P: 349 KB                   0.98        1.01        0.99
+no wait for a tile's copies: K changes places with chunks of the ring 1.02        1.00        0.99
+and chunks without pairs passed by a warpgroup                        1.00        0.97
+sums to be converted prefetched to the L2                             1.00        0.96
+dQ added from registers (red.global.add of 16 bytes)                  0.97        0.96
+and statistics of all but the first pack under the products           0.99        0.99
+and conversion by bulk copies                                         0.97        0.95
+sums in blocks of 16 queries, -lse in the exponentials' FMA           0.99        1.00
+dQ of the chunk before, so that no warpgroup waits for another        1.01        0.96
+statistics of later packs by the idle warp, K and V to the L2 early   0.81        1.00
+statistics of later packs by the computing warps, between tiles       0.97        1.00        1.00
+and tiles of the last pack one head after the other                   0.98        1.01        0.90
+packs of 8 heads                                                      0.99        0.97
+packs of 2 heads                                                      0.99
+two stages                                                                        1.00
+dQ in the registers of dP                                                         0.96
+the hand-over after the next scores are issued                                    0.92
+a ring of its own for dO                                                          0.92
+two buffers for dQ and one for dS, two stages                                     1.00
+one arrival a warp instead of one a lane                                          0.95
+lse and delta in registers                                                        0.97
+the next chunk's exponentials under dQ and dK, dK from shared memory              0.85
+===================================================================== =========== =========== ======
 
-Lost as well, in the speed of this structure in the same run at (1, 16, 16384, 128) and (1, 16, 65536, 128):
-dQ added from registers (red.global.add of 16 bytes) 0.97x and 0.96x; sums in blocks of 16 queries, -lse as
-the addend of the exponentials' FMA, 0.99x and 1.0x; with the registers' additions, statistics of all but the
-first pack under the products 0.99x and 0.99x, then conversion of dQ by bulk copies 0.97x and 0.95x.
-
-Of 1.045 ms at 16,384 tokens the first kernel takes 0.072, tiles 0.90, the conversion behind the last tile
-0.02 to 0.045: without statistics 1.004, without clearing 1.027, without converting 0.985, without all three
-0.920, without reductions too 0.865, without loads instead 0.875. A tile takes 12,000 clocks besides its
-chunks (copies, the first chunk and the last, two stores), a chunk 3,540. At 65,536 tokens none of these makes
-it more than 1% faster, for the chip's power sets its clock: 1.5 to 1.6 GHz, 1.7 at 16,384.
-
-Level or lost by that (16,384, 65,536 and 131,072 tokens at head dim 128, where this structure took 1.033,
-13.84 and 55.91): dQ of the chunk before, so that no warpgroup waits for the other, 1.025, 14.37 and 57.58;
-statistics of all heads but the first pack's by the idle warp, keys and values to the L2 early, 1.279, 13.80
-and 54.99. Only at head dim 64 both together gain: 0.650 for 0.690 at 16,384 tokens, but 8.86 for 8.74 at
-65,536.
-
-A tile's 12,000 clocks are not the wait for its copies. Without one, K changing places with the chunks of the
-ring, V loaded after the last dP, dK and dV stored under the next tile's first scores and dP, it is (ms, and
-this structure in the same run, H100):
-
-==================== =========== ======== ======
-(B, H, N, D)         layout      no wait  this
-==================== =========== ======== ======
-(1, 16, 16384, 128)  spattention 1.035    1.052
-(1, 32, 32768, 128)  spattention 4.366    4.437
-(1, 16, 65536, 128)  spattention 13.86    13.93
-(1, 16, 131072, 128) spattention 55.63    54.80
-(1, 16, 8192, 128)   causal      1.361    1.349
-(1, 16, 32768, 128)  causal      19.54    19.48
-(1, 16, 16384, 64)   spattention 0.690    0.687
-(1, 16, 65536, 64)   spattention 8.74     8.54
-(1, 16, 16384, 64)   causal      3.14     3.06
-==================== =========== ======== ======
-
-On top of that a warpgroup without pairs in a band's first or last chunk passed it: 3 of 5 products saved in 4
-of 36 chunks, but 1.052, 4.410, 14.42 and 58.4 at the first four shapes, for whether it does is known only
-behind the copy, before the scores: what lies between a chunk's dQ and the next scores counts for each chunk.
-Then 4 rows a thread in the first kernel, its last heads first: 1.047, 4.388 and 14.45; the conversion's sums
-prefetched to the L2: 1.051, 4.404 and 14.51; V, too: 1.060, 4.422 and 14.47.
-
-A chunk does not wait for shared memory's bandwidth, nor do longer chunks pay. Speed at head dim 128 where
-this structure's in the same run is 1 (H100, bfloat16, of one run or two); KB through shared memory are for 64
-queries, and what follows the first row is on top of it:
-
-=================================================== === ============== ============== =============
-variant                                             KB  (1, 16, 16384) (1, 16, 65536) (1, 16, 8192)
-                                                        spattention    spattention    causal
-=================================================== === ============== ============== =============
-dS from P in 16 bits, which frees 32 registers      368 0.99, 1.00     0.98, 0.98     0.98
-80 columns of V in registers for the whole tile     348 0.99, 1.00     0.97, 0.97     0.98
-dQ transposed, K^T dS^T                             368 0.96           0.94           0.93
-that with chunks of 80 queries and 2 stages         349 0.97, 0.97     0.99, 1.00     0.98
-and dP rounded before it is multiplied by P         349 0.98           1.01           0.99
-=================================================== === ============== ============== =============
-
-Chunks of 80 have 4.1, 0.4 and 0.8% more rows in all, for a band's last one is cut. At head dim 64 all of K
-and V in registers, 176 KB instead of 208, are as fast as here, or 1% faster.
+So a chunk does not wait for shared memory's bandwidth, nor a tile for its copies; what lies between a chunk's
+dQ and the next scores counts for each chunk. Chunks of 80 have 4.1, 0.4 and 0.8% more rows. Statistics
+between tiles (items of 256 to 1,024 queries, drawn in turn with the tiles of the pack before)
+gain nothing at 32 heads of 32,768 either, 1.00, and lose 2% at head dim 64; by the idle warp they gained 6%
+there at 16,384 tokens and lost 1% at 65,536. At head dim 64 all of K and V in registers, 176 KB instead of
+208, are as fast as here, or 1% faster.
 """
 
 # mypy: ignore-errors
