@@ -164,7 +164,12 @@ class _Lookup:
     def _nearness(self, record: ScheduleRecord) -> tuple[Any, ...]:
         distance = problem_distance(self._problem, record.problem)
         distance += _KINSHIP * (record.target != self._target.folder)
-        return distance, record.latency_us, record.problem.key, record.target
+        # Halfway between two lengths the defaults know on which side: the time of the shorter says nothing.
+        other_default = any(
+            is_far(name, self._problem, record.problem, self._target, self._deterministic, measured=False)
+            for name in self._able
+        )
+        return round(distance, 2), other_default, record.latency_us, record.problem.key, record.target
 
     def _nearest(self, known: Sequence[ScheduleRecord], names: Sequence[str]) -> list[ScheduleRecord]:
         """Those that count, the nearest first: a record speaks for what all families would do at its problem,
@@ -229,9 +234,9 @@ def find_schedule(
     In this order: a record of the very problem on this chip (``tuned``); the record of this chip, or of
     another with the same instruction set, that is nearest by :func:`problem_distance`, where the other chip
     counts as much as bands four times as wide (``nearest``); the space's default (``untuned``). Only records
-    of the same direction and head dim count, and of equally near ones the faster. One for bands so much wider
-    or narrower, or for so many more or fewer tiles, that the default is another kernel there
-    (:func:`~spattn_tvm.families.kernel.is_far`) does not count.
+    of the same direction and head dim count, and of equally near ones those of a problem with the same
+    default, and then the faster. One for bands so much wider or narrower, or for so many more or fewer tiles,
+    that the default is another kernel there (:func:`~spattn_tvm.families.kernel.is_far`) does not count.
 
     A record decides between families only if those that are preferred to its own were measured beside it, for
     the same problem on the same chip: else the most preferred of them serves, with what is known of it alone.

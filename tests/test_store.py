@@ -766,6 +766,35 @@ def test_a_record_of_narrow_bands_does_not_speak_for_wide_ones_whose_default_is_
     assert find_schedule(at(2048), h100, root=tmp_path, families=["hopper"]).record == own
 
 
+@pytest.mark.parametrize(("length", "nearest"), [(32768, 65536), (24000, 16384), (36000, 65536)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_halfway_between_two_records_the_one_with_the_problems_default_serves(
+    length: int, nearest: int, beside: bool, tmp_path: Path
+) -> None:
+    """At head dim 64 one pass is the default from 2,048 keys a query: at 32,768 tokens, and not at 16,384."""
+    h100 = parse_target("nvidia/h100")
+
+    def at(length: int) -> AttentionProblem:
+        layout = BandLayout.spattention(16)
+        return problem(
+            direction="backward", dtype="bfloat16", head_dim=64, length=length, query_heads=16, kv_heads=16,
+            layout=layout,
+        )  # fmt: skip
+
+    records = [
+        ScheduleRecord(
+            at(known), h100.folder, KernelSpec.untuned(family, at(known), h100), latency_us * slower
+        )
+        for known, latency_us in ((16384, 660.0), (65536, 8400.0))
+        for family, slower in (("hopper", 1.0), ("mma", 1.5))[: 1 + beside]
+    ]
+    save_records(records, tmp_path)
+    choice = find_schedule(at(length), h100, root=tmp_path)
+    assert (choice.status, choice.kernel.family) == ("nearest", "hopper")
+    assert choice.record is not None and choice.record.problem.length == nearest
+    assert choice.kernel.decisions["one_pass"] == (nearest == 65536)
+
+
 def test_a_family_serves_by_its_record_only_where_the_preferred_ones_were_measured_beside_it(
     tmp_path: Path,
 ) -> None:
