@@ -41,7 +41,7 @@ from spattn_tvm.families.kernel import KernelSpec
 from spattn_tvm.plotting import plot_benchmark, plot_layout, plot_lengths, plot_searches
 from spattn_tvm.problem import TRAINING, AttentionProblem
 from spattn_tvm.target import parse_target
-from spattn_tvm.tuning.log import curve, read_measurements, read_run
+from spattn_tvm.tuning.log import comparable_measurements, curve, read_measurements, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "autotune_logs"
@@ -354,7 +354,7 @@ def _rank_cells(entry: dict[str, Any]) -> list[str]:
 def gains_block() -> str | None:
     """What the searches on GPUs gained over the untuned defaults: a row for each problem, both directions."""
     gains: dict[tuple[Any, ...], dict[str, list[str]]] = {}
-    trials, sources = [], set()
+    trials, rounds, sources, proposed = [], [], set(), set()
     for path in LOGS.glob("cuda-*/*/distilled-*.json"):
         compared = json.loads(path.read_text(encoding="utf-8"))
         run, family = read_run(path.parent), path.stem.partition("-")[2]
@@ -368,34 +368,40 @@ def gains_block() -> str | None:
             "the default" if found["is_default"] else f"{found['latency_us'] / 1e3:.4g}",
             f"{default_us / found['latency_us']:.3f}",
         ]
-        trials.append(sum(measured.kernel.family == family for measured in read_measurements(path.parent)))
-        sources.add(f"{compared['device']}, {compared['date'][:10]}, {compared['rounds']} rounds")
+        logged = comparable_measurements(path.parent)
+        trials.append(sum(measured.kernel.family == family for measured in logged))
+        rounds.append(compared["rounds"])
+        sources.add(f"{compared['device']}, {compared['date'][:10]}")
+        proposed.add(run["sessions"][-1].get("candidates", "the cost model's"))
     if not gains:
         return None
-    titles = ["(B,H,N,D)"]
+    titles = ["target", "(B,H,N,D)"]
     for direction in TRAINING:
         titles += [f"{direction}: default, ms", "best of search, ms", "default / best"]
     rows = [
-        [shown, *(cell for name in TRAINING for cell in found.get(name, [""] * 3))]
-        for (*_, shown), found in sorted(gains.items())
+        [target, shown, *(cell for name in TRAINING for cell in found.get(name, [""] * 3))]
+        for (target, *_, shown), found in sorted(gains.items())
     ]
     text = (
-        f"Each search, of {min(trials)} to {max(trials)} trials, starts with the default. Its best four are "
-        "timed again beside the default and the record so far, in turns; medians. One that is less than 1% "
-        f"faster than the default has gained nothing: the default is recorded. Measured on "
-        f"{'; '.join(sorted(sources))}."
+        f"Each search timed {min(trials)} to {max(trials)} kernels: the default first, then others "
+        f"({', '.join(sorted(proposed))}). Its best four are timed again beside the default and the record "
+        f"so far, in {min(rounds)} to {max(rounds)} turns; medians. One that is less than 1% faster than the "
+        f"default has gained nothing: the default is recorded. Measured on {'; '.join(sorted(sources))}."
     )
     return "\n".join([*_table(titles, rows), "", text])
 
 
-def best_but_untuned_us(log: Path, family: str) -> float:
-    """The least latency that a search logged for other decisions than the untuned default."""
+def best_but_untuned_us(log: Path, family: str, until: str) -> float:
+    """The least latency that a search logged for other decisions than the untuned default, in sessions that
+    began before a date.
+    """
     run = read_run(log)
+    later = [session["first_trial"] for session in run["sessions"] if session["started"] > until]
     problem, target = AttentionProblem.from_json(run["problem"]), parse_target(run["target"])
     untuned = KernelSpec.untuned(family, problem, target).decisions
     return min(
         measurement.latency_us
-        for measurement in read_measurements(log)
+        for measurement in read_measurements(log)[: min(later, default=None)]
         if measurement.kernel.family == family
         and measurement.kernel.decisions != untuned
         and measurement.latency_us is not None
@@ -424,7 +430,10 @@ def search_block() -> str | None:
         )
         if run["target"].startswith("cuda"):
             rows[-1].append(
-                " / ".join(f"{best_but_untuned_us(log, family) / 1e3:.4g}" for log in logs.values())
+                " / ".join(
+                    f"{best_but_untuned_us(log, family, comparison['date']) / 1e3:.4g}"
+                    for log in logs.values()
+                )
             )
         else:
             # Times of different searches don't compare on a shared machine.

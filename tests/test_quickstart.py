@@ -187,15 +187,16 @@ def test_what_searches_gain_is_filled_from_their_comparisons(
         )
         folder = log_folder(tmp_path, machine, problem, "evolutionary")
         with TuningLog(folder, problem, machine, "evolutionary") as log:
-            log.begin_session({"seed": 0})
+            log.begin_session({"candidates": "near the default"} if length == 1024 else {})
         kernels = [
             {"latency_us": latency_us, "is_default": is_default, "is_recorded": is_recorded}
             for latency_us, is_default, is_recorded in latencies
         ]
-        compared = {"date": "2026-11-28T06:00", "device": f"chip {length}", "rounds": 9, "kernels": kernels}
+        compared = {"date": "2026-11-28T06:00", "device": f"chip {length}", "kernels": kernels}
+        compared["rounds"] = 11 if length == 1024 else 9
         (folder / "distilled-some.json").write_text(json.dumps(compared))
 
-    h100 = "nvidia/h100"
+    h100, chip = "nvidia/h100", "cuda-sm_90a-nvidia-h100"
     # A deterministic kernel is recorded beside the fastest.
     rivals = ((1500.0, False, True), (None, False, False), (1100.0, False, False))
     logged(h100, "backward", 8192, (1234.56, True, False), (1000.0, False, True), *rivals)
@@ -203,12 +204,14 @@ def test_what_searches_gain_is_filled_from_their_comparisons(
     logged(h100, "forward", 1024, (10.0, True, False), (8.0, False, True))
     logged("cpu-x86-64-v4", "forward", 2048, (10.0, True, False), (8.0, False, True))
     rows = [line for line in update.gains_block().splitlines() if line.startswith("|")][2:]
+    problem = "(1,8/2,{},64) bfloat16 sliding_window some"
     assert rows == [
-        "| (1,8/2,1024,64) bfloat16 sliding_window some | 0.01 | 0.008 | 1.250 |  |  |  |",
-        "| (1,8/2,8192,64) bfloat16 sliding_window some | 0.812 | the default | 1.000 | 1.235 | 1 | 1.235 |",
+        f"| {chip} | {problem.format(1024)} | 0.01 | 0.008 | 1.250 |  |  |  |",
+        f"| {chip} | {problem.format(8192)} | 0.812 | the default | 1.000 | 1.235 | 1 | 1.235 |",
     ]
     text = update.gains_block()
-    assert "chip 1024, 2026-11-28, 9 rounds; chip 8192" in text and "chip 2048" not in text
+    assert "chip 1024, 2026-11-28; chip 8192, 2026-11-28." in text and "chip 2048" not in text
+    assert "in 9 to 11 turns" in text and "others (near the default, the cost model's)" in text
 
 
 def test_readme_is_filled_from_reports(
