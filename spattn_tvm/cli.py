@@ -582,7 +582,10 @@ def bench(
         ),
     ] = 60.0,
     idle_ms: Annotated[
-        float, typer.Option(min=0, callback=_require_finite, help="Idle time before each CPU timing, ms.")
+        float,
+        typer.Option(
+            min=0, max=60_000, callback=_require_finite, help="Idle time before each CPU timing, ms."
+        ),
     ] = 80.0,
     threads: Annotated[
         int | None, typer.Option(min=1, max=4096, help="CPU threads; PyTorch's choice by default.")

@@ -65,6 +65,7 @@ def test_help_loads_neither_torch_nor_tvm() -> None:
         (["explain", "--target", "toaster"], "unknown target 'toaster'"),
         (["bench", "--peers", "nobody"], "unknown peer 'nobody'; known: ours"),
         (["bench", "--steps", "sideways"], "unknown step 'sideways'"),
+        (["bench", "--idle-ms", "1e20"], "--idle-ms"),
         (["distill", "--log-root", "/nonexistent"], "run `spattn tune` first"),
         (["tune", "--target", "nvidia/h200", "--budget", "1"], "must run on its target"),
         (["tune", "--budget", "8h"], "--budget is a number of trials (64) or a time (8m, 90s), got '8h'"),
