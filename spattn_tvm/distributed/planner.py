@@ -33,8 +33,8 @@ _FORWARD_PAIR_FLOPS = 4
 _PART_BYTES = 80 * 2**20
 """What could arrive in the time that one more part of the heads costs, assumed: 0.24 ms at 350 GB/s, for what
 the host does about it and for the ends of its kernels. At N = 131072, H = 16, D = 128 two parts took less
-time than three or four on four H100, three less than two on two, where four to six took as much as three,
-within 2%, and eight more."""
+time than three or four on four H100, three less than two on two; on two H200 four to six took as much as
+three, within 2%, and eight more."""
 
 # Positions in the search for an even deal; on few heads it ends before, with the best one.
 _MOST_POSITIONS = 4000
