@@ -383,7 +383,8 @@ def gains_block() -> str | None:
         for (target, *_, shown), found in sorted(gains.items())
     ]
     text = (
-        f"Each search timed {min(trials)} to {max(trials)} kernels: the default first, then others "
+        f"Each [search](docs/tuning.md) for [these problems](scripts/lengths.txt) timed {min(trials)} to "
+        f"{max(trials)} kernels: the untuned default, which was chosen by hand from measurements, and others "
         f"({', '.join(sorted(proposed))}). Its best four are timed again beside the default and the record "
         f"so far, in {min(rounds)} to {max(rounds)} turns; medians. One that is less than 1% faster than the "
         f"default has gained nothing: the default is recorded. Measured on {'; '.join(sorted(sources))}."
