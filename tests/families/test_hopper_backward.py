@@ -534,11 +534,15 @@ def test_chunks_hold_what_a_band_gives_to_a_tile(of_keys: bool) -> None:
 @pytest.mark.parametrize("most", [1, 2, 4, 8, 32])
 def test_packs_count_the_query_heads_of_their_pairs(most: int) -> None:
     pytest.importorskip("tvm")
-    from spattn_tvm.families.hopper.backward_one_pass import pack_pairs
+    from spattn_tvm.families.hopper.backward_one_pass import PACK_TILES, pack_pairs
 
-    assert [int(pack_pairs(most, group)) for group in (1, 2)] == [most, most]
-    for group in range(1, 40):
-        pairs = int(pack_pairs(most, group))
-        assert 1 <= pairs <= most
-        assert pairs == 1 or pairs * group <= 2 * most
-        assert pairs == most or (pairs + 1) * group > 2 * most
+    for slots in (1, 5, 64, 127, 128, 1000):
+        assert int(pack_pairs(most, 1, slots)) == most
+        for group in range(2, 40):
+            pairs = int(pack_pairs(most, group, slots))
+            assert 1 <= pairs <= most
+            assert pairs == 1 or pairs * group <= 2 * most
+            # As many query heads as without groups, and more only for the sake of tiles.
+            assert pairs == most or (pairs + 1) * group > most
+            assert pairs * group <= most or pairs == 1 or (pairs - 1) * slots < PACK_TILES
+            assert pairs * slots >= PACK_TILES or pairs == most or (pairs + 1) * group > 2 * most

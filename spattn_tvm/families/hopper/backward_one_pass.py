@@ -120,6 +120,7 @@ import tvm
 from tvm.script import tirx as T
 
 from spattn_tvm.domains.numbers import ALL_LANES, INF, LOG2E, LOWEST
+from spattn_tvm.domains.tiles import tile_slots
 
 from .backward_key_pass import key_pass_maps, key_plan, produce_for_keys, store_gradients
 from .backward_producers import init_rings
@@ -163,6 +164,7 @@ EXCHANGE, SUM_FULL, SUM_EMPTY = 1, 2, 4
 WITH_STORING_WARP = 160  # threads
 STORING_WARP = 2
 THREADS = 256  # of the first kernel
+PACK_TILES = 128  # at least, where a pack may have more heads for it
 FORESEEN = 4  # rows that each of them loads before it computes
 CONVERTING_WARP = 3
 ITEM_ROWS = 128  # of a warpgroup's columns, that a warp clears or converts at a time
@@ -669,16 +671,20 @@ def gradient_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> Ca
     return run
 
 
-def pack_pairs(most: int, group: Any) -> Any:
-    """Pairs of batch row and key head in a pack: at most ``most``, with at most twice as many query heads.
+def pack_pairs(most: int, group: Any, slots: Any) -> Any:
+    """Pairs of batch row and key head in a pack: at most ``most``, with as many query heads, or with up to
+    twice as many where their tiles, ``slots`` each, would be fewer than multiprocessors.
 
     The sums of the first pack's query heads are cleared before the products, those of the last one's
     converted after them, and those of a pack are in the L2 cache together. With packs of 8 key heads and with
-    these of 2, ms on an H100 in one run (bfloat16) at (1, 32/8, 8192, 128): spattention 0.533 and 0.508,
-    causal 2.48 and 2.27; before tiles were drawn late, packs of 4 and of 2 took 1.469 and 1.406 at (1, 16/4,
-    16384, 128), 5.94 and 5.32 at (1, 32/8, 32768, 128).
+    2, ms on an H100 in one run (bfloat16) at (1, 32/8, 8192, 128): spattention 0.533 and 0.508, causal 2.48
+    and 2.27; with 2 and with 1 (H200, statistics between tiles) 0.441 and 0.497, 2.34 and 2.78. With twice as
+    many query heads everywhere and as now, on an H200: 0.963 and 0.921 at (1, 16/4, 16384, 128), 0.938 and
+    0.924 at (1, 16/8, 16384, 128), 3.931 and 3.918 at (1, 32/8, 32768, 128), 12.93 and 12.68 at (1, 16/4,
+    65536, 128); causal 4.53 and 4.61 (the least 4.11 and 4.11) at the first, 36.55 and 36.52 at the third.
     """
-    return T.min(most, T.max(2 * most // group, 1))
+    twice = T.max(2 * most // group, 1)
+    return T.min(most, T.min(T.max(most // group, (PACK_TILES + slots - 1) // slots), twice))
 
 
 def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> tvm.IRModule:
@@ -718,7 +724,9 @@ def build_one_pass(decisions: Mapping[str, int], head_dim: int, dtype: str) -> t
                 stats=stats, next_tile=next_tile, dq_sum=dq_sum, progress=progress,
             )
         )  # fmt: skip
-        together = T.meta_var(named("together", T.Bind(pack_pairs(TOGETHER, t.group))))
+        together = T.meta_var(
+            named("together", T.Bind(pack_pairs(TOGETHER, t.group, tile_slots(t.keys, t.documents, ROWS))))
+        )
         maps = T.meta_var(key_pass_maps(t, ROWS, ONE_PASS_QUERIES))
         with T.attr({"tirx.device_entry": True}):
             prepare(t, together, scale)
