@@ -10,7 +10,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from .forward_consumer import consumer
-from .forward_producers import decoder, loader
+from .forward_producers import decoder, loader, prefetch_tables
 from .forward_sizes import TILE_WORDS, Sizes, conflict, producer_registers
 from .parts import rows_map
 from .support import PLANE
@@ -40,7 +40,8 @@ class ForwardBlocks:
             raise ValueError(f"{reason}: choose other decisions than {dict(decisions)}")
         self.sizes = c = Sizes(decisions, head_dim)
         self.dtype = dtype
-        self.decode, self.load = decoder(decisions, c), loader(decisions, c)
+        self.find_first, self.decode = decoder(decisions, c)
+        self.load = loader(decisions, c)
         self.consume = consumer(decisions, c, dtype)
         self.threads = 128 * (c.consumers + 1)
         self.consumer_registers = decisions["consumer_registers"]
@@ -96,13 +97,25 @@ class ForwardBlocks:
         thread = T.thread_id([self.threads])
         arena = T.alloc_buffer((self.sizes.shared_bytes,), "uint8", scope="shared.dyn", align=1024)
         s = T.meta_var(self.share(arena))
+        # The block's first tile, known before the others are decoded.
+        slot: T.int32 = 0
+        batch: T.int32 = 0
+        head: T.int32 = 0
+        if thread == 32:
+            self.find_first(t, maps, block, slot, batch, head)
+        if warp == 2:
+            prefetch_tables(t, lane)
+        if thread == 96:
+            T.ptx["prefetch.tensormap"](T.address_of(maps.q))
+            T.ptx["prefetch.tensormap"](T.address_of(maps.k))
+            T.ptx["prefetch.tensormap"](T.address_of(maps.v))
         if thread == 0:
             self.init_all_barriers(s)
         T.cuda.cta_sync()
         if warp < 4:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](self.loader_registers)
             if thread == 32:
-                self.decode(s, t, block, workers)
+                self.decode(s, t, block, workers, slot, batch, head)
             if warp == 0:
                 self.load(s, t, maps, lane)
         else:

@@ -35,7 +35,7 @@ from .forward_sizes import (
     SHARE,
     Sizes,
 )
-from .parts import LOAD
+from .parts import LOAD, PREFETCH, table_line
 from .support import PLANE
 
 # Slots of a sequence from which on its first tile comes last. Measured on an H100 (bfloat16, spattention,
@@ -57,11 +57,13 @@ def arrive(s, barrier):
     T.ptx.mbarrier.arrive.shared.b64(s.barriers.ptr_to([barrier]))
 
 
-def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
-    """The decoding thread's work, an inline function of shared memory, tensors, its block and their number.
+def decoder(decisions: Mapping[str, int], c: Sizes) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The decoding thread's work: two inline functions.
 
-    Apart from the loader, so that the latencies of a ticket, two boundaries and four band edges, and the
-    divisions, don't hold up the loads.
+    The first, of tensors, their maps and the thread's block, finds the block's first tile; the second, of
+    shared memory, tensors, the block, the number of blocks and that tile's slot, batch row and head, tells it
+    and all others. Apart from the loader, so that the latencies of a ticket, two boundaries and four band
+    edges, and the divisions, don't hold up the loads.
 
     With the decision ``least_chunks`` keys are split: a tile is handed out ``t.splits`` times, each time with
     a share of its chunks, one of the near band's ends and the far band's beginning or both.
@@ -83,17 +85,44 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
         words[top_at] = top
         words[chunks_at] = chunk_count(key_begin, top, c.keys)
 
-    # The first tile of each pair comes after all others of all pairs, if there are many: it is short, and
-    # when short tiles are left the blocks end together.
+    # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks end
+    # together. Head 0 last: its near and far band coincide in the paper's layout, so it is the lightest. A
+    # group of heads is finished before the next one starts, so that its keys and values stay in the L2 cache
+    # between the near and the far band's reading (all heads at once would read 1.5 times the bytes at (4, 32,
+    # 4096, 128)). The first tile of each pair comes after all others of all pairs, if there are many: it is
+    # short, and when short tiles are left the blocks end together.
     @T.inline
-    def locate(number, slots, batches, heads, slot, batch, head):
-        late: T.int32 = T.Select(slots >= MANY_SLOTS, 1, 0)
-        early: T.int32 = (slots - late) * (batches * heads)
+    def locate(t, number, slots, slot, batch, head):
+        late: T.int32 = 0
+        if LEAST_CHUNKS == 0:
+            late = T.Select(slots >= MANY_SLOTS, 1, 0)
+        early: T.int32 = (slots - late) * (t.batches * t.query_heads)
         if number < early:
-            locate_head(number, slots - late, batches, heads, GROUP, slot, batch, head)
+            locate_head(number, slots - late, t.batches, t.query_heads, GROUP, slot, batch, head)
+            slot = slots - 1 - slot
         else:
-            locate_head(number - early, 1, batches, heads, batches * heads, slot, batch, head)
-            slot = slots - 1
+            pairs: T.int32 = t.batches * t.query_heads
+            locate_head(number - early, 1, t.batches, t.query_heads, pairs, slot, batch, head)
+            slot = 0
+        head = (head + 1) % t.query_heads
+
+    # The first tile, and what it needs on its way to the L2 cache while barriers are made and tables read:
+    # where caches are cold their latencies would add up. Which keys these are is a guess, right where one
+    # document's queries are its last rows and see themselves.
+    @T.inline
+    def find_first(t, maps, block, slot, batch, head):
+        slots: T.int32 = tile_slots(t.queries, t.documents, c.rows)
+        tile: T.int32 = block
+        if LEAST_CHUNKS > 0:
+            tile = T.truncdiv(block, t.splits)
+        if tile < slots * t.batches * t.query_heads:
+            locate(t, tile, slots, slot, batch, head)
+            if T.And(t.documents == 1, t.ranges == 0):
+                T.ptx[PREFETCH](T.address_of(maps.q), 0, slot * c.rows, 0, head, batch)
+                if LEAST_CHUNKS == 0:
+                    top: T.int32 = T.min((slot + 1) * c.rows - t.queries, 0) + t.keys
+                    T.ptx[PREFETCH](T.address_of(maps.k), 0, top - c.keys, 0, head // t.group, batch)
+                    T.ptx[PREFETCH](T.address_of(maps.v), 0, top - c.keys, 0, head // t.group, batch)
 
     # Of both bands' chunks those of a share, in the order in which they are loaded.
     @T.inline
@@ -112,36 +141,20 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
         words[FAR_CHUNKS] = after - near_after - (first - near_first)
 
     @T.inline
-    def decode(s, t, block, workers):
+    def decode(s, t, block, workers, slot, batch, head):
         slots: T.int32 = tile_slots(t.queries, t.documents, c.rows)
         tiles: T.int32 = slots * t.batches * t.query_heads
         share: T.int32 = 0
         if LEAST_CHUNKS > 0:
             tiles = tiles * t.splits
+            share = T.truncmod(block, t.splits)
         tile: T.int32 = block
         word_phase: T.int32 = 0
-        slot: T.int32 = 0
-        batch: T.int32 = 0
-        head: T.int32 = 0
         document: T.int32 = 0
         begin: T.int32 = 0
         end: T.int32 = 0
         first: T.int32 = 0
         while tile < tiles:
-            # A group of heads is finished before the next one starts, so that its keys and values stay in the
-            # L2 cache between the near and the far band's reading (all heads at once would read 1.5 times the
-            # bytes at (4, 32, 4096, 128)).
-            if LEAST_CHUNKS > 0:
-                whole: T.int32 = T.truncdiv(tile, t.splits)
-                share = tile - whole * t.splits
-                locate_head(whole, slots, t.batches, t.query_heads, GROUP, slot, batch, head)
-            else:
-                locate(tile, slots, t.batches, t.query_heads, slot, batch, head)
-            # Last queries first: a later query has no fewer keys, so the longest tiles lead and the blocks
-            # end together. Head 0 last: its near and far band coincide in the paper's layout, so it is the
-            # lightest.
-            slot = slots - 1 - slot
-            head = (head + 1) % t.query_heads
             locate_rows(slot, c.rows, t.cu_seqlens, t.documents, document, begin, end, first)
             if first < end:
                 keys_of_document = T.meta_var(
@@ -181,6 +194,12 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
                 tile = T.cast(ticket[0], "int32") + workers
             else:
                 tile = tile + workers
+            if tile < tiles:
+                whole: T.int32 = tile
+                if LEAST_CHUNKS > 0:
+                    whole = T.truncdiv(tile, t.splits)
+                    share = tile - whole * t.splits
+                locate(t, whole, slots, slot, batch, head)
         s.words[LIVE] = 0
         arrive(s, c.tile_full)
         if DYNAMIC:
@@ -191,7 +210,19 @@ def decoder(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:
                 t.counters[0] = 0
                 t.counters[1] = 0
 
-    return decode
+    return find_first, decode
+
+
+@T.inline
+def prefetch_tables(t, lane):
+    # Of each the first 4 KB.
+    if lane * 32 < t.tables * t.query_heads * 4:
+        T.ptx["prefetch.global.L2"](table_line(t.bands, lane))
+    if lane * 32 <= t.documents:
+        T.ptx["prefetch.global.L2"](table_line(t.cu_seqlens, lane))
+        T.ptx["prefetch.global.L2"](table_line(t.cu_seqlens_k, lane))
+    if lane * 32 < t.ranges * 3:
+        T.ptx["prefetch.global.L2"](table_line(t.key_ranges, lane))
 
 
 def loader(decisions: Mapping[str, int], c: Sizes) -> Callable[..., None]:

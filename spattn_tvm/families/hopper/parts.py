@@ -24,6 +24,7 @@ LEAST_LSE = LOWEST  # of a query with keys
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 LOAD_STATS = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+PREFETCH = "cp.async.bulk.prefetch.tensor.5d.L2.global.tile"
 SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 # Products of two packed pairs, added to a sum.
@@ -213,6 +214,11 @@ def element(tensor: Any, b: Any, h: Any, row: Any, column: Any) -> Any:
     places = zip((b, h, row), tensor.strides, strict=False)
     offset = sum(T.Cast("int64", place) * stride for place, stride in places) + T.Cast("int64", column)
     return T.reinterpret("uint64", tensor.data) + T.Cast("uint64", offset * 2)
+
+
+def table_line(table: Any, line: Any) -> Any:
+    """Global address of 128 bytes of an int32 table, the ``line``-th."""
+    return T.reinterpret("uint64", table.data) + T.Cast("uint64", line * 128)
 
 
 def band_row(bands: Any, heads: Any, row: Any, head: Any) -> Any:
