@@ -4,7 +4,8 @@ write docs/performance.md with all that was measured, and draw docs/*.png.
 A block of a page between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is replaced:
 
 - ``benchmark cpu``, ``benchmark cuda``: each problem's newest ``spattn bench`` result in ``autotune_logs/``,
-  from reports of one device and one set of versions; ten rows at most, docs/performance.md has them all
+  from reports of one device and one set of versions, of the device with the most problems; ten rows at most,
+  docs/performance.md has all of them and all devices
 - ``generation cpu``, ``generation cuda``: the newest of ``spattn bench --steps generate``
 - ``ranks cuda``: the newest of ``spattn bench --ranks``
 - ``gains``: of each GPU problem that a search's winners were compared for, what they gained over the default
@@ -63,31 +64,45 @@ PICTURED = [
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest_results(
+def results_by_device(
     kind: str, folder: str = "benchmarks"
-) -> tuple[dict[str, Any], dict[Path, list[str]]] | None:
-    """The last report of a device kind, with each problem's newest result from all reports of the same device
-    and versions, and the problems taken from each of those. Names are dates, so the last is the newest.
+) -> list[tuple[dict[str, Any], dict[Path, list[str]]]]:
+    """For each device of a kind, that with the newest report first: that report, with each problem's newest
+    result from all reports of the same device and versions, and the problems taken from each of those. Names
+    are dates, so the last is the newest.
     """
     paths = sorted(LOGS.glob(f"{kind}-*/{folder}/*.json"), key=lambda path: path.name)
     reports = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    if not reports:
-        return None
-    newest = reports[-1][1]
+    newest_of = {}
+    for _, report in reversed(reports):
+        newest_of.setdefault(report["device"]["name"], report)
     # A GPU's times do not hang on how many threads its host has.
     comparable = ("device", "versions") if kind == "cuda" else ("device", "versions", "threads")
-    results = {}
-    for path, report in reports:
-        if all(report.get(key) == newest.get(key) for key in comparable):
-            results |= {
-                result.get("shape") or AttentionProblem.from_json(result["problem"]).key: (path, result)
-                for result in report["results"]
-            }
-    merged = {**newest, "results": [result for _, result in results.values()]}
-    taken: dict[Path, list[str]] = {}
-    for problem, (path, _) in sorted(results.items(), key=lambda item: item[1][0]):
-        taken.setdefault(path, []).append(problem.partition(" ")[0])
-    return merged, taken
+    devices = []
+    for newest in newest_of.values():
+        results = {}
+        for path, report in reports:
+            if all(report.get(key) == newest.get(key) for key in comparable):
+                results |= {
+                    result.get("shape") or AttentionProblem.from_json(result["problem"]).key: (path, result)
+                    for result in report["results"]
+                }
+        merged = {**newest, "results": [result for _, result in results.values()]}
+        taken: dict[Path, list[str]] = {}
+        for problem, (path, _) in sorted(results.items(), key=lambda item: item[1][0]):
+            taken.setdefault(path, []).append(problem.partition(" ")[0])
+        devices.append((merged, taken))
+    return devices
+
+
+def newest_results(kind: str, folder: str) -> tuple[dict[str, Any], dict[Path, list[str]]] | None:
+    """Of :func:`results_by_device` those of the device with the newest report."""
+    return next(iter(results_by_device(kind, folder)), None)
+
+
+def benchmarks_by_problems(kind: str) -> list[tuple[dict[str, Any], dict[Path, list[str]]]]:
+    """Of :func:`results_by_device` the device with the most problems first."""
+    return sorted(results_by_device(kind), key=lambda device: -len(device[0]["results"]))
 
 
 def _where(report: dict[str, Any], taken: dict[Path, list[str]], folder: Path) -> str:
@@ -120,13 +135,13 @@ def _best(entries: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def benchmark_block(kind: str) -> str | None:
-    """Ours against the fastest peer with the same mask and the fastest dense one: one row per shape and
-    direction, the first `MOST_ROWS`.
+    """Ours against the fastest peer with the same mask and the fastest dense one, on the device with the most
+    problems: one row per shape and direction, the first `MOST_ROWS`.
     """
-    newest = newest_results(kind)
-    if newest is None:
+    devices = benchmarks_by_problems(kind)
+    if not devices:
         return None
-    report, taken = newest
+    report, taken = devices[0]
     picture = DOCS / f"benchmark-{kind}.png"
     plot_benchmark(report, picture)
     unit, factor = _unit(kind)
@@ -214,16 +229,17 @@ def performance_page() -> str:
         "over that of the fastest dense causal attention, and the last column says what must be made anew",
         "for another length: time, and memory on the device.",
     ]
-    for kind in ("cuda", "cpu"):
-        newest = newest_results(kind)
-        if newest is None:
-            continue
-        report, taken = newest
+    devices = [
+        (kind, number, *device)
+        for kind in ("cuda", "cpu")
+        for number, device in enumerate(benchmarks_by_problems(kind))
+    ]
+    for kind, number, report, taken in devices:
         unit, _ = _unit(kind)
         titles = ["implementation", "median ms", "p25-p75", f"useful {unit}", "of matmul rate", "of dense"]
         titles += ["largest error"] + (["peak MiB"] if kind == "cuda" else []) + ["made for one length"]
         parts += ["", f"## {report['device']['name']}", "", _where(report, taken, DOCS)]
-        if len({result["problem"]["length"] for result in report["results"]}) > 1:
+        if number == 0 and len({result["problem"]["length"] for result in report["results"]}) > 1:
             picture = plot_lengths(report, DOCS / f"lengths-{kind}.png")
             parts += ["", f"![Useful {unit} against the length]({picture.name})"]
         for result in report["results"]:
@@ -238,7 +254,7 @@ def performance_page() -> str:
             ("Steps of decoding", decode_tables(kind, DOCS)),
             ("generate()", generation_tables(kind, DOCS)),
         ):
-            parts += ["", f"### {title}", "", *measured] if measured else []
+            parts += ["", f"### {title}", "", *measured] if number == 0 and measured else []
     return "\n".join(parts) + "\n"
 
 

@@ -245,6 +245,9 @@ def test_readme_is_filled_from_reports(
         more = {**measured, "shape": f"length {length}", "problem": {**measured["problem"], "length": length}}
         report["results"].append(more)
     path = reports.write_report(report, tmp_path / "logs")
+    other = {**report["device"], "name": "another device"}
+    fewer = {**report, "date": "2999-01-01T00:00:00+00:00", "device": other, "results": [measured]}
+    reports.write_report(fewer, tmp_path / "logs")
     layout = BandLayout.spattention(2, 60)
     step = {"problem": dataclasses.replace(problem, direction="decode", length=1, layout=layout).to_json()}
     times = {"median_ms": 1.23456, "needed_gb_s": 1.0, "of_copy": 0.5, "of_dense": None, "error": 1e-6}
@@ -284,8 +287,10 @@ def test_readme_is_filled_from_reports(
     rows = [line for line in table[1].splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 10 and "| direction |" in rows[0] and "length 66" not in table[1]
     assert "(docs/performance.md)" in table[1]
-    assert page.count("\n### ") == 2 * 7 + 2 and "### length 66, forward + backward" in page
-    assert page.count("- cuDNN SDPA, dense causal: not made for cpu") == 2 * 7
+    assert "2999-01-01" not in text, "a later report of fewer problems on another device is on the page alone"
+    assert page.count("\n### ") == 2 * 7 + 2 + 2 and "### length 66, forward + backward" in page
+    assert page.count("- cuDNN SDPA, dense causal: not made for cpu") == 2 * (7 + 1)
+    assert page.index("### length 66, forward") < page.index("### generate()") < page.index("another device")
     assert f"({Path('..') / path.relative_to(tmp_path)})" in page
     assert str(path.relative_to(tmp_path)) in text
     assert "| **step** | 1.235 | 1 | 50% |  | 1.0e-06 |" in page
