@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +65,34 @@ _prepared: dict[tuple[str, str, torch.Size], list[_Prepared]] = {}
 
 # What else such calls differ in by turns: keys' shapes, strides, dtypes, streams.
 _MAX_PREPARED = 16
-# The first that were prepared go first. Each has guards on the heap, amid what calls allocate and free: 600
-# lengths of up to 1.2 MiB a tensor, three calls and a backward pass each, kept 32 MiB with 64 of them, 209
-# with 256.
+# Each has guards on the heap, amid what calls allocate and free.
 MAX_SHAPES = 64
-# What was called once: a length that doesn't come again is not worth preparing.
-_called_once: set[tuple[str, str, torch.Size]] = set()
-MAX_CALLED_ONCE = 4096
+# Calls of a shape before it takes the place of the one that was prepared first. Where every shape does that,
+# as in training on ever new lengths, guards lie wherever memory was taken and keep all of it: 500 lengths of
+# 1,800 tokens on (4 MiB a tensor, three calls and a backward pass each) kept 1,000 MiB when the second call
+# sufficed.
+_OFTEN = 100
+_MAX_COUNTED = 4096
+
+
+class CallCounts:
+    """How often calls came that nothing is prepared for."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Any, int] = {}
+
+    def is_worth_preparing(self, key: Any, prepared: Sized) -> bool:
+        """Counts a call: what came once, or what would take another's place and is rare, is not worth it."""
+        count = self._counts.pop(key, 0) + 1
+        if count > (1 if len(prepared) < MAX_SHAPES else _OFTEN):
+            return True
+        if len(self._counts) >= _MAX_COUNTED:
+            self._counts.clear()
+        self._counts[key] = count
+        return False
+
+
+_counts = CallCounts()
 
 call_on_change(_prepared.clear)
 call_when_dropped(_prepared.clear)
@@ -86,10 +107,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
     if q.shape[0] == 0:
         return
     key = (layout, impl, q.shape)
-    if key not in _prepared and key not in _called_once:
-        if len(_called_once) >= MAX_CALLED_ONCE:
-            _called_once.clear()
-        _called_once.add(key)
+    if key not in _prepared and not _counts.is_worth_preparing(key, _prepared):
         return
     kv_length = None if q.shape[2] == k.shape[2] else k.shape[2]
     kernel = find_kernel("forward", q, layout, impl, kv_heads=k.shape[1], kv_length=kv_length)
@@ -106,7 +124,6 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
-    _called_once.discard(key)
     if key not in _prepared and len(_prepared) >= MAX_SHAPES:
         with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
             del _prepared[next(iter(_prepared))]

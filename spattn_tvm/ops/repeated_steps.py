@@ -29,7 +29,7 @@ from spattn_tvm.torch_private import (
 
 from .band_tables import call_when_dropped, find_cache_domain, narrowed
 from .decode_operator import find_decode_kernel
-from .repeated_calls import MAX_CALLED_ONCE, MAX_SHAPES
+from .repeated_calls import MAX_SHAPES, CallCounts
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -63,8 +63,8 @@ def _key(layout: str, impl: str, q: Tensor, k_cache: Tensor, places: tuple[Any, 
 
 
 _prepared: dict[_Key, _Prepared] = {}
-# What was called once: a cache that grows by a row a step has a shape that doesn't come again.
-_called_once: set[_Key] = set()
+# A cache that grows by a row a step has a shape that doesn't come again.
+_counts = CallCounts()
 
 call_on_change(_prepared.clear)
 call_when_dropped(_prepared.clear)
@@ -83,10 +83,7 @@ def remember_step(
     if (index >= 0 and is_capturing()) or len({id(tensor) for tensor in tensors}) < len(tensors):
         return
     key = _key(layout, impl, q, k_cache, places)
-    if key not in _prepared and key not in _called_once:
-        if len(_called_once) >= MAX_CALLED_ONCE:
-            _called_once.clear()
-        _called_once.add(key)
+    if key not in _prepared and not _counts.is_worth_preparing(key, _prepared):
         return
     kernel = find_decode_kernel(q, k_cache, places, layout, impl)
     serves = guard_inputs(*tensors)
@@ -113,7 +110,6 @@ def remember_step(
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
-    _called_once.discard(key)
     if key not in _prepared and len(_prepared) >= MAX_SHAPES:
         with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
             del _prepared[next(iter(_prepared))]

@@ -24,6 +24,12 @@ from spattn_tvm.reference import reference_attention
 FORWARD = torch.ops.spattn_tvm.banded_attention_forward.default
 
 
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> None:
+    """Where tables are full, a shape must come often to get a place."""
+    repeated_calls._prepared.clear()
+
+
 def with_stride_of_one_row(t: Tensor, stride: int) -> Tensor:
     return t.as_strided(t.shape, (stride, *t.stride()[1:]))
 
@@ -217,6 +223,21 @@ def test_many_shapes_by_turns() -> None:
             for _ in range(2):
                 torch.testing.assert_close(banded_attention(*each, SPATTENTION), wanted, rtol=1e-5, atol=1e-5)
     assert all(has_been_prepared(*each) for each in inputs), "calls by turns are prepared over and over"
+
+
+def test_lengths_that_do_not_come_often_take_no_place() -> None:
+    """What is kept for each of ever new lengths would pin the heap wherever they are."""
+    most = repeated_calls.MAX_SHAPES
+    for length in range(1, most + 40):
+        inputs = draw(length=length)
+        expected = reference_attention(*inputs, SPATTENTION)[0]
+        for _ in range(3):
+            torch.testing.assert_close(banded_attention(*inputs, SPATTENTION), expected, rtol=1e-5, atol=1e-5)
+    assert [shape[2] for _, _, shape in repeated_calls._prepared] == list(range(1, most + 1))
+    for _ in range(repeated_calls._OFTEN):
+        banded_attention(*inputs, SPATTENTION)
+    assert has_been_prepared(*inputs)
+    assert [shape[2] for _, _, shape in repeated_calls._prepared] == [*range(2, most + 1), most + 39]
 
 
 def test_many_strides_by_turns() -> None:
