@@ -66,11 +66,11 @@ def test_help_loads_neither_torch_nor_tvm() -> None:
         (["bench", "--peers", "nobody"], "unknown peer 'nobody'; known: ours"),
         (["bench", "--steps", "sideways"], "unknown step 'sideways'"),
         (["bench", "--idle-ms", "1e20"], "--idle-ms"),
-        (["distill", "--log-root", "/nonexistent"], "run `spattn tune` first"),
+        (["distill", "--log-root", "/proc/nonexistent"], "run `spattn tune` first"),
         (["tune", "--target", "nvidia/h200", "--budget", "1"], "must run on its target"),
         (["tune", "--budget", "8h"], "--budget is a number of trials (64) or a time (8m, 90s), got '8h'"),
         (["tune", "--rpc", "tracker", "--key", "k"], "an RPC tracker's address is HOST:PORT"),
-        (["plot", "tuning", "/nonexistent"], "no measurements under /nonexistent"),
+        (["plot", "tuning", "/proc/nonexistent"], "no measurements under /proc/nonexistent"),
         (["plot", "layout", "--context", "8", "--length", "9"], "a sequence of 9 is longer than"),
     ],
 )
@@ -306,16 +306,16 @@ CHECKING = ["verify", "--problems", "1", "--max-length", "9"]
 @pytest.mark.parametrize(
     ("variable", "value", "commands"),
     [
-        ("SPATTN_BUNDLE", "/nonexistent", [["doctor"], ["explain"]]),
+        ("SPATTN_BUNDLE", "/proc/nonexistent", [["doctor"], ["explain"]]),
         ("SPATTN_BUNDLE", "/dev/null", [["doctor"], ["explain"]]),
         ("SPATTN_BUNDLE", "{folder}", [["doctor"], ["explain"]]),
         ("SPATTN_CACHE_DIR", "/dev/null/cache", [["doctor"], CHECKING]),
         ("SPATTN_CACHE_DIR", "{file}", [["doctor"], CHECKING]),
-        ("SPATTN_SCHEDULES", "/nonexistent", [["doctor"], ["explain"]]),
+        ("SPATTN_SCHEDULES", "/proc/nonexistent", [["doctor"], ["explain"]]),
         ("SPATTN_SCHEDULES", "{file}", [["doctor"], ["explain"]]),
-        ("SPATTN_TVM_RUNTIME", "/nonexistent", [["doctor"], CHECKING]),
-        ("CXX", "/nonexistent", [["doctor"]]),
-        ("CUDA_HOME", "/nonexistent", [["doctor"]]),
+        ("SPATTN_TVM_RUNTIME", "/proc/nonexistent", [["doctor"], CHECKING]),
+        ("CXX", "/proc/nonexistent", [["doctor"]]),
+        ("CUDA_HOME", "/proc/nonexistent", [["doctor"]]),
     ],
 )
 def test_nonsense_in_the_environment_ends_in_no_traceback(
@@ -470,9 +470,9 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize(
     ("name", "value", "status"),
     [
-        ("SPATTN_SCHEDULES", "/nonexistent", "note"),
+        ("SPATTN_SCHEDULES", "/proc/nonexistent", "note"),
         ("SPATTN_SCHEDULES", __file__, "note"),
-        ("SPATTN_TVM_RUNTIME", "/nonexistent", "missing"),
+        ("SPATTN_TVM_RUNTIME", "/proc/nonexistent", "missing"),
         ("SPATTN_CACHE_MAX_MIB", "2GiB", "note"),
         ("SPATTN_THREAD_POOL", "TVM", "note"),
     ],
