@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,8 +84,10 @@ def test_a_limit_of_file_sizes_is_a_visible_fallback_or_an_exception(tmp_path: P
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n" + FALLBACK
     answer = run(code, tmp_path)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "warned: banded attention runs on the slow eager reference: compiling cpu forward" in answer.stdout
-    assert "raised: KernelUnavailableError compiling cpu forward" in answer.stdout
+    # TVM's runtime is kept beside the kernels, and may be the first that is too large.
+    first = r"(compiling cpu forward|can't write compiled kernels)"
+    assert re.search(f"warned: banded attention runs on the slow eager reference: {first}", answer.stdout)
+    assert re.search(f"raised: KernelUnavailableError {first}", answer.stdout)
     assert "File too large" in answer.stdout or "SIGXFSZ" in answer.stdout
     assert "SPATTN_CACHE_DIR" in answer.stdout
     assert left_over(tmp_path) == []
@@ -232,7 +235,7 @@ def test_the_compiler_dies_with_its_user(fork: bool, tmp_path: Path) -> None:
         (("-E", "-s", "-W", "error"), "warnings.simplefilter('default')"),
         ((), "os.umask(0)"),
         ((), "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"),
-        ((), "os.environ['TMPDIR'] = '/nonexistent'"),
+        ((), "os.environ['TMPDIR'] = '/proc/nonexistent'"),
         ((), "import types; sys.modules['__main__'] = types.ModuleType('__main__')"),
     ],
     ids=[
@@ -319,7 +322,7 @@ def test_a_process_that_cannot_start_is_a_fallback(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(compilers, "_command", lambda: [sys.executable, "-c", "raise SystemExit('no tvm')"])
     with pytest.raises(KernelUnavailableError, match=r"status 1 at its start: no tvm"):
         compile_forward(tmp_path, monkeypatch)
-    monkeypatch.setattr(compilers, "_command", lambda: ["/nonexistent/python"])
+    monkeypatch.setattr(compilers, "_command", lambda: ["/proc/nonexistent/python"])
     with pytest.raises(KernelUnavailableError, match=r"can't start a process .*nonexistent"):
         compile_forward(tmp_path, monkeypatch)
 
