@@ -56,6 +56,14 @@ def outlasting_inference() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+def rows_of_last(last: Tensor, rows: Tensor, token: Tensor, counts: int | Tensor, spare: Tensor) -> Tensor:
+    """Rows ``(B, N, Hkv)`` of the tokens ``(N, 1)`` that are among the `last` ``(Hkv,)`` of the `counts` that
+    are there, of each batch row ``(B,)`` or of all; `spare` ``(B, 1, 1)`` of the others.
+    """
+    end = counts if isinstance(counts, int) else counts[:, None, None]
+    return torch.where((token >= end - last) & (token < end), rows, spare)
+
+
 class KeyValueCache(ABC):
     """What `BandedCache` and `PagedCache` have in common: lengths, and attention over what was stored.
 
@@ -193,7 +201,12 @@ class KeyValueCache(ABC):
             A gradient is asked for.
         """
         self._check(k, v, counts=counts)
-        self._append(k, v, counts, self.starts)
+        with self._turn(k.shape[2]):
+            self._append(k, v, counts, self.starts)
+
+    def _turn(self, count: int) -> AbstractContextManager[Any]:
+        """Around what a call does with `count` valid tokens."""
+        return nullcontext()
 
     def _append(self, k: Tensor, v: Tensor, counts: Tensor | None, starts: Tensor | None) -> None:
         count = k.shape[2]
@@ -243,6 +256,19 @@ class KeyValueCache(ABC):
             As in `append`.
         """
         self._check(k, v, q, counts)
+        with self._turn(k.shape[2]):
+            return self._attend(q, k, v, scale, counts, starts, impl)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        counts: Tensor | None,
+        starts: Tensor | None,
+        impl: str,
+    ) -> Tensor:
         if starts is None:
             starts = self.starts
         else:
@@ -628,8 +654,7 @@ class BandedCache(KeyValueCache):
         if counts is None and count <= self._least_kept:
             return rows
         token = torch.arange(count, device=rows.device)[:, None]
-        end = count if counts is None else counts[:, None, None]
-        return torch.where((token >= end - self._last) & (token < end), rows, self._spare)
+        return rows_of_last(self._last, rows, token, count if counts is None else counts, self._spare)
 
     def _take_memory(self, indices: Tensor, in_place: bool) -> None:
         for name in ("keys", "values"):

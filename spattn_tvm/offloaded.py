@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .bands import LIMIT, BandLayout, require_int
-from .cache import BandedCache, outlasting_inference
+from .cache import BandedCache, outlasting_inference, rows_of_last
 from .cache_forms import least_capacity, merged
 from .problem import MAX_DECODE_QUERIES
 
@@ -205,7 +205,7 @@ class _Together:
     # --- a step ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def turn_of(self, layer: OffloadedLayer, count: int, counts: Tensor | None) -> Iterator[None]:
+    def turn_of(self, layer: OffloadedLayer, count: int) -> Iterator[None]:
         """A layer's part of a step, which is over unless it raises.
 
         Raises
@@ -292,8 +292,9 @@ class _Together:
 class OffloadedLayer(BandedCache):
     """The cache of one layer of :class:`OffloadedCaches`, which makes it.
 
-    It is used as any :class:`~spattn_tvm.BandedCache`, the layers of a step in their turn. ``keys`` and
-    ``values`` are what the device keeps.
+    It is used as any :class:`~spattn_tvm.BandedCache`, the layers of a step in their turn: ``append`` and
+    ``attend`` raise a ValueError too where it is another layer's. ``keys`` and ``values`` are what the device
+    keeps.
     """
 
     def __init__(self, together: _Together, index: int, layout: BandLayout, **settings: Any) -> None:
@@ -340,27 +341,8 @@ class OffloadedLayer(BandedCache):
 
     # --- a step ---------------------------------------------------------------------------------------------
 
-    def append(self, k: Tensor, v: Tensor, *, counts: Tensor | None = None) -> None:
-        """As of :class:`~spattn_tvm.BandedCache`; a ValueError too where it is another layer's turn."""
-        self._check(k, v, counts=counts)
-        with self._together.turn_of(self, k.shape[2], counts):
-            super().append(k, v, counts=counts)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        counts: Tensor | None = None,
-        starts: Tensor | None = None,
-        impl: str = "auto",
-    ) -> Tensor:
-        """As of :class:`~spattn_tvm.BandedCache`; a ValueError too where it is another layer's turn."""
-        self._check(k, v, q, counts)
-        with self._together.turn_of(self, k.shape[2], counts):
-            return super().attend(q, k, v, scale=scale, counts=counts, starts=starts, impl=impl)
+    def _turn(self, count: int) -> AbstractContextManager[Any]:
+        return self._together.turn_of(self, count)
 
     def _append(self, k: Tensor, v: Tensor, counts: Tensor | None, starts: Tensor | None) -> None:
         super()._append(k, v, counts, starts)
@@ -378,10 +360,10 @@ class OffloadedLayer(BandedCache):
         # Rows that nobody will need need not go over the bus.
         most = count if counts is not None else min(count, max(self.host_sizes))
         token = torch.arange(count - most, count, device=k.device)[:, None]
-        end = count if counts is None else counts[:, None, None]
+        there = count if counts is None else counts
         position = self.lengths[:, None, None] + token
         rows = position % self._host_capacity + self._host_first
-        rows = torch.where((token >= end - self._host_capacity) & (token < end), rows, self._host_spare)
+        rows = rows_of_last(self._host_capacity, rows, token, there, self._host_spare)
         pairs = torch.cat((k[:, :, count - most :], v[:, :, count - most :]), 3).transpose(1, 2)
         self.host.view(-1, 2 * self.head_dim).index_copy_(
             0, rows.reshape(-1), pairs.reshape(-1, 2 * self.head_dim)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +75,30 @@ def draw(chance: random.Random, *shape: int) -> Tensor:
 def compare(o: Tensor, expected: Tensor) -> None:
     has_meaning = ~expected.isnan()
     torch.testing.assert_close(o.cpu()[has_meaning], expected[has_meaning], atol=1e-5, rtol=1e-5)
+
+
+def change_rows(chance: random.Random, cache: Any, seen: Sequence[Rows], most_back: int | None) -> int:
+    """Reorder, select, repeat or crop a cache by chance, or do nothing, and what was seen alike.
+
+    Returns how many tokens of each row were forgotten: at most `most_back`, and nothing is cropped where that
+    is None.
+    """
+    batch, device = len(seen[0].keys), cache.lengths.device
+    action, order, back = chance.random(), list(range(batch)), 0
+    if action < 0.1:
+        order = [chance.randrange(batch) for _ in range(batch)]
+        cache.reorder(torch.tensor(order, device=device))
+    elif action < 0.15:
+        order = [chance.randrange(batch) for _ in range(chance.randint(1, 3))]
+        cache.select(torch.tensor(order, device=device))
+    elif action < 0.2 and batch == 1:
+        order = [0, 0]
+        cache.repeat(2)
+    elif action < 0.4 and most_back is not None:
+        back = chance.randint(0, most_back)
+        cache.crop(back)
+    for rows in seen:
+        for tensors in (rows.keys, rows.values):
+            tensors[:] = [tensors[row][:, :, : tensors[row].shape[2] - back] for row in order]
+        rows.starts = [rows.starts[row] for row in order]
+    return back

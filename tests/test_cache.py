@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached_rows import CONTEXT, HEAD_DIM, Rows, compare, draw, draw_layout
+from cached_rows import CONTEXT, HEAD_DIM, Rows, change_rows, compare, draw, draw_layout
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
@@ -71,29 +71,9 @@ def _run_case(seed: int, kind: type[KeyValueCache], device: str = "cpu") -> None
         total += count
         highest = max(highest, total)
         assert padding != "none" or cache.known_length == total
-        action = chance.random()
-        if action < 0.15:
-            order = [chance.randrange(batch) for _ in range(batch)]
-            cache.reorder(torch.tensor(order, device=device))
-        elif action < 0.2:
-            order = [chance.randrange(batch) for _ in range(chance.randint(1, 3))]
-            cache.select(torch.tensor(order, device=device))
-        elif action < 0.25 and batch == 1:
-            order = [0, 0]
-            cache.repeat(2)
-        elif action < 0.4 and padding == "none":
-            back = chance.randint(0, max(0, min(total, cache.slack - (highest - total))))
-            cache.crop(back)
-            total -= back
-            order = None
-            for tensors in (rows.keys, rows.values):
-                tensors[:] = [tensor[:, :, :total] for tensor in tensors]
-        else:
-            order = None
-        if order is not None:
-            batch = len(order)
-            for values in (rows.keys, rows.values, rows.starts):
-                values[:] = [values[row] for row in order]
+        most_back = max(0, min(total, cache.slack - (highest - total))) if padding == "none" else None
+        total -= change_rows(chance, cache, [rows], most_back)
+        batch = len(rows.keys)
 
 
 @pytest.mark.filterwarnings("ignore::spattn_tvm.FallbackWarning")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached_rows import HEAD_DIM, Rows, compare, draw, draw_layout
+from cached_rows import HEAD_DIM, Rows, change_rows, compare, draw, draw_layout
 from torch import Tensor
 
 from spattn_tvm.bands import BandLayout
@@ -80,28 +80,9 @@ def _run_case(seed: int, device: str = "cpu") -> None:
                 cache.append(k.to(device), v.to(device), counts=given)
         total += count
         highest = max(highest, total)
-        action, order = chance.random(), None
-        if action < 0.1:
-            order = [chance.randrange(batch) for _ in range(batch)]
-            caches.reorder(torch.tensor(order, device=device))
-        elif action < 0.15:
-            order = [chance.randrange(batch) for _ in range(chance.randint(1, 3))]
-            caches.select(torch.tensor(order, device=device))
-        elif action < 0.2 and batch == 1:
-            order = [0, 0]
-            caches.repeat(2)
-        elif action < 0.4 and padding == "none":
-            back = chance.randint(0, max(0, min(total, slack - (highest - total))))
-            caches.crop(back)
-            total -= back
-            for seen in rows:
-                for tensors in (seen.keys, seen.values):
-                    tensors[:] = [tensor[:, :, :total] for tensor in tensors]
-        if order is not None:
-            batch = len(order)
-            for seen in rows:
-                for values in (seen.keys, seen.values, seen.starts):
-                    values[:] = [values[row] for row in order]
+        most_back = max(0, min(total, slack - (highest - total))) if padding == "none" else None
+        total -= change_rows(chance, caches, rows, most_back)
+        batch = len(rows[0].keys)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
