@@ -66,7 +66,7 @@ _prepared: dict[tuple[str, str, torch.Size], list[_Prepared]] = {}
 # What else such calls differ in by turns: keys' shapes, strides, dtypes, streams.
 _MAX_PREPARED = 16
 # Each has guards on the heap, amid what calls allocate and free.
-MAX_SHAPES = 64
+_MAX_SHAPES = 64
 # Calls of a shape before it takes the place of the one that was prepared first. Where every shape does that,
 # as in training on ever new lengths, guards lie wherever memory was taken and keep all of it: 500 lengths of
 # 1,800 tokens on (4 MiB a tensor, three calls and a backward pass each) kept 1,000 MiB when the second call
@@ -84,12 +84,19 @@ class CallCounts:
     def is_worth_preparing(self, key: Any, prepared: Sized) -> bool:
         """Counts a call: what came once, or what would take another's place and is rare, is not worth it."""
         count = self._counts.pop(key, 0) + 1
-        if count > (1 if len(prepared) < MAX_SHAPES else _OFTEN):
+        if count > (1 if len(prepared) < _MAX_SHAPES else _OFTEN):
             return True
         if len(self._counts) >= _MAX_COUNTED:
             self._counts.clear()
         self._counts[key] = count
         return False
+
+
+def make_room(prepared: dict[Any, Any], key: Any) -> None:
+    """Let the first that was prepared go where another one than `key` must."""
+    if key not in prepared and len(prepared) >= _MAX_SHAPES:
+        with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
+            del prepared[next(iter(prepared))]
 
 
 _counts = CallCounts()
@@ -124,9 +131,7 @@ def remember(q: Tensor, k: Tensor, v: Tensor, layout: str, impl: str) -> None:
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
-    if key not in _prepared and len(_prepared) >= MAX_SHAPES:
-        with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
-            del _prepared[next(iter(_prepared))]
+    make_room(_prepared, key)
     _prepared[key] = [prepared, *_prepared.get(key, ())[: _MAX_PREPARED - 1]]
 
 

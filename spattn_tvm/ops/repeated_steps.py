@@ -5,7 +5,6 @@ found then.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from spattn_tvm.torch_private import (
 
 from .band_tables import call_when_dropped, find_cache_domain, narrowed
 from .decode_operator import find_decode_kernel
-from .repeated_calls import MAX_SHAPES, CallCounts
+from .repeated_calls import CallCounts, make_room
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -110,9 +109,7 @@ def remember_step(
         index=index,
         stream=current_stream(index) if index >= 0 else 0,
     )
-    if key not in _prepared and len(_prepared) >= MAX_SHAPES:
-        with suppress(KeyError, StopIteration, RuntimeError):  # another thread may be doing the same
-            del _prepared[next(iter(_prepared))]
+    make_room(_prepared, key)
     _prepared[key] = prepared
 
 

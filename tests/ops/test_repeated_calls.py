@@ -227,7 +227,7 @@ def test_many_shapes_by_turns() -> None:
 
 def test_lengths_that_do_not_come_often_take_no_place() -> None:
     """What is kept for each of ever new lengths would pin the heap wherever they are."""
-    most = repeated_calls.MAX_SHAPES
+    most = repeated_calls._MAX_SHAPES
     for length in range(1, most + 40):
         inputs = draw(length=length)
         expected = reference_attention(*inputs, SPATTENTION)[0]
