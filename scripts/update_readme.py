@@ -376,7 +376,9 @@ def gains_block() -> str | None:
         run, family = read_run(path.parent), path.stem.partition("-")[2]
         problem = AttentionProblem.from_json(run["problem"])
         timed = [kernel for kernel in compared["kernels"] if kernel["latency_us"] is not None]
-        default_us = min(kernel["latency_us"] for kernel in timed if kernel["is_default"])
+        default_us = next((kernel["latency_us"] for kernel in timed if kernel["is_default"]), None)
+        if default_us is None:  # it was wrong, or could not be run
+            continue
         found = min((kernel for kernel in timed if kernel["is_recorded"]), key=itemgetter("latency_us"))
         order = (run["target"], problem.layout.name, problem.head_dim, problem.kv_heads, problem.length)
         gains.setdefault((*order, f"{Case(problem).describe()} {family}"), {})[problem.direction] = [

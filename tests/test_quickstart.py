@@ -203,6 +203,7 @@ def test_what_searches_gain_is_filled_from_their_comparisons(
     logged(h100, "forward", 8192, (812.0, True, True), (811.0, False, False))
     logged(h100, "forward", 1024, (10.0, True, False), (8.0, False, True))
     logged("cpu-x86-64-v4", "forward", 2048, (10.0, True, False), (8.0, False, True))
+    logged(h100, "forward", 512, (None, True, False), (8.0, False, True))  # no default to compare with
     rows = [line for line in update.gains_block().splitlines() if line.startswith("|")][2:]
     problem = "(1,8/2,{},64) bfloat16 sliding_window some"
     assert rows == [
@@ -210,7 +211,11 @@ def test_what_searches_gain_is_filled_from_their_comparisons(
         f"| {chip} | {problem.format(8192)} | 0.812 | the default | 1.000 | 1.235 | 1 | 1.235 |",
     ]
     text = update.gains_block()
-    assert "chip 1024, 2026-11-28; chip 8192, 2026-11-28." in text and "chip 2048" not in text
+    assert (
+        "chip 1024, 2026-11-28; chip 8192, 2026-11-28." in text
+        and "chip 2048" not in text
+        and "chip 512" not in text
+    )
     assert "in 9 to 11 turns" in text and "others (near the default, the cost model's)" in text
 
 
